@@ -1,0 +1,2 @@
+//! The native program `weblane`.
+fn main() { println!("weblane {}", env!("CARGO_PKG_VERSION")); }

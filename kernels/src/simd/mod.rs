@@ -1,0 +1,182 @@
+//! One vector trait, one implementation per instruction set.
+//!
+//! A value of a type that implements [`Simd`] proves that the instructions are there: natively it can only be made by
+//! [`dispatch`], which looked at the processor, and on wasm the module would not have loaded without them.
+//!
+//! A kernel is a struct with its operands that implements [`Kernel`]:
+//!
+//! ```
+//! use weblane_kernels::simd::{Isa, Kernel, Simd, dispatch};
+//!
+//! struct Double<'a>(&'a mut [f32]);
+//! impl Kernel for Double<'_> {
+//!     type Output = ();
+//!     #[inline(always)]
+//!     fn run<S: Simd>(self, s: S) {
+//!         let mut rest = self.0;
+//!         while rest.len() >= S::LANES {
+//!             let (head, tail) = rest.split_at_mut(S::LANES);
+//!             s.store(head, s.add(s.load(head), s.load(head)));
+//!             rest = tail;
+//!         }
+//!         if !rest.is_empty() {
+//!             let x = s.load_partial(rest);
+//!             s.store_partial(rest, s.add(x, x));
+//!         }
+//!     }
+//! }
+//! let mut x = [1.0; 19];
+//! dispatch(Isa::best(), Double(&mut x));
+//! assert_eq!(x, [2.0; 19]);
+//! ```
+//!
+//! Everything that a kernel calls with an `S: Simd` value must be `#[inline(always)]`, because only the outermost
+//! function of a dispatch carries the target features.
+
+mod dispatch;
+pub use dispatch::{Isa, dispatch};
+
+mod scalar;
+#[cfg(target_arch = "wasm32")]
+mod wasm;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+/// A computation that is compiled once per instruction set.
+pub trait Kernel {
+    /// What the computation returns.
+    type Output;
+    /// Runs with the vectors of `S`. Mark it and all it calls `#[inline(always)]`.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Vectors of `f32` and `i32` with [`LANES`](Simd::LANES) lanes each.
+///
+/// Names carry the numerics. Where an operation has a cheap form with unspecified corner cases and an exact one, the
+/// names say which is which: [`mul_add`](Simd::mul_add) may fuse and [`mul_add_exact`](Simd::mul_add_exact) always
+/// rounds twice; [`min_fast`](Simd::min_fast) leaves NaN open and [`min`](Simd::min) propagates it.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// The instruction set this value stands for.
+    const ISA: Isa;
+    /// Number of 32-bit lanes: 1, 4, 8 or 16.
+    const LANES: usize;
+    /// A vector of `f32`.
+    type F32: Copy + core::fmt::Debug;
+    /// A vector of `i32`.
+    type I32: Copy + core::fmt::Debug;
+    /// A truth value per lane.
+    type Mask: Copy + core::fmt::Debug;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F32;
+    /// The first `LANES` elements of `x`. Panics if there are fewer.
+    fn load(self, x: &[f32]) -> Self::F32;
+    /// Writes `LANES` elements. Panics if `x` is shorter.
+    fn store(self, x: &mut [f32], v: Self::F32);
+    /// Up to `LANES` elements; missing lanes are zero.
+    fn load_partial(self, x: &[f32]) -> Self::F32;
+    /// Writes the first `min(x.len(), LANES)` lanes.
+    fn store_partial(self, x: &mut [f32], v: Self::F32);
+    /// Reads `LANES` elements at `p`.
+    ///
+    /// # Safety
+    /// `p..p+LANES` must be readable. No alignment is needed.
+    unsafe fn load_ptr(self, p: *const f32) -> Self::F32;
+    /// Reads one element and copies it to all lanes.
+    ///
+    /// # Safety
+    /// `p` must be readable.
+    unsafe fn splat_ptr(self, p: *const f32) -> Self::F32;
+    /// Writes `LANES` elements at `p`.
+    ///
+    /// # Safety
+    /// `p..p+LANES` must be writable. No alignment is needed.
+    unsafe fn store_ptr(self, p: *mut f32, v: Self::F32);
+
+    /// `a + b`.
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a - b`.
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b`.
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a / b`.
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b + c`, rounded once where the instruction set can fuse, twice elsewhere.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// `a * b + c`, always rounded twice: the same bits on every instruction set.
+    #[inline(always)]
+    fn mul_add_exact(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        self.add(self.mul(a, b), c)
+    }
+    /// Square root, correctly rounded.
+    fn sqrt(self, a: Self::F32) -> Self::F32;
+    /// `-a`.
+    fn neg(self, a: Self::F32) -> Self::F32;
+    /// `|a|`.
+    fn abs(self, a: Self::F32) -> Self::F32;
+    /// Smaller of both; NaN if either is NaN.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Larger of both; NaN if either is NaN.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Smaller of both; unspecified (one of the operands) if either is NaN or for zeros of both signs.
+    fn min_fast(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Larger of both; unspecified (one of the operands) if either is NaN or for zeros of both signs.
+    fn max_fast(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Nearest integer, ties to even.
+    fn round(self, a: Self::F32) -> Self::F32;
+    /// Largest integer not above.
+    fn floor(self, a: Self::F32) -> Self::F32;
+    /// Smallest integer not below.
+    fn ceil(self, a: Self::F32) -> Self::F32;
+    /// Integer part.
+    fn trunc(self, a: Self::F32) -> Self::F32;
+
+    /// `a < b`, false for NaN.
+    fn lt(self, a: Self::F32, b: Self::F32) -> Self::Mask;
+    /// `a <= b`, false for NaN.
+    fn le(self, a: Self::F32, b: Self::F32) -> Self::Mask;
+    /// `a == b`, false for NaN.
+    fn eq(self, a: Self::F32, b: Self::F32) -> Self::Mask;
+    /// Lane of `a` where the mask is true, of `b` elsewhere.
+    fn select(self, m: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Both.
+    fn mask_and(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
+    /// Either.
+    fn mask_or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
+
+    /// All lanes `x`.
+    fn splat_i32(self, x: i32) -> Self::I32;
+    /// The first `LANES` elements of `x`. Panics if there are fewer.
+    fn load_i32(self, x: &[i32]) -> Self::I32;
+    /// Writes `LANES` elements. Panics if `x` is shorter.
+    fn store_i32(self, x: &mut [i32], v: Self::I32);
+    /// `a + b`, wrapping.
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a - b`, wrapping.
+    fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Bitwise and.
+    fn and_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Bitwise or.
+    fn or_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Shift left by a constant number of bits.
+    fn shl_i32<const BITS: u32>(self, a: Self::I32) -> Self::I32;
+    /// Arithmetic shift right by a constant number of bits.
+    fn shr_i32<const BITS: u32>(self, a: Self::I32) -> Self::I32;
+    /// Truncates toward zero. Lanes outside the range of `i32` (NaN too) are unspecified.
+    fn to_i32_fast(self, a: Self::F32) -> Self::I32;
+    /// Nearest `f32`.
+    fn to_f32(self, a: Self::I32) -> Self::F32;
+    /// The same bits as `i32`.
+    fn bits(self, a: Self::F32) -> Self::I32;
+    /// The same bits as `f32`.
+    fn from_bits(self, a: Self::I32) -> Self::F32;
+
+    /// Sum of all lanes, in a tree whose shape depends on `LANES` only.
+    fn reduce_add(self, a: Self::F32) -> f32;
+    /// Largest lane; NaN if any lane is NaN.
+    fn reduce_max(self, a: Self::F32) -> f32;
+    /// Smallest lane; NaN if any lane is NaN.
+    fn reduce_min(self, a: Self::F32) -> f32;
+}
