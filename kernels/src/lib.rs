@@ -6,6 +6,7 @@
 //! [`reference`](mod@reference) that tests and benches compare it with.
 
 pub mod epilogue;
+pub mod error;
 pub mod par;
 pub mod reference;
 pub mod simd;
