@@ -1,0 +1,5 @@
+//! Reading and writing `.onnx` files.
+
+pub mod schema;
+
+pub use schema::*;
