@@ -31,18 +31,75 @@
 //! ```
 //!
 //! Everything that a kernel calls with an `S: Simd` value must be `#[inline(always)]`, because only the outermost
-//! function of a dispatch carries the target features.
+//! function of a dispatch carries the target features. For the same reason a parallel kernel dispatches inside each
+//! task (a task is called through a pointer), not around the parallel loop.
+
+/// Methods that are one expression of intrinsics each.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", all(target_arch = "wasm32", target_feature = "simd128")))]
+macro_rules! wrap {
+    ($($name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $body:expr;)*) => {$(
+        // On targets whose baseline has the instructions the intrinsics are safe to call.
+        #[allow(unused_unsafe)]
+        #[inline(always)]
+        fn $name(self, $($arg: $ty),*) -> $ret {
+            // SAFETY: `self` exists only where the processor has the features of its type (see its `new`).
+            unsafe { $body }
+        }
+    )*};
+}
+
+/// What is the same for every instruction set, given the pointer methods: slices, whole and in part.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", all(target_arch = "wasm32", target_feature = "simd128")))]
+macro_rules! slice_methods {
+    () => {
+        #[inline(always)]
+        fn load(self, x: &[f32]) -> Self::F32 {
+            assert!(x.len() >= Self::LANES);
+            // SAFETY: checked above.
+            unsafe { self.load_ptr(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn store(self, x: &mut [f32], v: Self::F32) {
+            assert!(x.len() >= Self::LANES);
+            // SAFETY: checked above.
+            unsafe { self.store_ptr(x.as_mut_ptr(), v) }
+        }
+    };
+}
+
+/// [`Simd::load_partial`] and [`Simd::store_partial`] through a buffer.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", all(target_arch = "wasm32", target_feature = "simd128")))]
+macro_rules! partial_methods {
+    () => {
+        #[inline(always)]
+        fn load_partial(self, x: &[f32]) -> Self::F32 {
+            let mut buffer = [0.0; Self::LANES];
+            let n = x.len().min(Self::LANES);
+            buffer[..n].copy_from_slice(&x[..n]);
+            self.load(&buffer)
+        }
+        #[inline(always)]
+        fn store_partial(self, x: &mut [f32], v: Self::F32) {
+            let mut buffer = [0.0; Self::LANES];
+            self.store(&mut buffer, v);
+            let n = x.len().min(Self::LANES);
+            x[..n].copy_from_slice(&buffer[..n]);
+        }
+    };
+}
 
 mod dispatch;
-pub use dispatch::{Isa, dispatch};
+pub use dispatch::{Isa, IsaError, dispatch};
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
-#[cfg(target_arch = "wasm32")]
+#[cfg(test)]
+mod tests;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod wasm;
 #[cfg(target_arch = "x86_64")]
 mod x86;
-#[cfg(target_arch = "aarch64")]
-mod neon;
 
 /// A computation that is compiled once per instruction set.
 pub trait Kernel {
@@ -116,13 +173,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn neg(self, a: Self::F32) -> Self::F32;
     /// `|a|`.
     fn abs(self, a: Self::F32) -> Self::F32;
-    /// Smaller of both; NaN if either is NaN.
+    /// Smaller of both; NaN if either is NaN; -0 is smaller than +0.
     fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
-    /// Larger of both; NaN if either is NaN.
+    /// Larger of both; NaN if either is NaN; +0 is larger than -0.
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
-    /// Smaller of both; unspecified (one of the operands) if either is NaN or for zeros of both signs.
+    /// Smaller of both; unspecified if either is NaN or for zeros of both signs.
     fn min_fast(self, a: Self::F32, b: Self::F32) -> Self::F32;
-    /// Larger of both; unspecified (one of the operands) if either is NaN or for zeros of both signs.
+    /// Larger of both; unspecified if either is NaN or for zeros of both signs.
     fn max_fast(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// Nearest integer, ties to even.
     fn round(self, a: Self::F32) -> Self::F32;
@@ -145,6 +202,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mask_and(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
     /// Either.
     fn mask_or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
+    /// Whether the mask is true in any lane.
+    fn mask_any(self, m: Self::Mask) -> bool;
 
     /// All lanes `x`.
     fn splat_i32(self, x: i32) -> Self::I32;
@@ -160,10 +219,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn and_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Bitwise or.
     fn or_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Bitwise exclusive or.
+    fn xor_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Shift left by a constant number of bits.
     fn shl_i32<const BITS: u32>(self, a: Self::I32) -> Self::I32;
     /// Arithmetic shift right by a constant number of bits.
     fn shr_i32<const BITS: u32>(self, a: Self::I32) -> Self::I32;
+    /// `a < b`, signed.
+    fn lt_i32(self, a: Self::I32, b: Self::I32) -> Self::Mask;
+    /// `a == b`.
+    fn eq_i32(self, a: Self::I32, b: Self::I32) -> Self::Mask;
     /// Truncates toward zero. Lanes outside the range of `i32` (NaN too) are unspecified.
     fn to_i32_fast(self, a: Self::F32) -> Self::I32;
     /// Nearest `f32`.
