@@ -1,0 +1,99 @@
+//! Shape inference and constant folding: what is known of every value, given what is known of the inputs.
+
+use crate::error::{Error, Result};
+use crate::fact::Fact;
+use crate::graph::{Graph, Node};
+use crate::ops::{Infer, Io};
+use crate::tensor::{Tensor, TensorView, byte_count};
+use std::sync::Arc;
+use weblane_kernels::par::Cx;
+
+/// How much constant folding may compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Folding {
+    /// Results above this many bytes stay nodes, unless they are no larger than the constants they come from.
+    pub max_bytes: usize,
+}
+
+impl Default for Folding {
+    fn default() -> Self {
+        Folding { max_bytes: 1 << 20 }
+    }
+}
+
+/// What is known of each value of the graph, by index. `inputs` stand for the graph's inputs, in order.
+///
+/// A node whose operands are all constant is computed here and its results become constants. Values that inference
+/// finds nothing about have `None`.
+pub fn analyze(graph: &Graph, inputs: &[Fact], cx: &Cx, folding: Folding) -> Result<Vec<Option<Fact>>> {
+    let mut facts: Vec<Option<Fact>> =
+        graph.values.iter().map(|v| v.constant.as_ref().map(|t| Fact::constant(t.clone()))).collect();
+    for (id, fact) in graph.inputs.iter().zip(inputs) {
+        facts[id.index()] = Some(fact.clone());
+    }
+    for node in &graph.nodes {
+        for (id, fact) in node.outputs.iter().zip(infer_node(node, &facts, cx, folding)?) {
+            facts[id.index()] = Some(fact);
+        }
+    }
+    Ok(facts)
+}
+
+/// The facts of a node's results.
+pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding) -> Result<Vec<Fact>> {
+    let place = |e| node.error(e);
+    let operands = operand_facts(node, facts).map_err(place)?;
+    let results = node.op.infer(&Infer { inputs: &operands, outputs: node.outputs.len() }).map_err(place)?;
+    if results.len() != node.outputs.len() {
+        return Err(place(Error::internal(format!("{} results were inferred for {}", results.len(), node.outputs.len()))));
+    }
+    if results.iter().all(|f| f.tensor().is_some()) || !node.op.is_deterministic() {
+        return Ok(results);
+    }
+    let Some(constants) = operands.iter().map(|o| o.as_ref().map(Fact::tensor)).map(transpose).collect::<Option<Vec<_>>>()
+    else {
+        return Ok(results);
+    };
+    let source: usize = constants.iter().flatten().map(|t| t.bytes().len()).sum();
+    let size = results.iter().map(|f| f.dims().map_or(0, |d| byte_count(f.dtype, &d).unwrap_or(usize::MAX)));
+    if size.fold(0usize, usize::saturating_add) > folding.max_bytes.max(source) {
+        return Ok(results);
+    }
+    let views: Vec<Option<TensorView>> = constants.iter().map(|t| t.map(|t| t.view())).collect();
+    let outputs = evaluate(node, &results, &views, cx).map_err(place)?;
+    Ok(outputs.into_iter().map(|t| Fact::constant(Arc::new(t))).collect())
+}
+
+/// `None` for a known-to-be-absent operand becomes `Some(None)`, an operand that is no constant becomes `None`.
+fn transpose<T>(operand: Option<Option<T>>) -> Option<Option<T>> {
+    match operand {
+        None => Some(None),
+        Some(None) => None,
+        Some(Some(t)) => Some(Some(t)),
+    }
+}
+
+/// The facts of a node's operands.
+pub fn operand_facts(node: &Node, facts: &[Option<Fact>]) -> Result<Vec<Option<Fact>>> {
+    let of = |id: &crate::graph::ValueId| {
+        facts[id.index()].clone().ok_or_else(|| Error::invalid_model("an operand has no element type".to_owned()))
+    };
+    node.inputs.iter().map(|i| i.as_ref().map(of).transpose()).collect()
+}
+
+/// Computes one node on tensors of its own; `results` are the facts that inference found.
+pub fn evaluate(node: &Node, results: &[Fact], inputs: &[Option<TensorView>], cx: &Cx) -> Result<Vec<Tensor>> {
+    let mut outputs = Vec::with_capacity(results.len());
+    for fact in results {
+        let dims = fact.dims().ok_or_else(|| Error::internal("the shape of a result could not be found"))?;
+        outputs.push(match fact.tensor() {
+            Some(t) => Tensor::clone(t),
+            None => Tensor::zeros(fact.dtype, &dims)?,
+        });
+    }
+    if results.iter().any(|f| f.tensor().is_none()) {
+        let mut views: Vec<_> = outputs.iter_mut().map(Tensor::view_mut).collect();
+        node.op.run(cx, &mut Io { inputs, outputs: &mut views, in_place: None })?;
+    }
+    Ok(outputs)
+}

@@ -1,0 +1,445 @@
+//! The plan: for one set of input shapes, which kernels run in which order, and where every value lives.
+//!
+//! ```text
+//! facts   <- analyze(graph, input facts)              all shapes, and the constants among the values
+//! for each node with work left:
+//!     a step <- a kernel for these shapes             (Operator::prepare)
+//! for each value:
+//!     a place <- constant | bytes of the arena | dynamic
+//! ```
+//!
+//! A value whose shape depends on the elements of another (`NonZero`, a `Reshape` to a computed shape) is dynamic: its
+//! step infers the shape when it runs, and allocates. All other steps allocate nothing.
+//!
+//! Offsets in the arena follow "greedy by size" (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net
+//! Inference", 2020): the largest buffers are placed first, each at the lowest offset that is free while it lives.
+
+use crate::analyze::{Folding, analyze, operand_facts};
+use crate::error::{Error, Result};
+use crate::fact::Fact;
+use crate::graph::{Graph, Node, ValueId};
+use crate::ops::{Compute, PackCache, Prepare};
+use crate::storage::ALIGN;
+use crate::tensor::{DType, Dims, Tensor, byte_count};
+use std::ops::Range;
+use std::sync::Arc;
+use weblane_kernels::par::Cx;
+
+/// Where a value lives while a plan runs.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// In the arena.
+    Arena(Range<usize>),
+    /// In the graph.
+    Constant(Arc<Tensor>),
+    /// In a tensor of its own that is made when its step runs; an index into the run's list.
+    Dynamic(usize),
+}
+
+/// A value that a step of the plan reads or writes.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// Element type.
+    pub dtype: DType,
+    /// Shape; empty and meaningless for dynamic values.
+    pub dims: Dims,
+    /// Where it is.
+    pub place: Place,
+}
+
+/// One node, ready to run.
+#[derive(Debug)]
+pub struct Step {
+    /// The node, for dynamic steps and for messages.
+    pub node: Node,
+    /// The kernel that was chosen; `None` runs the operator itself.
+    pub compute: Option<Arc<dyn Compute>>,
+    /// Operands, as indices into [`Plan::values`].
+    pub inputs: Vec<Option<usize>>,
+    /// Results, as indices into [`Plan::values`].
+    pub outputs: Vec<usize>,
+    /// The operand whose buffer result 0 takes over.
+    pub in_place: Option<usize>,
+    /// Whether shapes are inferred when it runs.
+    pub is_dynamic: bool,
+    /// Dynamic values that nobody reads afterwards.
+    pub frees: Vec<usize>,
+}
+
+/// Everything that a run needs to know.
+#[derive(Debug)]
+pub struct Plan {
+    /// In the order of execution.
+    pub steps: Vec<Step>,
+    /// The values that steps, inputs and outputs refer to.
+    pub values: Vec<Planned>,
+    /// One per graph input; `None` where nothing reads it.
+    pub inputs: Vec<Option<usize>>,
+    /// One per graph output.
+    pub outputs: Vec<usize>,
+    /// Size of the arena.
+    pub arena_bytes: usize,
+    /// Number of dynamic values.
+    pub dynamic_values: usize,
+    /// Graph inputs whose elements decide shapes: with their content known, fewer steps would be dynamic.
+    pub shape_inputs: Vec<usize>,
+}
+
+/// Makes the plan; `inputs` are the facts of the graph's inputs, with all shapes known.
+pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Result<Plan> {
+    let facts = analyze(graph, inputs, cx, Folding::default())?;
+    let nodes = live_nodes(graph, &facts);
+    let dynamic = dynamic_values(graph, inputs, &facts, &nodes);
+    let buffers = Buffers::assign(graph, &facts, &nodes, &dynamic)?;
+
+    let mut planned = Values { graph, facts: &facts, dynamic: &dynamic, buffers: &buffers, index: vec![], values: vec![] };
+    planned.index = vec![None; graph.values.len()];
+    let mut steps = Vec::with_capacity(nodes.len());
+    for (position, &i) in nodes.iter().enumerate() {
+        let node = &graph.nodes[i];
+        if buffers.skipped[position] {
+            continue;
+        }
+        let is_dynamic = node.outputs.iter().any(|o| dynamic[o.index()].is_some());
+        let compute = if is_dynamic { None } else { prepare(node, &facts, cache, cx).map_err(|e| node.error(e))? };
+        steps.push(Step {
+            compute,
+            inputs: node.inputs.iter().map(|id| id.map(|id| planned.get(id)).transpose()).collect::<Result<_>>()?,
+            outputs: node.outputs.iter().map(|&id| planned.get(id)).collect::<Result<_>>()?,
+            in_place: buffers.in_place[position],
+            is_dynamic,
+            frees: Vec::new(),
+            node: node.clone(),
+        });
+    }
+    let used: Vec<bool> = graph.use_counts().iter().map(|&n| n > 0).collect();
+    let inputs = graph
+        .inputs
+        .iter()
+        .map(|&id| if used[id.index()] { planned.get(id).map(Some) } else { Ok(None) })
+        .collect::<Result<_>>()?;
+    let outputs = graph.outputs.iter().map(|&id| planned.get(id)).collect::<Result<Vec<_>>>()?;
+    let values = planned.values;
+    note_frees(&mut steps, &values, &outputs);
+    Ok(Plan {
+        steps,
+        values,
+        inputs,
+        outputs,
+        arena_bytes: buffers.arena_bytes,
+        dynamic_values: dynamic.iter().flatten().count(),
+        shape_inputs: shape_inputs(graph, &facts, &nodes, &dynamic),
+    })
+}
+
+fn prepare(node: &Node, facts: &[Option<Fact>], cache: &PackCache, cx: &Cx) -> Result<Option<Arc<dyn Compute>>> {
+    let inputs = operand_facts(node, facts)?;
+    let outputs: Option<Vec<Fact>> = node.outputs.iter().map(|o| facts[o.index()].clone()).collect();
+    let outputs = outputs.ok_or_else(|| Error::internal("a result has no fact"))?;
+    node.op.prepare(&Prepare { isa: cx.isa(), inputs: &inputs, outputs: &outputs, cache })
+}
+
+fn is_constant(facts: &[Option<Fact>], id: ValueId) -> bool {
+    facts[id.index()].as_ref().is_some_and(|f| f.tensor().is_some())
+}
+
+/// Nodes with a result that is read and not known already, in order.
+fn live_nodes(graph: &Graph, facts: &[Option<Fact>]) -> Vec<usize> {
+    let mut wanted = vec![false; graph.values.len()];
+    for &id in &graph.outputs {
+        wanted[id.index()] = true;
+    }
+    let mut live = Vec::new();
+    for (i, node) in graph.nodes.iter().enumerate().rev() {
+        if node.outputs.iter().any(|&o| wanted[o.index()] && !is_constant(facts, o)) {
+            live.push(i);
+            for id in node.operands() {
+                wanted[id.index()] = true;
+            }
+        }
+    }
+    live.reverse();
+    live
+}
+
+/// For each value, its number among the dynamic ones.
+fn dynamic_values(graph: &Graph, inputs: &[Fact], facts: &[Option<Fact>], nodes: &[usize]) -> Vec<Option<usize>> {
+    let mut of = vec![None; graph.values.len()];
+    let mut next = 0;
+    let mut number = || {
+        next += 1;
+        Some(next - 1)
+    };
+    // Text does not live in the arena.
+    for (id, fact) in graph.inputs.iter().zip(inputs) {
+        if fact.dtype == DType::String && fact.tensor().is_none() {
+            of[id.index()] = number();
+        }
+    }
+    for &i in nodes {
+        let node = &graph.nodes[i];
+        let unknown = |id: &ValueId| {
+            facts[id.index()].as_ref().is_none_or(|f| f.dims().is_none() || f.dtype == DType::String)
+        };
+        if node.operands().any(|id| of[id.index()].is_some()) || node.outputs.iter().any(unknown) {
+            for id in &node.outputs {
+                of[id.index()] = number();
+            }
+        }
+    }
+    of
+}
+
+/// Small integer inputs of the graph from which the shapes of dynamic values are computed.
+fn shape_inputs(graph: &Graph, facts: &[Option<Fact>], nodes: &[usize], dynamic: &[Option<usize>]) -> Vec<usize> {
+    const MAX_ELEMENTS: usize = 64;
+    let producers = graph.producers();
+    let mut found = vec![false; graph.inputs.len()];
+    for &i in nodes {
+        let node = &graph.nodes[i];
+        let starts_here = node.outputs.iter().any(|o| dynamic[o.index()].is_some())
+            && !node.operands().any(|id| dynamic[id.index()].is_some());
+        if !starts_here {
+            continue;
+        }
+        let mut todo: Vec<ValueId> = node.op.shape_operands().iter().filter_map(|&k| *node.inputs.get(k)?).collect();
+        let mut seen = vec![false; graph.values.len()];
+        let mut inputs = Vec::new();
+        let mut all_small = true;
+        while let Some(id) = todo.pop() {
+            if std::mem::replace(&mut seen[id.index()], true) || is_constant(facts, id) {
+                continue;
+            }
+            if let Some(position) = graph.inputs.iter().position(|&g| g == id) {
+                let fact = facts[id.index()].as_ref();
+                let small = fact.is_some_and(|f| {
+                    !f.dtype.is_float()
+                        && f.dtype != DType::String
+                        && f.dims().is_some_and(|d| d.iter().product::<usize>() <= MAX_ELEMENTS)
+                });
+                all_small &= small;
+                inputs.push(position);
+            } else if let Some(p) = producers[id.index()] {
+                todo.extend(graph.nodes[p].operands());
+            }
+        }
+        if all_small {
+            inputs.into_iter().for_each(|p| found[p] = true);
+        }
+    }
+    (0..found.len()).filter(|&p| found[p]).collect()
+}
+
+fn note_frees(steps: &mut [Step], values: &[Planned], outputs: &[usize]) {
+    let mut seen: std::collections::HashSet<usize> = outputs.iter().copied().collect();
+    for step in steps.iter_mut().rev() {
+        for v in step.inputs.iter().flatten().chain(&step.outputs).copied() {
+            if let Place::Dynamic(slot) = values[v].place
+                && seen.insert(v)
+            {
+                step.frees.push(slot);
+            }
+        }
+    }
+}
+
+/// Collects the values that the plan mentions.
+struct Values<'a> {
+    graph: &'a Graph,
+    facts: &'a [Option<Fact>],
+    dynamic: &'a [Option<usize>],
+    buffers: &'a Buffers,
+    index: Vec<Option<usize>>,
+    values: Vec<Planned>,
+}
+
+impl Values<'_> {
+    fn get(&mut self, id: ValueId) -> Result<usize> {
+        if let Some(i) = self.index[id.index()] {
+            return Ok(i);
+        }
+        let name = &self.graph.value(id).name;
+        let lost = |what: &str| Error::internal(format!("the value \"{name}\" has no {what}"));
+        let fact = self.facts[id.index()].as_ref().ok_or_else(|| lost("element type"))?;
+        let place = match (fact.tensor(), self.dynamic[id.index()]) {
+            (Some(t), _) => Place::Constant(t.clone()),
+            (None, Some(slot)) => Place::Dynamic(slot),
+            (None, None) => {
+                let offset = self.buffers.offset_of(id).ok_or_else(|| lost("place in memory"))?;
+                let dims = fact.dims().ok_or_else(|| lost("known shape"))?;
+                Place::Arena(offset..offset + byte_count(fact.dtype, &dims)?)
+            }
+        };
+        self.values.push(Planned { dtype: fact.dtype, dims: fact.dims().unwrap_or_default(), place });
+        self.index[id.index()] = Some(self.values.len() - 1);
+        Ok(self.values.len() - 1)
+    }
+}
+
+/// Which values share a buffer, and where the buffers are.
+struct Buffers {
+    of_value: Vec<Option<usize>>,
+    offsets: Vec<usize>,
+    arena_bytes: usize,
+    /// Per position in the list of nodes: the operand that result 0 is computed in.
+    in_place: Vec<Option<usize>>,
+    /// Per position in the list of nodes: a view, with nothing to run.
+    skipped: Vec<bool>,
+}
+
+#[derive(Clone, Copy)]
+struct Life {
+    bytes: usize,
+    first: usize,
+    last: usize,
+}
+
+impl Buffers {
+    fn offset_of(&self, id: ValueId) -> Option<usize> {
+        self.of_value[id.index()].map(|b| self.offsets[b])
+    }
+
+    fn assign(graph: &Graph, facts: &[Option<Fact>], nodes: &[usize], dynamic: &[Option<usize>]) -> Result<Buffers> {
+        let in_arena = |id: ValueId| dynamic[id.index()].is_none() && !is_constant(facts, id);
+        let bytes = |id: ValueId| -> Result<usize> {
+            let fact = facts[id.index()].as_ref();
+            match fact.and_then(|f| Some((f.dtype, f.dims()?))) {
+                Some((dtype, dims)) => byte_count(dtype, &dims),
+                None => Err(Error::internal("a planned value has no shape")),
+            }
+        };
+        // Views share the value that they look at; `root` of a value is the one it is a view of.
+        let mut root: Vec<usize> = (0..graph.values.len()).collect();
+        let mut skipped = vec![false; nodes.len()];
+        for (position, &i) in nodes.iter().enumerate() {
+            let node = &graph.nodes[i];
+            if let (true, Some(Some(from)), [to]) = (node.op.is_view(), node.inputs.first(), node.outputs.as_slice())
+                && in_arena(*from)
+                && in_arena(*to)
+            {
+                root[to.index()] = root[from.index()];
+                skipped[position] = true;
+            }
+        }
+        let mut last_use = vec![0; graph.values.len()];
+        for (position, &i) in nodes.iter().enumerate() {
+            for id in graph.nodes[i].operands() {
+                last_use[root[id.index()]] = position;
+            }
+        }
+        for id in &graph.outputs {
+            last_use[root[id.index()]] = usize::MAX;
+        }
+
+        let mut of_root: Vec<Option<usize>> = vec![None; graph.values.len()];
+        let mut lives: Vec<Life> = Vec::new();
+        let mut in_place = vec![None; nodes.len()];
+        for &id in graph.inputs.iter().filter(|&&id| in_arena(id)) {
+            of_root[id.index()] = Some(lives.len());
+            lives.push(Life { bytes: bytes(id)?, first: 0, last: last_use[id.index()] });
+        }
+        for (position, &i) in nodes.iter().enumerate() {
+            let node = &graph.nodes[i];
+            for (k, &id) in node.outputs.iter().enumerate() {
+                let r = root[id.index()];
+                if !in_arena(id) || r != id.index() {
+                    continue;
+                }
+                let last = last_use[r].max(position);
+                let taken = if k == 0 {
+                    node.op.in_place().iter().copied().find(|&operand| {
+                        let Some(Some(from)) = node.inputs.get(operand).copied() else { return false };
+                        let from_root = root[from.index()];
+                        in_arena(from)
+                            && last_use[from_root] == position
+                            && bytes(from).ok() == bytes(id).ok()
+                            && node.operands().filter(|o| root[o.index()] == from_root).count() == 1
+                    })
+                } else {
+                    None
+                };
+                let buffer = match taken.and_then(|operand| of_root[root[node.inputs[operand]?.index()]]) {
+                    Some(buffer) => {
+                        in_place[position] = taken;
+                        lives[buffer].last = lives[buffer].last.max(last);
+                        buffer
+                    }
+                    None => {
+                        lives.push(Life { bytes: bytes(id)?, first: position, last });
+                        lives.len() - 1
+                    }
+                };
+                of_root[r] = Some(buffer);
+            }
+        }
+        let (offsets, arena_bytes) = place(&lives)?;
+        let of_value = root.iter().map(|&r| of_root[r]).collect();
+        Ok(Buffers { of_value, offsets, arena_bytes, in_place, skipped })
+    }
+}
+
+/// Offsets of buffers, and the size of the arena that holds them.
+fn place(lives: &[Life]) -> Result<(Vec<usize>, usize)> {
+    let mut order: Vec<usize> = (0..lives.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(lives[i].bytes));
+    let mut offsets = vec![0; lives.len()];
+    let mut placed: Vec<usize> = Vec::with_capacity(lives.len());
+    let mut total = 0;
+    for i in order {
+        let size = lives[i].bytes.checked_next_multiple_of(ALIGN);
+        let size = size.ok_or_else(|| Error::limit("a value is larger than memory can be"))?;
+        let mut offset = 0usize;
+        // `placed` is kept in the order of offsets.
+        for &other in &placed {
+            let (a, b) = (lives[i], lives[other]);
+            if a.first > b.last || b.first > a.last {
+                continue;
+            }
+            let end = offset.checked_add(size).ok_or_else(|| Error::limit("the values do not fit into memory"))?;
+            if end <= offsets[other] {
+                break;
+            }
+            offset = offset.max(offsets[other] + b.bytes.next_multiple_of(ALIGN));
+        }
+        offsets[i] = offset;
+        let end = offset.checked_add(size).ok_or_else(|| Error::limit("the values do not fit into memory"))?;
+        total = total.max(end);
+        let at = placed.partition_point(|&o| offsets[o] <= offset);
+        placed.insert(at, i);
+    }
+    Ok((offsets, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_that_live_together_do_not_overlap() {
+        let mut seed = 7u64;
+        let mut next = |n: u64| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            ((seed >> 33) % n) as usize
+        };
+        for _ in 0..50 {
+            let lives: Vec<Life> = (0..60)
+                .map(|_| {
+                    let first = next(40);
+                    Life { bytes: next(5000), first, last: first + next(6) }
+                })
+                .collect();
+            let (offsets, total) = place(&lives).unwrap();
+            for i in 0..lives.len() {
+                assert!(offsets[i] % ALIGN == 0 && offsets[i] + lives[i].bytes <= total);
+                for j in 0..i {
+                    let (a, b) = (lives[i], lives[j]);
+                    let together = a.first <= b.last && b.first <= a.last && a.bytes > 0 && b.bytes > 0;
+                    let apart = offsets[i] + a.bytes <= offsets[j] || offsets[j] + b.bytes <= offsets[i];
+                    assert!(!together || apart, "buffers {i} and {j}");
+                }
+            }
+            let sum: usize = lives.iter().map(|l| l.bytes.next_multiple_of(ALIGN)).sum();
+            assert!(total < sum, "nothing was shared");
+        }
+    }
+}

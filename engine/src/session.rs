@@ -1,0 +1,464 @@
+//! The session: a model that is ready to run, and the memory of its runs.
+
+use crate::analyze::{Folding, analyze};
+use crate::error::{Error, ErrorCode, Result};
+use crate::execute::Memory;
+use crate::fact::{Content, Dim, Fact, Shape};
+use crate::graph::{Graph, ValueId};
+use crate::import::import;
+use crate::onnx::{Model, Reader};
+use crate::ops::PackCache;
+use crate::optimize::{optimize, promote_half};
+use crate::plan::{Plan, plan};
+use crate::tensor::{DType, Tensor, TensorView};
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::sync::Arc;
+use weblane_kernels::par::Pool;
+use weblane_kernels::simd::Isa;
+
+/// Plans that a session keeps, least recently used first out.
+const KEPT_PLANS: usize = 8;
+
+/// How much the graph is rewritten before it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Optimize {
+    /// Every node of the model runs as it stands.
+    None,
+    /// All passes.
+    #[default]
+    All,
+}
+
+/// How a session is made.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Rewriting of the graph.
+    pub optimize: Optimize,
+    /// Number of threads, the caller's included.
+    pub threads: usize,
+    /// The instruction set.
+    pub isa: Isa,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { optimize: Optimize::All, threads: 1, isa: Isa::best() }
+    }
+}
+
+/// Name, element type and shape of an input or output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ValueInfo {
+    /// The model's name.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Shape; `None` when not even the rank is known.
+    pub shape: Option<Shape>,
+}
+
+/// What a model is, for people and tools.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// Version of the default operator set; 0 when the model imports none.
+    pub opset: i64,
+    /// Program that wrote the file.
+    pub producer: String,
+    /// Operators of the file and how many nodes have each.
+    pub operators: BTreeMap<String, usize>,
+    /// Nodes that are left after optimisation.
+    pub nodes: usize,
+    /// Bytes of the constants that are left.
+    pub constant_bytes: usize,
+}
+
+/// Reads a model as its bytes arrive.
+#[derive(Debug)]
+pub struct Loader {
+    reader: Reader,
+    options: Options,
+}
+
+impl Loader {
+    /// A loader that has seen nothing yet.
+    pub fn new(options: Options) -> Self {
+        Loader { reader: Reader::default(), options }
+    }
+
+    /// Takes the next bytes, cut anywhere.
+    pub fn push(&mut self, chunk: &[u8]) -> Result<()> {
+        self.reader.push(chunk)
+    }
+
+    /// The model, once all bytes are there. External data has to be resolved before [`Session::new`].
+    pub fn finish(self) -> Result<(Model, Options)> {
+        Ok((self.reader.finish()?, self.options))
+    }
+}
+
+/// One entry of a profile.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Timing {
+    /// Node name.
+    pub node: String,
+    /// Operator.
+    pub op: String,
+    /// Kernel.
+    pub kernel: String,
+    /// Milliseconds, by the clock that was given.
+    pub ms: f64,
+    /// Multiplications and additions; 0 where nobody counts them.
+    pub flops: u64,
+}
+
+struct Cached {
+    shapes: Vec<Vec<usize>>,
+    /// For inputs that decide shapes, the bytes that the plan was made for.
+    contents: Vec<(usize, Vec<u8>)>,
+    plan: Arc<Plan>,
+}
+
+struct Running {
+    plan: Arc<Plan>,
+    next: usize,
+}
+
+/// A model that is ready to run.
+///
+/// A run goes in steps, so that the caller can stop in between: [`begin`](Self::begin), [`advance`](Self::advance)
+/// until it says that all is done, then [`output`](Self::output). [`run`](Self::run) does all three.
+pub struct Session {
+    graph: Graph,
+    inputs: Vec<ValueInfo>,
+    outputs: Vec<ValueInfo>,
+    info: ModelInfo,
+    options: Options,
+    pool: Arc<Pool>,
+    packed: PackCache,
+    plans: Vec<Cached>,
+    memory: Memory,
+    running: Option<Running>,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("inputs", &self.inputs).field("outputs", &self.outputs).finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Imports, checks and optimises a model.
+    pub fn new(model: Model, options: Options) -> Result<Self> {
+        let pool = Arc::new(Pool::new(options.threads.max(1)));
+        Session::with_pool(model, options, pool)
+    }
+
+    /// The same, on threads that several sessions share.
+    pub fn with_pool(model: Model, options: Options, pool: Arc<Pool>) -> Result<Self> {
+        let mut info = ModelInfo {
+            opset: model.opset("").unwrap_or(0),
+            producer: model.producer_name.clone(),
+            operators: count_operators(&model.graph),
+            ..ModelInfo::default()
+        };
+        let graph = import(model)?;
+        let declared = graph
+            .inputs
+            .iter()
+            .map(|&id| {
+                let value = graph.value(id);
+                value.declared.clone().ok_or_else(|| {
+                    Error::invalid_model(format!("the input \"{}\" has no element type in the model", value.name))
+                })
+            })
+            .collect::<Result<Vec<Fact>>>()?;
+        let isa = options.isa;
+        let (graph, output_facts) = pool.run(isa, |cx| -> Result<_> {
+            let facts = analyze(&graph, &declared, cx, Folding { max_bytes: 0 })?;
+            let output_facts: Vec<_> = graph.outputs.iter().map(|o| facts[o.index()].clone()).collect();
+            let graph = promote_half(graph, &facts)?;
+            let graph = match options.optimize {
+                Optimize::None => graph,
+                Optimize::All => optimize(graph, &declared, cx)?,
+            };
+            Ok((graph, output_facts))
+        })?;
+        let describe = |id: &ValueId, fact: &Fact| ValueInfo {
+            name: graph.value(*id).name.clone(),
+            dtype: fact.dtype,
+            shape: fact.shape.clone(),
+        };
+        let inputs: Vec<_> = graph.inputs.iter().zip(&declared).map(|(id, f)| describe(id, f)).collect();
+        let mut outputs = Vec::with_capacity(graph.outputs.len());
+        for (id, found) in graph.outputs.iter().zip(&output_facts) {
+            let declared = graph.value(*id).declared.as_ref();
+            // What the model says of a shape has names for sizes, which inference may not find.
+            let fact = match (found, declared) {
+                (Some(f), Some(d)) if d.rank() == f.rank() && f.dims().is_none() => d,
+                (Some(f), _) => f,
+                (None, Some(d)) => d,
+                (None, None) => return Err(Error::invalid_model("an output has no element type")),
+            };
+            outputs.push(describe(id, fact));
+        }
+        info.nodes = graph.nodes.len();
+        info.constant_bytes = graph.values.iter().filter_map(|v| v.constant.as_ref()).map(|t| t.bytes().len()).sum();
+        Ok(Session {
+            graph,
+            inputs,
+            outputs,
+            info,
+            options,
+            pool,
+            packed: PackCache::default(),
+            plans: Vec::new(),
+            memory: Memory::default(),
+            running: None,
+        })
+    }
+
+    /// From the bytes of a file.
+    pub fn from_bytes(bytes: &[u8], options: Options) -> Result<Self> {
+        Session::new(Model::parse(bytes)?, options)
+    }
+
+    /// What a run wants.
+    pub fn inputs(&self) -> &[ValueInfo] {
+        &self.inputs
+    }
+
+    /// What a run gives.
+    pub fn outputs(&self) -> &[ValueInfo] {
+        &self.outputs
+    }
+
+    /// What the model is.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// How the session was made.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The graph as it runs.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Bytes that the intermediate values of the largest run so far took.
+    pub fn arena_bytes(&self) -> usize {
+        self.memory.arena_bytes()
+    }
+
+    /// The threads.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Checks the inputs and makes a run ready. A run that is under way is given up.
+    pub fn begin(&mut self, feeds: &[(&str, TensorView)]) -> Result<()> {
+        self.running = None;
+        self.check_names(feeds)?;
+        self.check_shapes(feeds)?;
+        let plan = match self.cached(feeds) {
+            Some(plan) => plan,
+            None => self.new_plan(feeds)?,
+        };
+        self.memory.fit(&plan)?;
+        for (i, info) in self.inputs.iter().enumerate() {
+            self.memory.set_input(&plan, i, feed(feeds, &info.name)?)?;
+        }
+        self.running = Some(Running { plan, next: 0 });
+        Ok(())
+    }
+
+    /// Runs steps until `pause` says so, asked before each step with the number of steps done and of all steps.
+    /// Returns whether the run is complete. After an error the run is over and the session can begin another.
+    pub fn advance(&mut self, pause: impl FnMut(usize, usize) -> bool) -> Result<bool> {
+        self.advance_timed(pause, None, &mut Vec::new())
+    }
+
+    /// The same, with one entry per step appended to `profile`; `clock` gives milliseconds.
+    pub fn advance_timed(
+        &mut self,
+        mut pause: impl FnMut(usize, usize) -> bool,
+        clock: Option<&dyn Fn() -> f64>,
+        profile: &mut Vec<Timing>,
+    ) -> Result<bool> {
+        let Some(running) = &mut self.running else {
+            return Err(Error::internal("no run was begun"));
+        };
+        let plan = running.plan.clone();
+        let memory = &mut self.memory;
+        let first = running.next;
+        let (next, result) = self.pool.run(self.options.isa, |cx| {
+            for (i, step) in plan.steps.iter().enumerate().skip(first) {
+                if pause(i, plan.steps.len()) {
+                    return (i, Ok(()));
+                }
+                let start = clock.map(|c| c());
+                if let Err(e) = memory.run_step(&plan, step, cx) {
+                    return (i, Err(e));
+                }
+                if cx.cancelled() {
+                    return (i, Err(Error::new(ErrorCode::Aborted, "the run was stopped")));
+                }
+                if let (Some(start), Some(clock)) = (start, clock) {
+                    profile.push(Timing {
+                        node: step.node.name.clone(),
+                        op: step.node.op.name().to_owned(),
+                        kernel: step.compute.as_ref().map_or_else(String::new, |c| c.kernel().to_owned()),
+                        ms: clock() - start,
+                        flops: step.compute.as_ref().map_or(0, |c| c.flops()),
+                    });
+                }
+            }
+            (plan.steps.len(), Ok(()))
+        });
+        if let Err(e) = result {
+            self.running = None;
+            return Err(e);
+        }
+        running.next = next;
+        Ok(next == plan.steps.len())
+    }
+
+    /// An output of the run that is complete.
+    pub fn output(&self, i: usize) -> Result<TensorView<'_>> {
+        let running = self.running.as_ref().ok_or_else(|| Error::internal("no run was begun"))?;
+        if running.next < running.plan.steps.len() {
+            return Err(Error::internal("the run is not complete"));
+        }
+        let value = running.plan.outputs.get(i);
+        let value = value.ok_or_else(|| Error::new(ErrorCode::UnknownInput, format!("the model has no output {i}")))?;
+        self.memory.view(&running.plan, *value)
+    }
+
+    /// A whole run; the outputs are in the order of [`outputs`](Self::outputs).
+    pub fn run(&mut self, feeds: &[(&str, TensorView)]) -> Result<Vec<Tensor>> {
+        self.begin(feeds)?;
+        self.advance(|_, _| false)?;
+        (0..self.outputs.len()).map(|i| self.output(i)?.to_tensor()).collect()
+    }
+
+    fn check_names(&self, feeds: &[(&str, TensorView)]) -> Result<()> {
+        let known = || self.inputs.iter().map(|i| i.name.as_str()).collect::<Vec<_>>().join("\", \"");
+        for (i, (name, _)) in feeds.iter().enumerate() {
+            if !self.inputs.iter().any(|info| info.name == *name) {
+                let message = format!("the model has no input \"{name}\"; its inputs are \"{}\"", known());
+                return Err(Error::new(ErrorCode::UnknownInput, message));
+            }
+            if feeds[..i].iter().any(|(other, _)| other == name) {
+                return Err(Error::invalid_input(format!("the input \"{name}\" is given twice")));
+            }
+        }
+        self.inputs.iter().try_for_each(|info| feed(feeds, &info.name).map(|_| ()))
+    }
+
+    fn check_shapes(&self, feeds: &[(&str, TensorView)]) -> Result<()> {
+        let mut symbols: smallvec::SmallVec<[(&Arc<str>, usize, &str); 8]> = smallvec::SmallVec::new();
+        for info in &self.inputs {
+            let view = feed(feeds, &info.name)?;
+            let name = &info.name;
+            if view.dtype != info.dtype {
+                let message = format!("the input \"{name}\" is {}; {} was wanted", view.dtype, info.dtype);
+                return Err(Error::dtype(message));
+            }
+            let Some(shape) = &info.shape else { continue };
+            let wanted = || shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", ");
+            let wrong = || {
+                let message = format!("the input \"{name}\" has shape {:?}; [{}] was wanted", view.dims, wanted());
+                Error::shape(message)
+            };
+            if view.rank() != shape.len() {
+                return Err(wrong());
+            }
+            for (&size, dim) in view.dims.iter().zip(shape) {
+                match dim {
+                    Dim::Known(n) if *n != size => return Err(wrong()),
+                    Dim::Symbol(s) => match symbols.iter().find(|(name, ..)| *name == s) {
+                        Some((_, other, first)) if *other != size => {
+                            return Err(Error::shape(format!(
+                                "\"{s}\" is {other} in the input \"{first}\" and {size} in \"{name}\"; both must be equal"
+                            )));
+                        }
+                        Some(_) => {}
+                        None => symbols.push((s, size, name)),
+                    },
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn cached(&mut self, feeds: &[(&str, TensorView)]) -> Option<Arc<Plan>> {
+        let fits = |c: &Cached| {
+            self.inputs.iter().zip(&c.shapes).all(|(info, dims)| {
+                feed(feeds, &info.name).is_ok_and(|view| view.dims == dims.as_slice())
+            }) && c.contents.iter().all(|(i, bytes)| {
+                feed(feeds, &self.inputs[*i].name).is_ok_and(|view| view.bytes() == bytes.as_slice())
+            })
+        };
+        let at = self.plans.iter().position(fits)?;
+        self.plans[at..].rotate_left(1);
+        self.plans.last().map(|c| c.plan.clone())
+    }
+
+    fn new_plan(&mut self, feeds: &[(&str, TensorView)]) -> Result<Arc<Plan>> {
+        let views = self.inputs.iter().map(|info| feed(feeds, &info.name)).collect::<Result<Vec<_>>>()?;
+        let mut facts: Vec<Fact> = views.iter().map(|v| Fact::new(v.dtype, v.dims)).collect();
+        let mut contents = Vec::new();
+        let (graph, packed) = (&self.graph, &self.packed);
+        let made = self.pool.run(self.options.isa, |cx| -> Result<Plan> {
+            loop {
+                let made = plan(graph, &facts, packed, cx)?;
+                let fresh: Vec<_> =
+                    made.shape_inputs.iter().copied().filter(|i| facts[*i].tensor().is_none()).collect();
+                if fresh.is_empty() {
+                    return Ok(made);
+                }
+                for i in fresh {
+                    facts[i].content = Content::Tensor(Arc::new(views[i].to_tensor()?));
+                    contents.push((i, views[i].bytes().to_vec()));
+                }
+            }
+        })?;
+        let made = Arc::new(made);
+        if self.plans.len() == KEPT_PLANS {
+            self.plans.remove(0);
+        }
+        let shapes = views.iter().map(|v| v.dims.to_vec()).collect();
+        self.plans.push(Cached { shapes, contents, plan: made.clone() });
+        Ok(made)
+    }
+}
+
+fn feed<'a, 'b>(feeds: &'b [(&str, TensorView<'a>)], name: &str) -> Result<&'b TensorView<'a>> {
+    feeds.iter().find(|(n, _)| *n == name).map(|(_, v)| v).ok_or_else(|| {
+        Error::new(ErrorCode::MissingInput, format!("the input \"{name}\" is missing"))
+    })
+}
+
+fn count_operators(graph: &crate::onnx::Graph) -> BTreeMap<String, usize> {
+    let mut counts = HashMap::new();
+    let mut graphs = vec![graph];
+    while let Some(g) = graphs.pop() {
+        for node in &g.nodes {
+            let name = if node.domain.is_empty() || node.domain == "ai.onnx" {
+                node.op_type.clone()
+            } else {
+                format!("{}.{}", node.domain, node.op_type)
+            };
+            *counts.entry(name).or_insert(0) += 1;
+            graphs.extend(node.attributes.iter().filter_map(|a| match &a.value {
+                crate::onnx::AttributeValue::Graph(g) => Some(&**g),
+                _ => None,
+            }));
+        }
+    }
+    counts.into_iter().collect()
+}
