@@ -212,7 +212,7 @@ pub enum TypeProto {
 /// One size of a shape: `TensorShapeProto.Dimension`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Dim {
-    /// A number; the reader refuses negative ones, except -1, which some exporters write for "unknown".
+    /// A number, not negative.
     Known(i64),
     /// A name; equal names stand for equal sizes.
     Param(String),
