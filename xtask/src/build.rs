@@ -1,0 +1,223 @@
+//! `cargo xtask build`: the WebAssembly variants, the npm package and the demo site.
+//!
+//! Per variant: wasm-pack compiles runtime-web and writes glue to `npm/build/<variant>/`, then wasm-opt
+//! writes `npm/dist/weblane_<variant>.wasm`. Each variant has its own cargo target directory, since the
+//! variants differ in RUSTFLAGS and would evict each other's standard library.
+
+use crate::context::{Context, hash_file, timed};
+use crate::toolchain::{self, Toolchain, WasmTools};
+use crate::{models, node, size};
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, ValueEnum};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+/// Bound of a shared memory, declared up front because the format wants one.
+const MAX_SHARED_MEMORY: u64 = 2 << 30;
+const WASM_OPT: &str = "xtask/node/node_modules/.bin/wasm-opt";
+
+/// The binaries that the package ships.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Variant {
+    #[value(name = "simd_st")]
+    SimdSt,
+    #[value(name = "simd_mt")]
+    SimdMt,
+    #[value(name = "relaxed_st")]
+    RelaxedSt,
+    #[value(name = "relaxed_mt")]
+    RelaxedMt,
+}
+
+impl Variant {
+    pub(crate) const ALL: [Self; 4] = [Self::SimdSt, Self::SimdMt, Self::RelaxedSt, Self::RelaxedMt];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::SimdSt => "simd_st",
+            Self::SimdMt => "simd_mt",
+            Self::RelaxedSt => "relaxed_st",
+            Self::RelaxedMt => "relaxed_mt",
+        }
+    }
+
+    fn threads(self) -> bool {
+        matches!(self, Self::SimdMt | Self::RelaxedMt)
+    }
+
+    fn relaxed(self) -> bool {
+        matches!(self, Self::RelaxedSt | Self::RelaxedMt)
+    }
+
+    fn rustflags(self) -> String {
+        let mut features = String::from("-Ctarget-feature=+simd128,+bulk-memory,+mutable-globals");
+        if self.relaxed() {
+            features += ",+relaxed-simd";
+        }
+        let mut flags = vec![features];
+        if self.threads() {
+            flags[0] += ",+atomics";
+            let exports = ["__wasm_init_tls", "__tls_size", "__tls_align", "__tls_base", "__heap_base"];
+            flags.extend(["--shared-memory", "--import-memory"].map(|arg| format!("-Clink-arg={arg}")));
+            flags.push(format!("-Clink-arg=--max-memory={MAX_SHARED_MEMORY}"));
+            flags.extend(exports.map(|name| format!("-Clink-arg=--export={name}")));
+        }
+        flags.join(" ")
+    }
+
+    fn wasm_opt_flags(self) -> Vec<&'static str> {
+        let mut flags = vec![
+            "-O3",
+            "--enable-simd",
+            "--enable-bulk-memory",
+            "--enable-bulk-memory-opt",
+            "--enable-mutable-globals",
+            "--enable-sign-ext",
+            "--enable-nontrapping-float-to-int",
+            "--enable-reference-types",
+            "--enable-multivalue",
+            "--strip-debug",
+            "--strip-producers",
+            "--strip-target-features",
+        ];
+        if self.relaxed() {
+            flags.push("--enable-relaxed-simd");
+        }
+        if self.threads() {
+            flags.push("--enable-threads");
+        }
+        flags
+    }
+
+    /// Where the finished module lies.
+    pub(crate) fn output(self, ctx: &Context) -> PathBuf {
+        ctx.path(format!("npm/dist/weblane_{}.wasm", self.name()))
+    }
+}
+
+#[derive(Args, Default)]
+pub(crate) struct BuildArgs {
+    /// Build only these variants; the package then says that the others are not in this build
+    #[arg(long = "variant", value_enum)]
+    variants: Vec<Variant>,
+    /// Only the WebAssembly, not the TypeScript
+    #[arg(long)]
+    wasm_only: bool,
+    /// Also build the demo site
+    #[arg(long)]
+    site: bool,
+}
+
+impl BuildArgs {
+    /// The package and the demo site.
+    pub(crate) fn with_site() -> Self {
+        Self { site: true, ..Self::default() }
+    }
+}
+
+/// Builds what the arguments ask for.
+pub(crate) fn run(ctx: &Context, args: &BuildArgs) -> Result<()> {
+    let variants = if args.variants.is_empty() { &Variant::ALL[..] } else { &args.variants };
+    timed("WebAssembly", || wasm(ctx, variants))?;
+    if args.wasm_only {
+        return Ok(());
+    }
+    timed("npm package", || npm(ctx, variants))?;
+    if args.site {
+        timed("demo site", || site(ctx))?;
+    }
+    Ok(())
+}
+
+fn wasm(ctx: &Context, variants: &[Variant]) -> Result<()> {
+    let toolchain = toolchain::ensure(ctx)?;
+    let tools = toolchain::ensure_wasm_tools(ctx)?;
+    node::ensure(ctx)?;
+    node::install(ctx, "xtask/node")?;
+    fs::create_dir_all(ctx.path("npm/dist"))?;
+    fs::create_dir_all(ctx.path("target/wasm"))?;
+    // The crates are downloaded before two builds want the same registry lock.
+    ctx.run(ctx.cmd("cargo").args(["fetch", "--quiet"]))?;
+
+    // Link-time optimisation leaves one core busy at the end of each build, so two run side by side.
+    let next = AtomicUsize::new(0);
+    let work = |ctx: &Context| -> Result<()> {
+        while let Some(variant) = variants.get(next.fetch_add(1, Ordering::Relaxed)) {
+            one_variant(ctx, *variant, &toolchain, &tools)
+                .with_context(|| format!("variant {} (log: target/wasm/{}.log)", variant.name(), variant.name()))?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        // Each thread has its own shell: a shell's working directory is not shared.
+        let second = (variants.len() > 1).then(|| scope.spawn(|| work(&Context::new()?)));
+        let first = work(ctx);
+        let second = second.map_or(Ok(()), |thread| thread.join().expect("a build thread panicked"));
+        first.and(second)
+    })?;
+    size::report(ctx, variants)
+}
+
+fn one_variant(ctx: &Context, variant: Variant, toolchain: &Toolchain, tools: &WasmTools) -> Result<()> {
+    let start = Instant::now();
+    let name = variant.name();
+    let compiled = ctx.path(format!("npm/build/{name}/weblane_web_bg.wasm"));
+    let mut command = toolchain
+        .apply(ctx.cmd(&tools.pack))
+        .env("PATH", tools.search_path()?)
+        .env("RUSTFLAGS", variant.rustflags())
+        .env("CARGO_TARGET_DIR", ctx.path("target/wasm").join(name))
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .args(["--log-level", "warn", "build", "--target", "web", "--no-opt", "--mode", "force", "--no-pack"])
+        .args(["--profile", "wasm", "--out-name", "weblane_web", "--out-dir"])
+        .arg(ctx.path("npm/build").join(name))
+        .arg(ctx.path("runtime-web"))
+        .args(["--", "--quiet", "-Zbuild-std=std,panic_abort"]);
+    if variant.threads() {
+        command = command.args(["--features", "threads"]);
+    }
+    logged(command, &ctx.path(format!("target/wasm/{name}.log")))?;
+
+    let flags = variant.wasm_opt_flags();
+    let stamp = format!("{} {}", hash_file(&compiled)?, flags.join(" "));
+    let output = variant.output(ctx);
+    let fresh = output.exists() && ctx.is_stamped(&format!("wasm-opt-{name}"), &stamp);
+    if !fresh {
+        let optimise = ctx.cmd(ctx.path(WASM_OPT)).args(&flags).arg(&compiled).arg("-o").arg(&output);
+        logged(optimise, &ctx.path(format!("target/wasm/{name}.opt.log")))?;
+        ctx.write_stamp(&format!("wasm-opt-{name}"), &stamp)?;
+    }
+    let note = if fresh { "unchanged" } else { "built" };
+    println!("   {name}: {note}, {:.1} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Runs a command with its output in a file, and shows the end of it when it fails.
+fn logged(command: xshell::Cmd<'_>, log: &std::path::Path) -> Result<()> {
+    let output = command.quiet().ignore_status().output()?;
+    let text = [output.stdout, output.stderr].concat();
+    fs::write(log, &text)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = lines[lines.len().saturating_sub(60)..].join("\n");
+    bail!("{}\n{tail}", output.status)
+}
+
+/// Type declarations, the bundled worker and the entries.
+fn npm(ctx: &Context, variants: &[Variant]) -> Result<()> {
+    node::install(ctx, "npm")?;
+    let names: Vec<&str> = variants.iter().map(|variant| variant.name()).collect();
+    ctx.run_in("npm", |ctx| ctx.cmd("npm").args(["run", "--silent", "build"]).env("WEBLANE_VARIANTS", names.join(",")))
+}
+
+/// The demo site with the models that its pages load.
+fn site(ctx: &Context) -> Result<()> {
+    models::ensure_for_demo(ctx)?;
+    node::install(ctx, "demo-site")?;
+    node::script(ctx, "demo-site", "build")
+}
