@@ -1,0 +1,164 @@
+/**
+ * Calls methods of the worker: ids, pending calls, progress, cancelling, and what happens when the worker dies.
+ */
+import type { Port, PortEvents, Spawn } from "./environment.js";
+import { abortError, fromShape, toWeblaneError, WeblaneError } from "./errors.js";
+import type { FromWorker, In, Method, Out, PoolSeat, Progress, Request } from "./protocol.js";
+
+/** How a call is made. */
+export interface CallOptions<M extends Method> {
+  /** Buffers that move instead of being copied. */
+  readonly transfer?: readonly Transferable[];
+  /** Hears of progress until the call ends. */
+  readonly onProgress?: ((progress: Progress<M>) => void) | undefined;
+  /** Rejects the call with `aborted` and tells the worker to stop. */
+  readonly signal?: AbortSignal | undefined;
+  /** Milliseconds after which the call is rejected with `timeout` and the worker told to stop. */
+  readonly timeout?: number | undefined;
+}
+
+interface Pending {
+  readonly resolve: (result: never) => void;
+  readonly reject: (error: WeblaneError) => void;
+  readonly progress: ((progress: never) => void) | undefined;
+}
+
+/** The longest delay that timers take. */
+const MAX_DELAY = 2 ** 31 - 1;
+
+/** The page's end of one worker (and of its pool). */
+export class Client {
+  readonly #spawn: Spawn;
+  readonly #worker: Port;
+  readonly #pool: Port[] = [];
+  readonly #pending = new Map<number, Pending>();
+  #nextId = 1;
+  #closed: WeblaneError | undefined;
+
+  constructor(spawn: Spawn) {
+    this.#spawn = spawn;
+    this.#worker = this.#start({
+      onMessage: (message) => this.#receive(message),
+      onFailure: (text) => this.close(new WeblaneError("internal", `the worker failed: ${text}`)),
+    });
+    this.#worker.keepAlive(false);
+  }
+
+  /** Why no calls can be made any more, once that is so. */
+  get closed(): WeblaneError | undefined {
+    return this.#closed;
+  }
+
+  /** Calls a method. Never throws; every failure, of posting too, is a rejection with a WeblaneError. */
+  call<M extends Method>(method: M, params: In<M>, options: CallOptions<M> = {}): Promise<Out<M>> {
+    const { transfer, onProgress, signal, timeout } = options;
+    return new Promise<Out<M>>((resolve, reject) => {
+      if (this.#closed) return reject(again(this.#closed));
+      if (signal?.aborted) return reject(abortError(signal, method));
+      const id = this.#nextId++;
+      const stop = (error: WeblaneError) => {
+        if (!this.#pending.has(id)) return;
+        settle();
+        this.#worker.post({ cancel: id });
+        reject(error);
+      };
+      const onAbort = () => stop(abortError(signal as AbortSignal, method));
+      let timer: ReturnType<typeof setTimeout> | undefined;
+      const settle = () => {
+        this.#pending.delete(id);
+        signal?.removeEventListener("abort", onAbort);
+        clearTimeout(timer);
+        if (this.#pending.size === 0) this.#worker.keepAlive(false);
+      };
+      this.#pending.set(id, {
+        resolve: (result) => {
+          settle();
+          resolve(result);
+        },
+        reject: (error) => {
+          settle();
+          reject(error);
+        },
+        progress: onProgress,
+      });
+      this.#worker.keepAlive(true);
+      try {
+        this.#worker.post({ id, method, params } as Request, transfer);
+      } catch (error) {
+        settle();
+        return reject(toWeblaneError(error, "invalid_input", "the data cannot be sent to the worker: "));
+      }
+      signal?.addEventListener("abort", onAbort, { once: true });
+      if (timeout !== undefined && timeout <= MAX_DELAY) {
+        timer = setTimeout(
+          () => stop(new WeblaneError("timeout", `${method} took longer than ${timeout} ms`)),
+          Math.max(0, timeout),
+        );
+      }
+    });
+  }
+
+  /** Ends the worker and its pool; their memory returns. Pending and later calls are rejected with `reason`. */
+  close(reason: WeblaneError): void {
+    if (this.#closed) return;
+    this.#closed = reason;
+    for (const port of [this.#worker, ...this.#pool]) port?.terminate();
+    for (const call of [...this.#pending.values()]) call.reject(reason);
+  }
+
+  #start(events: PortEvents): Port {
+    try {
+      return this.#spawn(events);
+    } catch (error) {
+      throw toWeblaneError(error, "unsupported_platform", "a worker cannot be started: ");
+    }
+  }
+
+  #receive(message: FromWorker): void {
+    if ("spawn" in message) {
+      void this.#seatPool(message.spawn.seat, message.spawn.count);
+      return;
+    }
+    if (!("id" in message)) return;
+    const call = this.#pending.get(message.id);
+    // A cancelled call is not pending any more, but the worker may have answered it already.
+    if (call === undefined) return;
+    if ("error" in message) call.reject(fromShape(message.error));
+    else if ("result" in message) call.resolve(message.result as never);
+    else call.progress?.(message.progress as never);
+  }
+
+  /** Starts the pool workers and tells the worker when all of them are there. */
+  async #seatPool(seat: PoolSeat, count: number): Promise<void> {
+    const seats = Array.from({ length: count }, () => this.#seatOne(seat));
+    const outcome = await Promise.all(seats).then(
+      () => true as const,
+      (error: unknown) => toWeblaneError(error).message,
+    );
+    if (!this.#closed) this.#worker.post({ spawned: outcome });
+  }
+
+  #seatOne(seat: PoolSeat): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const fail = (error: WeblaneError) => {
+        reject(error);
+        this.close(error);
+      };
+      const port = this.#start({
+        onMessage: (message) => {
+          if ("seated" in message) resolve();
+          else if ("crash" in message) fail(fromShape(message.crash));
+        },
+        onFailure: (text) => fail(new WeblaneError("internal", `a pool worker failed: ${text}`)),
+      });
+      this.#pool.push(port);
+      port.keepAlive(false);
+      port.post({ seat });
+    });
+  }
+}
+
+/** The same failure with a trace of the call that met it. */
+function again(error: WeblaneError): WeblaneError {
+  return new WeblaneError(error.code, error.message, { ...error.toJSON(), cause: error });
+}

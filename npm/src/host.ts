@@ -1,0 +1,290 @@
+/**
+ * The worker's side of the protocol: sessions, their queues, and runs in steps.
+ */
+import { abortError, type ErrorShape, isErrorCode, toWeblaneError, WeblaneError } from "./errors.js";
+import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
+import { chooseVariant, type Platform, type Variant } from "./variant.js";
+import type { Wasm, WasmOutput, WasmSession } from "./wasm.js";
+
+/** How long a run keeps the worker before it looks for messages, in milliseconds. */
+export const STEP_BUDGET_MS = 8;
+
+/** What the host needs from its surroundings; tests give fakes. */
+export interface HostEnvironment {
+  readonly platform: Platform;
+  /** Compiles and starts a build. */
+  instantiate(variant: Variant, url: string | undefined, threads: number): Promise<Wasm>;
+  /** Opens a file for reading; `total` is 0 when its size is not known. */
+  open(
+    url: string,
+    signal: AbortSignal,
+  ): Promise<{ total: number; isHtml: boolean; chunks: AsyncIterable<Uint8Array> }>;
+  /** Lets the worker's event loop take messages. */
+  breathe(): Promise<void>;
+  post(message: FromWorker, transfer?: readonly Transferable[]): void;
+}
+
+interface Context<M extends Method> {
+  readonly signal: AbortSignal;
+  progress(progress: Progress<M>): void;
+}
+
+type Handlers = { [M in Method]: (params: In<M>, context: Context<M>) => Promise<Out<M>> };
+
+interface SessionSlot {
+  readonly wasm: WasmSession;
+  /** The last piece of work of this session; the next one waits for it. */
+  tail: Promise<unknown>;
+  closed: boolean;
+}
+
+/** Answers the calls that arrive at one worker. */
+export class Host {
+  readonly #env: HostEnvironment;
+  readonly #sessions = new Map<number, SessionSlot>();
+  readonly #running = new Map<number, AbortController>();
+  readonly #started: Promise<Wasm>;
+  #onStarted!: (wasm: Wasm | PromiseLike<Wasm>) => void;
+  #wasm: Wasm | undefined;
+  #broken: WeblaneError | undefined;
+
+  constructor(env: HostEnvironment) {
+    this.#env = env;
+    this.#started = new Promise((resolve) => {
+      this.#onStarted = resolve;
+    });
+    // A failed start is reported to whoever waits for it; nobody may be waiting yet.
+    this.#started.catch(() => {});
+  }
+
+  /** Takes a call and posts its result or its error. */
+  async handle(request: Request): Promise<void> {
+    const { id, method } = request;
+    const abort = new AbortController();
+    this.#running.set(id, abort);
+    try {
+      const handler = this.#handlers[method] as (
+        params: unknown,
+        context: Context<Method>,
+      ) => Promise<Out<Method>>;
+      const result = await handler(request.params, {
+        signal: abort.signal,
+        progress: (progress) => {
+          if (!abort.signal.aborted) this.#env.post({ id, progress });
+        },
+      });
+      this.#env.post({ id, result }, transferables(result));
+    } catch (error) {
+      this.#env.post({ id, error: toWeblaneError(error).toJSON() });
+    } finally {
+      this.#running.delete(id);
+    }
+  }
+
+  /** The caller of `id` has lost interest. */
+  cancel(id: number): void {
+    this.#running.get(id)?.abort();
+  }
+
+  readonly #handlers: Handlers = {
+    start: async ({ threads, variant, wasmUrls }, { progress }) => {
+      const starting = this.#start(threads, variant, wasmUrls, progress);
+      this.#onStarted(starting.then(([wasm]) => wasm));
+      const [, info] = await starting;
+      return info;
+    },
+
+    open: async ({ session, options }) => {
+      // The slot must exist before the session's next message; its module may still be compiling.
+      const wasm = await this.#started;
+      if (this.#sessions.has(session))
+        throw new WeblaneError("internal", `session ${session} exists already`);
+      this.#sessions.set(session, {
+        wasm: this.#guard(() => new wasm.WasmSession(options)),
+        tail: Promise.resolve(),
+        closed: false,
+      });
+      return undefined;
+    },
+
+    fetch: async ({ session, file, url }, { signal, progress }) => {
+      const opening = this.#env.open(url, signal);
+      // The module may fail to start while the download begins; the failed start is what gets reported then.
+      opening.catch(() => {});
+      await this.#started;
+      const { total, isHtml, chunks } = await opening;
+      let loaded = 0;
+      const report = () => progress({ phase: "download", loaded, total: loaded > total ? 0 : total });
+      report();
+      try {
+        for await (const bytes of chunks) {
+          if (signal.aborted) throw abortError(signal, "load");
+          this.#push(session, file, bytes);
+          loaded += bytes.byteLength;
+          report();
+        }
+      } catch (error) {
+        if (error instanceof WeblaneError && error.code === "not_onnx" && isHtml) {
+          throw new WeblaneError("not_onnx", `${url} is an HTML page, not a model`, { cause: error });
+        }
+        throw toWeblaneError(error, "network", `${url} could not be read to its end: `);
+      }
+      return undefined;
+    },
+
+    push: async ({ session, file, bytes }) => {
+      await this.#started;
+      this.#push(session, file, bytes);
+      return undefined;
+    },
+
+    externals: async ({ session }) => {
+      const slot = this.#slot(session);
+      return this.#guard(() => [...slot.wasm.externals()]);
+    },
+
+    finish: async ({ session }) => {
+      const slot = this.#slot(session);
+      return this.#guard(() => slot.wasm.finish());
+    },
+
+    run: ({ session, inputs, outputs, profile, progress: wantsProgress }, { signal, progress }) => {
+      const slot = this.#slot(session);
+      return this.#inTurn(slot, async () => {
+        const wasm = await this.#started;
+        const run = slot.wasm;
+        if (signal.aborted) throw abortError(signal, "run");
+        try {
+          const start = performance.now();
+          this.#guard(() => {
+            for (const input of inputs) giveInput(wasm.memory, run, input);
+            run.begin(outputs, profile);
+          });
+          for (;;) {
+            if (signal.aborted) throw abortError(signal, "run");
+            if (this.#guard(() => run.advance(STEP_BUDGET_MS))) break;
+            if (wantsProgress) progress({ done: run.done(), total: run.total() });
+            await this.#env.breathe();
+            if (slot.closed) throw disposed();
+          }
+          const totalMs = performance.now() - start;
+          return this.#guard(() => ({
+            outputs: run.outputs().map((output) => takeOutput(wasm.memory, output)),
+            nodes: profile ? [...run.timings()] : [],
+            totalMs,
+          }));
+        } finally {
+          if (!this.#broken && !slot.closed) this.#guard(() => run.end());
+        }
+      });
+    },
+
+    memory: async () => (await this.#started).memory.buffer.byteLength,
+
+    close: async ({ session }) => {
+      const slot = this.#sessions.get(session);
+      if (slot === undefined) return undefined;
+      this.#sessions.delete(session);
+      slot.closed = true;
+      if (!this.#broken) this.#guard(() => slot.wasm.free());
+      return undefined;
+    },
+  };
+
+  async #start(
+    threads: number,
+    variant: Variant | "auto",
+    wasmUrls: Readonly<Partial<Record<Variant, string>>>,
+    progress: Context<"start">["progress"],
+  ): Promise<[Wasm, RuntimeInfo]> {
+    const choice = chooseVariant(this.#env.platform, { threads, variant });
+    progress({ phase: "compile", loaded: 0, total: 1 });
+    const wasm = await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads);
+    progress({ phase: "compile", loaded: 1, total: 1 });
+    this.#wasm = wasm;
+    return [wasm, { ...choice, version: wasm.version() }];
+  }
+
+  #slot(session: number): SessionSlot {
+    const slot = this.#sessions.get(session);
+    if (this.#broken) throw this.#broken;
+    if (slot === undefined) throw disposed();
+    return slot;
+  }
+
+  #push(session: number, file: string, bytes: Uint8Array): void {
+    const { wasm } = this.#slot(session);
+    this.#guard(() => (file === "" ? wasm.push(bytes) : wasm.pushExternal(file, bytes)));
+  }
+
+  /** Runs `work` when everything that came before it for this session has ended, well or badly. */
+  #inTurn<T>(slot: SessionSlot, work: () => Promise<T>): Promise<T> {
+    const turn = slot.tail.then(() => {
+      if (slot.closed) throw disposed();
+      return work();
+    });
+    slot.tail = turn.catch(() => {});
+    return turn;
+  }
+
+  /** Calls into WebAssembly. A trap breaks this worker for good: its memory may be in any state. */
+  #guard<T>(call: () => T): T {
+    if (this.#broken) throw this.#broken;
+    try {
+      return call();
+    } catch (error) {
+      if (!isTrap(error)) throw toWeblaneError(error);
+      this.#broken = describeTrap(error, this.#wasm?.lastFailure());
+      throw this.#broken;
+    }
+  }
+}
+
+function disposed(): WeblaneError {
+  return new WeblaneError("disposed", "the session was disposed of");
+}
+
+function isTrap(error: unknown): error is Error {
+  // RangeError and InternalError are how engines report that the stack is used up.
+  return (
+    error instanceof WebAssembly.RuntimeError ||
+    error instanceof RangeError ||
+    (error instanceof Error && error.name === "InternalError")
+  );
+}
+
+/** The error of a trap; `said` is what the panic or the refused allocation left behind. */
+export function describeTrap(error: unknown, said: ErrorShape | undefined): WeblaneError {
+  const text = said?.message ?? toWeblaneError(error).message;
+  const code = isErrorCode(said?.code) ? said.code : "internal";
+  return new WeblaneError(
+    code,
+    `the engine stopped: ${text}; dispose of the session and load the model again`,
+    {
+      cause: error,
+    },
+  );
+}
+
+function giveInput(memory: WebAssembly.Memory, run: WasmSession, input: WireTensor): void {
+  const dims = Uint32Array.from(input.dims);
+  if (!(input.data instanceof Uint8Array)) {
+    run.inputStrings(input.name, dims, input.data);
+    return;
+  }
+  const ptr = run.input(input.name, input.type, dims, input.data.byteLength);
+  // A fresh view: the call may have grown the memory, and that detaches older ones.
+  new Uint8Array(memory.buffer, ptr, input.data.byteLength).set(input.data);
+}
+
+function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor {
+  const { name, type, dims, ptr, len, strings } = output;
+  return { name, type, dims, data: strings ?? new Uint8Array(memory.buffer, ptr, len).slice() };
+}
+
+function transferables(result: Out<Method>): Transferable[] {
+  if (typeof result !== "object" || !("nodes" in result)) return [];
+  return result.outputs.flatMap(({ data }) =>
+    data instanceof Uint8Array ? [data.buffer as ArrayBuffer] : [],
+  );
+}

@@ -1,0 +1,181 @@
+/**
+ * What the page and its worker say to each other: one typed map from method to parameters, result and progress.
+ * This module is types only.
+ */
+import type { ErrorShape } from "./errors.js";
+import type { TensorType } from "./tensor.js";
+import type { Variant } from "./variant.js";
+
+/** A model input or output. */
+export interface ValueInfo {
+  /** Name in the model. */
+  readonly name: string;
+  /** Element type. */
+  readonly type: TensorType;
+  /** Sizes; a string is a symbolic dimension that a run may choose, `"?"` one without a name. */
+  readonly dims: readonly (number | string)[];
+}
+
+/** How far a load has come. */
+export interface LoadProgress {
+  /**
+   * `download`: bytes of the model; `compile` (the WebAssembly build), `parse` and `optimize`: 0 of 1, then 1 of 1.
+   * Download and compile run at the same time. Bytes of external data are downloads too, each file from 0 on.
+   */
+  readonly phase: "download" | "compile" | "parse" | "optimize";
+  readonly loaded: number;
+  /** 0 when it is not known. */
+  readonly total: number;
+}
+
+/** How far a run has come, in nodes of the optimised graph. */
+export interface RunProgress {
+  readonly done: number;
+  readonly total: number;
+}
+
+/** What the engine knows about a loaded model. */
+export interface ModelInfo {
+  readonly inputs: readonly ValueInfo[];
+  readonly outputs: readonly ValueInfo[];
+  /** Version of the default operator set. */
+  readonly opset: number;
+  /** Operators of the model as written and how often each occurs; those of other domains as `domain.Name`. */
+  readonly operators: Readonly<Record<string, number>>;
+}
+
+/** What the worker runs. */
+export interface RuntimeInfo {
+  readonly variant: Variant;
+  readonly variantReason: string;
+  readonly threads: number;
+  readonly threadsReason: string;
+  /** Version of the WebAssembly build. */
+  readonly version: string;
+}
+
+/** Time spent in one node of the optimised graph. */
+export interface NodeTiming {
+  /** Name of the node. */
+  readonly node: string;
+  /** Operator, including what was fused into it. */
+  readonly op: string;
+  /** Milliseconds. */
+  readonly ms: number;
+}
+
+/** A tensor on its way: raw little-endian bytes, or strings. */
+export interface WireTensor {
+  readonly name: string;
+  readonly type: TensorType;
+  readonly dims: readonly number[];
+  readonly data: Uint8Array | readonly string[];
+}
+
+/** Options that reach the engine. */
+export interface EngineOptions {
+  readonly optimize: "all" | "none";
+}
+
+/** Names a session of the worker. */
+interface OfSession {
+  readonly session: number;
+}
+
+/** Names a file of a model: the model itself (`""`) or a location of external data. */
+interface OfFile extends OfSession {
+  readonly file: string;
+}
+
+/** Method -> parameters (`in`), result (`out`) and what it reports on the way (`progress`). */
+export interface Protocol {
+  /** Chooses and starts a WebAssembly build. Comes once; other methods may be sent before it ends and wait. */
+  start: {
+    in: {
+      readonly threads: number;
+      readonly variant: Variant | "auto";
+      /** Addresses that replace the ones next to the worker. */
+      readonly wasmUrls: Readonly<Partial<Record<Variant, string>>>;
+    };
+    out: RuntimeInfo;
+    progress: LoadProgress;
+  };
+  /** Makes room for a session that its files then flow into. */
+  open: { in: OfSession & { readonly options: EngineOptions }; out: undefined; progress: never };
+  /** The worker fetches a file. */
+  fetch: { in: OfFile & { readonly url: string }; out: undefined; progress: LoadProgress };
+  /** The page hands over a file piece by piece. */
+  push: { in: OfFile & { readonly bytes: Uint8Array }; out: undefined; progress: never };
+  /** The model file is complete: which locations of external data does it name? */
+  externals: { in: OfSession; out: readonly string[]; progress: never };
+  /** All files are complete: optimises and plans. */
+  finish: { in: OfSession; out: ModelInfo; progress: LoadProgress };
+  /** Runs the model. Runs of one session follow one another in the order in which they came. */
+  run: {
+    in: OfSession & {
+      readonly inputs: readonly WireTensor[];
+      /** Names of the wanted outputs; all when absent. */
+      readonly outputs?: readonly string[] | undefined;
+      readonly profile: boolean;
+      readonly progress: boolean;
+    };
+    out: {
+      readonly outputs: readonly WireTensor[];
+      readonly nodes: readonly NodeTiming[];
+      readonly totalMs: number;
+    };
+    progress: RunProgress;
+  };
+  /** Bytes of WebAssembly memory. */
+  memory: { in: undefined; out: number; progress: never };
+  /** Frees a session. */
+  close: { in: OfSession; out: undefined; progress: never };
+}
+
+/** Name of a method. */
+export type Method = keyof Protocol;
+/** Parameters of a method. */
+export type In<M extends Method> = Protocol[M]["in"];
+/** Result of a method. */
+export type Out<M extends Method> = Protocol[M]["out"];
+/** Progress of a method. */
+export type Progress<M extends Method> = Protocol[M]["progress"];
+
+/** Page to worker: a call. Replies carry the same id. */
+export type Request = {
+  [M in Method]: { readonly id: number; readonly method: M; readonly params: In<M> };
+}[Method];
+
+/** What a pool worker needs to join the shared memory. */
+export interface PoolSeat {
+  readonly variant: Variant;
+  readonly module: WebAssembly.Module;
+  readonly memory: WebAssembly.Memory;
+  /** Address of the channel on which the worker receives its part of the pool. */
+  readonly receiver: number;
+}
+
+/** Everything that a page sends to a worker. */
+export type ToWorker =
+  | Request
+  /** The caller does not want this call's result any more. */
+  | { readonly cancel: number }
+  /** The pool workers that the worker asked for are ready, or could not be had. */
+  | { readonly spawned: true | string }
+  /** First and only message to a pool worker. */
+  | { readonly seat: PoolSeat };
+
+/** Everything that a worker sends to its page. */
+export type FromWorker =
+  | { readonly id: number; readonly result: Out<Method> }
+  | { readonly id: number; readonly error: ErrorShape }
+  | { readonly id: number; readonly progress: Progress<Method> }
+  /**
+   * Pool workers are wanted. The page starts them, since it is the one who hears of a crash: the worker itself may be
+   * waiting for the crashed one.
+   */
+  | { readonly spawn: { readonly seat: PoolSeat; readonly count: number } }
+  /** From a pool worker: ready to work. */
+  | { readonly seated: true }
+  /** From a pool worker: it has crashed. */
+  | { readonly crash: ErrorShape };

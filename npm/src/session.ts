@@ -1,0 +1,305 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+/**
+ * A loaded model.
+ */
+import type { CallOptions } from "./client.js";
+import type { Spawn } from "./environment.js";
+import { abortError, toWeblaneError, WeblaneError } from "./errors.js";
+import { decodeTensor, encodeFeeds, type Feeds, show } from "./feeds.js";
+import type {
+  LoadProgress,
+  ModelInfo,
+  NodeTiming,
+  Out,
+  RunProgress,
+  RuntimeInfo,
+  ValueInfo,
+} from "./protocol.js";
+import { type Engine, type Runtime, type RuntimeOptions, startEngine, unlessAborted } from "./runtime.js";
+import { type ModelSource, openSource } from "./source.js";
+import type { Tensor } from "./tensor.js";
+
+/** Files of external data: by location, or a function from location to source. */
+export type ExternalData =
+  | Readonly<Record<string, ModelSource>>
+  | ((location: string) => ModelSource | Promise<ModelSource>);
+
+/** How {@link Session.load} loads. */
+export interface LoadOptions extends RuntimeOptions {
+  /** Stops the load. */
+  readonly signal?: AbortSignal | undefined;
+  /** Hears how far the load has come. */
+  readonly onProgress?: ((progress: LoadProgress) => void) | undefined;
+  /** `"none"` runs the graph as it was written, for experiments and for narrowing down a problem. */
+  readonly optimize?: "all" | "none" | undefined;
+  /**
+   * The files that hold a model's weights when the model file does not. Without this they are fetched from beside the
+   * model's address.
+   */
+  readonly externalData?: ExternalData | undefined;
+  /** A worker to share with other sessions. It decides threads, variant and wasmPaths. */
+  readonly runtime?: Runtime | undefined;
+}
+
+/** How {@link Session.run} runs. */
+export interface RunOptions {
+  /** Stops the run; the session can be used afterwards. */
+  readonly signal?: AbortSignal | undefined;
+  /** Milliseconds after which the run is stopped; the session can be used afterwards. */
+  readonly timeout?: number | undefined;
+  /** Names of the wanted outputs; all by default. */
+  readonly outputs?: readonly string[] | undefined;
+  /** Gives the inputs' buffers to the worker instead of copying them; the caller's arrays are empty afterwards. */
+  readonly transfer?: boolean | undefined;
+  /** Hears how far a long run has come. */
+  readonly onProgress?: ((progress: RunProgress) => void) | undefined;
+}
+
+/** What a session knows about itself. */
+export interface SessionInfo extends ModelInfo, RuntimeInfo {
+  /** Bytes of WebAssembly memory, of all sessions that share the runtime. */
+  readonly memory: number;
+}
+
+/** Outputs of a run with the time of every node. */
+export interface Profile {
+  /** Output name -> tensor. */
+  readonly outputs: Record<string, Tensor>;
+  /** Milliseconds in the engine. */
+  readonly totalMs: number;
+  /** Times of the nodes of the optimised graph, in the order of execution. */
+  readonly nodes: readonly NodeTiming[];
+}
+
+/**
+ * A model, ready to run.
+ *
+ * ```ts
+ * const session = await Session.load("/models/mobilenet_v2.onnx", { signal, onProgress });
+ * const { logits } = await session.run({ input }, { signal, timeout: 2000 });
+ * await session.dispose();
+ * ```
+ */
+export class Session {
+  readonly #engine: Engine;
+  readonly #owned: boolean;
+  readonly #id: number;
+  readonly #model: ModelInfo;
+  readonly #runtime: RuntimeInfo;
+  #disposed = false;
+
+  private constructor(engine: Engine, owned: boolean, id: number, model: ModelInfo, runtime: RuntimeInfo) {
+    this.#engine = engine;
+    this.#owned = owned;
+    this.#id = id;
+    this.#model = model;
+    this.#runtime = runtime;
+  }
+
+  /**
+   * Loads a model. The bytes flow into the engine as they arrive.
+   *
+   * @throws WeblaneError; {@link ERROR_CODES} says which codes there are
+   */
+  static load(source: ModelSource, options: LoadOptions = {}): Promise<Session> {
+    return Session.loadWith(source, options);
+  }
+
+  /** @internal Lets tests put a fake in the place of the worker. */
+  static async loadWith(source: ModelSource, options: LoadOptions, spawn?: Spawn): Promise<Session> {
+    const { signal, onProgress, runtime } = options;
+    checkLoadOptions(options);
+    if (signal?.aborted) throw abortError(signal, "the load");
+    const engine = runtime?.engine ?? startEngine(options, onProgress, spawn);
+    const id = engine.nextSession();
+    try {
+      const work = transfer(engine, id, source, options);
+      const [model, info] = await unlessAborted(work, signal, "the load");
+      return new Session(engine, runtime === undefined, id, model, info);
+    } catch (error) {
+      const reason = toWeblaneError(error);
+      if (runtime === undefined) engine.client.close(reason);
+      else engine.client.call("close", { session: id }).catch(() => {});
+      throw reason;
+    }
+  }
+
+  /** Inputs of the model. */
+  get inputs(): readonly ValueInfo[] {
+    return this.#model.inputs;
+  }
+
+  /** Outputs of the model. */
+  get outputs(): readonly ValueInfo[] {
+    return this.#model.outputs;
+  }
+
+  /**
+   * Runs the model. Runs of one session follow one another in the order of the calls.
+   *
+   * @param feeds - input name to value; copied unless `transfer` is set
+   * @returns output name to tensor
+   * @throws WeblaneError, also for wrong inputs; the session can be used afterwards
+   */
+  async run(feeds: Feeds, options: RunOptions = {}): Promise<Record<string, Tensor>> {
+    return tensors(await this.#run(feeds, options, false));
+  }
+
+  /** Runs the model and measures every node, which takes a little longer than {@link Session.run}. */
+  async profile(feeds: Feeds, options: RunOptions = {}): Promise<Profile> {
+    const reply = await this.#run(feeds, options, true);
+    return { outputs: tensors(reply), totalMs: reply.totalMs, nodes: reply.nodes };
+  }
+
+  /** Facts about the model, the WebAssembly build and the memory. */
+  async info(): Promise<SessionInfo> {
+    if (this.#disposed) throw disposed();
+    const memory = await this.#engine.client.call("memory", undefined);
+    return { ...this.#model, ...this.#runtime, memory };
+  }
+
+  /** Ends the session; its memory returns. Runs that have not ended are rejected with `disposed`. Twice is fine. */
+  async dispose(): Promise<void> {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    if (this.#owned) this.#engine.client.close(disposed());
+    else if (!this.#engine.client.closed) await this.#engine.client.call("close", { session: this.#id });
+  }
+
+  /** The same as {@link Session.dispose}, for `await using`. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.dispose();
+  }
+
+  async #run(feeds: Feeds, options: RunOptions, profile: boolean): Promise<Out<"run">> {
+    if (this.#disposed) throw disposed();
+    const { signal, timeout, outputs, transfer = false, onProgress } = options;
+    if (timeout !== undefined && !(typeof timeout === "number" && timeout >= 0)) {
+      throw new WeblaneError("invalid_option", `timeout must be a number of milliseconds, not ${timeout}`);
+    }
+    for (const name of outputs ?? []) {
+      if (!this.outputs.some((output) => output.name === name)) {
+        throw new WeblaneError(
+          "unknown_input",
+          `the model has no output "${name}"; it gives ${this.outputs.map(show).join(", ")}`,
+        );
+      }
+    }
+    // An aborted run must not take the caller's buffers.
+    if (signal?.aborted) throw abortError(signal, "the run");
+    const wire = encodeFeeds(this.inputs, feeds, transfer);
+    const call: CallOptions<"run"> = { transfer: wire.transfer, signal, timeout, onProgress };
+    return this.#engine.client.call(
+      "run",
+      { session: this.#id, inputs: wire.inputs, outputs, profile, progress: onProgress !== undefined },
+      call,
+    );
+  }
+}
+
+function disposed(): WeblaneError {
+  return new WeblaneError("disposed", "the session was disposed of");
+}
+
+function tensors(reply: Out<"run">): Record<string, Tensor> {
+  // No prototype: a model may call an output "constructor".
+  const named: Record<string, Tensor> = Object.create(null);
+  for (const output of reply.outputs) named[output.name] = decodeTensor(output);
+  return named;
+}
+
+function checkLoadOptions({ optimize, runtime, threads, variant, wasmPaths }: LoadOptions): void {
+  if (optimize !== undefined && optimize !== "all" && optimize !== "none") {
+    throw new WeblaneError(
+      "invalid_option",
+      `optimize must be "all" or "none", not ${JSON.stringify(optimize)}`,
+    );
+  }
+  if (runtime !== undefined && (threads ?? variant ?? wasmPaths) !== undefined) {
+    throw new WeblaneError(
+      "invalid_option",
+      "threads, variant and wasmPaths belong to the runtime that was given",
+    );
+  }
+}
+
+/** Brings a model and its external data into the worker and finishes it there. */
+async function transfer(
+  engine: Engine,
+  session: number,
+  source: ModelSource,
+  options: LoadOptions,
+): Promise<[ModelInfo, RuntimeInfo]> {
+  const { client } = engine;
+  const { signal, onProgress, optimize = "all", externalData } = options;
+  const opened = client.call("open", { session, options: { optimize } }, { signal });
+  const model = sendFile(engine, session, "", source, options);
+  // The file flows while the build compiles. The first failure counts; the others follow from it.
+  const [info, , url] = await Promise.all([engine.ready, opened, model]);
+  onProgress?.({ phase: "parse", loaded: 0, total: 1 });
+  const locations = await client.call("externals", { session }, { signal });
+  onProgress?.({ phase: "parse", loaded: 1, total: 1 });
+  for (const location of locations) {
+    const file = await externalSource(location, externalData, url);
+    await sendFile(engine, session, location, file, options);
+  }
+  onProgress?.({ phase: "optimize", loaded: 0, total: 1 });
+  const done = await client.call("finish", { session }, { signal });
+  onProgress?.({ phase: "optimize", loaded: 1, total: 1 });
+  return [done, info];
+}
+
+/** Sends one file; returns its address, if it has one. */
+async function sendFile(
+  { client }: Engine,
+  session: number,
+  file: string,
+  source: ModelSource,
+  { signal, onProgress }: LoadOptions,
+): Promise<string | undefined> {
+  const open = await openSource(source, signal);
+  if ("url" in open) {
+    await client.call("fetch", { session, file, url: open.url }, { signal, onProgress });
+    return open.url;
+  }
+  let loaded = 0;
+  const report = () =>
+    onProgress?.({ phase: "download", loaded, total: loaded > open.total ? 0 : open.total });
+  report();
+  for await (const bytes of open.pieces()) {
+    // The buffer moves away with the message, and its length with it.
+    const { byteLength } = bytes;
+    await client.call("push", { session, file, bytes }, { signal, transfer: [bytes.buffer] });
+    loaded += byteLength;
+    report();
+  }
+  return undefined;
+}
+
+async function externalSource(
+  location: string,
+  given: ExternalData | undefined,
+  modelUrl: string | undefined,
+): Promise<ModelSource> {
+  if (typeof given === "function") return given(location);
+  if (given !== undefined) {
+    // Writers differ in whether they put "./" before a name.
+    const name = location.replace(/^\.\//, "");
+    for (const key of [location, name, `./${name}`]) {
+      if (Object.hasOwn(given, key)) return given[key] as ModelSource;
+    }
+    throw new WeblaneError(
+      "external_data",
+      `the model's weights are in "${location}", which externalData does not have; it has ${Object.keys(given).join(", ")}`,
+    );
+  }
+  // A model must not make the page fetch from just anywhere: only from its own directory and below.
+  const inside = !/^([a-z][a-z0-9+.-]*:|[\\/])|(^|[\\/])\.\.([\\/]|$)/i.test(location);
+  if (modelUrl === undefined || !/^(https?|file):/.test(modelUrl) || !inside) {
+    throw new WeblaneError(
+      "external_data",
+      `the model's weights are in "${location}"; pass them as externalData`,
+    );
+  }
+  return new URL(location.split("/").map(encodeURIComponent).join("/"), modelUrl);
+}

@@ -1,0 +1,74 @@
+/**
+ * The WebAssembly module as the worker sees it: what `runtime-web` exports through wasm-bindgen. Types only.
+ *
+ * Every method throws a plain object `{ code, message, node?, op? }` for a failure that was foreseen; anything else
+ * that it throws is a trap, after which the module is not usable any more.
+ */
+import type { ErrorShape } from "./errors.js";
+import type { EngineOptions, ModelInfo, NodeTiming } from "./protocol.js";
+import type { TensorType } from "./tensor.js";
+
+/** An output of a finished run. Numeric elements lie in memory at `ptr`; they are valid until the next call. */
+export interface WasmOutput {
+  readonly name: string;
+  readonly type: TensorType;
+  readonly dims: readonly number[];
+  readonly ptr: number;
+  readonly len: number;
+  readonly strings?: readonly string[] | undefined;
+}
+
+/** One model: first it takes the bytes, then it runs. */
+export interface WasmSession {
+  /** The next bytes of the model file, in chunks of any size. */
+  push(bytes: Uint8Array): void;
+  /** The model file is complete. Returns the locations of external data that it names. */
+  externals(): readonly string[];
+  /** The next bytes of a file of external data. */
+  pushExternal(location: string, bytes: Uint8Array): void;
+  /** All bytes are there: optimises and plans. */
+  finish(): ModelInfo;
+  /** Storage for an input of the next run; returns the address to which `byteLength` bytes go. */
+  input(name: string, type: TensorType, dims: Uint32Array, byteLength: number): number;
+  /** A string input of the next run. */
+  inputStrings(name: string, dims: Uint32Array, values: readonly string[]): void;
+  /** Begins a run over the inputs given since the last one. */
+  begin(outputs: readonly string[] | undefined, profile: boolean): void;
+  /** Executes nodes until all are done (true) or about `budgetMs` have passed (false). */
+  advance(budgetMs: number): boolean;
+  /** Nodes executed. */
+  done(): number;
+  /** Nodes in all. */
+  total(): number;
+  /** Outputs of the finished run, in the order asked for. */
+  outputs(): readonly WasmOutput[];
+  /** Times of the finished run, when `begin` asked for them. */
+  timings(): readonly NodeTiming[];
+  /** Ends a run, finished or not, and forgets its inputs. */
+  end(): void;
+  /** Frees everything. */
+  free(): void;
+}
+
+/** An instantiated build. */
+export interface Wasm {
+  readonly memory: WebAssembly.Memory;
+  readonly WasmSession: new (options: EngineOptions) => WasmSession;
+  version(): string;
+  /** What a panic or a refused allocation said before the trap, if there was one. */
+  lastFailure(): ErrorShape | undefined;
+}
+
+/** What wasm-bindgen generates for one build. */
+export interface Glue {
+  default(options: { module_or_path: WebAssembly.Module; memory?: WebAssembly.Memory }): Promise<{
+    memory: WebAssembly.Memory;
+  }>;
+  readonly WasmSession: Wasm["WasmSession"];
+  readonly version: Wasm["version"];
+  readonly lastFailure: Wasm["lastFailure"];
+  /** Starts the thread pool; builds with threads only. */
+  initThreadPool?(threads: number): Promise<unknown>;
+  /** Makes the calling worker a thread of the pool and never returns; builds with threads only. */
+  wbg_rayon_start_worker?(receiver: number): void;
+}

@@ -1,0 +1,191 @@
+/**
+ * Entry of the worker: the engine's worker by default, a thread of its pool when the first message offers a seat.
+ */
+import relaxedMt from "glue:relaxed_mt";
+import relaxedSt from "glue:relaxed_st";
+import simdMt from "glue:simd_mt";
+import simdSt from "glue:simd_st";
+import { nodeModule } from "./environment.js";
+import { toWeblaneError, WeblaneError } from "./errors.js";
+import { describeTrap, Host } from "./host.js";
+import { onPoolWanted } from "./pool.js";
+import type { FromWorker, PoolSeat, ToWorker } from "./protocol.js";
+import { detectPlatform, type Variant } from "./variant.js";
+import type { Glue, Wasm } from "./wasm.js";
+
+/** wasm-bindgen's module and the address of each build. Bundlers recognise exactly these expressions. */
+const BUILDS: Readonly<Record<Variant, { glue: Glue | null; url: URL }>> = {
+  simd_st: { glue: simdSt, url: new URL("./weblane_simd_st.wasm", import.meta.url) },
+  simd_mt: { glue: simdMt, url: new URL("./weblane_simd_mt.wasm", import.meta.url) },
+  relaxed_st: { glue: relaxedSt, url: new URL("./weblane_relaxed_st.wasm", import.meta.url) },
+  relaxed_mt: { glue: relaxedMt, url: new URL("./weblane_relaxed_mt.wasm", import.meta.url) },
+};
+
+const nodePort = nodeModule("node:worker_threads")?.parentPort;
+const page = (nodePort ?? globalThis) as {
+  postMessage(message: FromWorker, transfer?: readonly Transferable[]): void;
+};
+
+function glueOf(variant: Variant): Glue {
+  const { glue } = BUILDS[variant];
+  if (glue === null)
+    throw new WeblaneError("unsupported_platform", `the build ${variant} is not part of this package`);
+  return glue;
+}
+
+let onSpawned: ((outcome: true | string) => void) | undefined;
+
+const host = new Host({
+  platform: detectPlatform(),
+  post: (message, transfer) => page.postMessage(message, transfer),
+  breathe,
+  open: openFile,
+
+  async instantiate(variant, url, threads): Promise<Wasm> {
+    const glue = glueOf(variant);
+    const module = await compile(new URL(url ?? BUILDS[variant].url));
+    const { memory } = await instantiate(glue, module);
+    if (glue.initThreadPool !== undefined) {
+      onPoolWanted((module, memory, receiver, count) => {
+        return new Promise((resolve, reject) => {
+          onSpawned = (outcome) =>
+            outcome === true ? resolve() : reject(new WeblaneError("unsupported_platform", outcome));
+          page.postMessage({ spawn: { seat: { variant, module, memory, receiver }, count } });
+        });
+      });
+      await glue.initThreadPool(threads);
+    }
+    return {
+      memory,
+      WasmSession: glue.WasmSession,
+      version: glue.version,
+      lastFailure: glue.lastFailure,
+    };
+  },
+});
+
+function receive(message: ToWorker): void {
+  if ("seat" in message) void sit(message.seat);
+  else if ("spawned" in message) onSpawned?.(message.spawned);
+  else if ("cancel" in message) host.cancel(message.cancel);
+  else void host.handle(message);
+}
+
+if (nodePort) nodePort.on("message", (message) => receive(message as ToWorker));
+else globalThis.onmessage = (event: MessageEvent<ToWorker>) => receive(event.data);
+
+/** Works for the pool until the page ends this worker. */
+async function sit({ variant, module, memory, receiver }: PoolSeat): Promise<void> {
+  let glue: Glue | undefined;
+  try {
+    glue = glueOf(variant);
+    await glue.default({ module_or_path: module, memory });
+    page.postMessage({ seated: true });
+    glue.wbg_rayon_start_worker?.(receiver);
+  } catch (error) {
+    page.postMessage({ crash: describeTrap(error, glue?.lastFailure()).toJSON() });
+  }
+}
+
+async function instantiate(glue: Glue, module: WebAssembly.Module): Promise<{ memory: WebAssembly.Memory }> {
+  try {
+    return await glue.default({ module_or_path: module });
+  } catch (error) {
+    // A refused WebAssembly.Memory is a RangeError.
+    const code = error instanceof RangeError ? "out_of_memory" : "unsupported_platform";
+    throw toWeblaneError(error, code, "the WebAssembly build could not be started: ");
+  }
+}
+
+async function compile(url: URL): Promise<WebAssembly.Module> {
+  const none = new AbortController().signal;
+  try {
+    if (url.protocol === "file:" && nodePort)
+      return await WebAssembly.compile(await collect(openNodeFile(url)));
+    // The streaming form is what browsers keep compiled code of.
+    const response = await fetchOk(url.href, none);
+    const type = response.headers.get("content-type") ?? "";
+    if (type.startsWith("application/wasm")) return await WebAssembly.compileStreaming(response);
+    return await WebAssembly.compile(await response.arrayBuffer());
+  } catch (error) {
+    throw toWeblaneError(error, "unsupported_platform", `${url} could not be compiled: `);
+  }
+}
+
+async function fetchOk(url: string, signal: AbortSignal): Promise<Response> {
+  let response: Response;
+  try {
+    response = await fetch(url, { signal });
+  } catch (error) {
+    throw toWeblaneError(error, signal.aborted ? "aborted" : "network", `${url} could not be fetched: `);
+  }
+  if (!response.ok) {
+    throw new WeblaneError(
+      "network",
+      `${url} could not be fetched: the server answered ${response.status} ${response.statusText}`.trim(),
+    );
+  }
+  return response;
+}
+
+async function openFile(url: string, signal: AbortSignal) {
+  if (url.startsWith("file:") && nodePort) return openNodeFile(new URL(url));
+  const response = await fetchOk(url, signal);
+  // The length of a compressed transfer says nothing about the bytes that come out.
+  const plain = response.headers.get("content-encoding") === null;
+  const total = plain ? Number(response.headers.get("content-length") ?? 0) || 0 : 0;
+  const isHtml = (response.headers.get("content-type") ?? "").startsWith("text/html");
+  return { total, isHtml, chunks: chunksOf(response) };
+}
+
+async function* chunksOf(response: Response): AsyncGenerator<Uint8Array> {
+  const reader = response.body?.getReader();
+  if (reader === undefined) return;
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      yield value;
+    }
+  } finally {
+    // Ends the transfer when the consumer gave up early.
+    reader.cancel().catch(() => {});
+  }
+}
+
+function openNodeFile(url: URL) {
+  const fs = nodeModule("node:fs");
+  if (fs === undefined) throw new WeblaneError("network", `${url} cannot be read here`);
+  try {
+    return { total: fs.statSync(url).size, isHtml: false, chunks: fs.createReadStream(url) };
+  } catch (error) {
+    throw toWeblaneError(error, "network");
+  }
+}
+
+async function collect(file: {
+  total: number;
+  chunks: AsyncIterable<Uint8Array>;
+}): Promise<Uint8Array<ArrayBuffer>> {
+  const bytes = new Uint8Array(file.total);
+  let at = 0;
+  for await (const chunk of file.chunks) {
+    bytes.set(chunk, at);
+    at += chunk.byteLength;
+  }
+  return bytes;
+}
+
+/** One turn of the event loop. Timers would do, but browsers stretch nested ones to 4 ms. */
+function breathe(): Promise<void> {
+  const { setImmediate } = globalThis as { setImmediate?: (callback: () => void) => void };
+  if (setImmediate) return new Promise((resolve) => setImmediate(resolve));
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
+}

@@ -1,0 +1,178 @@
+/**
+ * A fake engine behind the real host, reached through the real client: everything but the worker and the WebAssembly.
+ * Its only model has the inputs x: float32[2, 3] and n: int64[batch], and gives back what it gets.
+ */
+import type { Port, PortEvents, Spawn } from "../src/environment.js";
+import type { ErrorShape } from "../src/errors.js";
+import { Host, type HostEnvironment } from "../src/host.js";
+import type { ModelInfo, ToWorker } from "../src/protocol.js";
+import type { Wasm, WasmOutput, WasmSession } from "../src/wasm.js";
+
+export const MODEL: ModelInfo = {
+  inputs: [
+    { name: "x", type: "float32", dims: [2, 3] },
+    { name: "n", type: "int64", dims: ["batch"] },
+  ],
+  outputs: [
+    { name: "y", type: "float32", dims: [2, 3] },
+    { name: "m", type: "int64", dims: ["batch"] },
+  ],
+  opset: 17,
+  operators: { Identity: 2 },
+};
+
+/** Steers what the fake engine does. */
+export interface Script {
+  /** Steps that a run takes. */
+  steps: number;
+  /** Thrown by the next `advance`. */
+  fail?: unknown;
+  /** Locations of external data that the model names. */
+  externals: string[];
+  /** Said by `lastFailure`. */
+  said?: ErrorShape;
+  /** Fails the start. */
+  startError?: unknown;
+  /** Files by address, for `fetch`. */
+  files: Record<string, Uint8Array>;
+  html?: boolean;
+}
+
+export class FakeEngine {
+  readonly script: Script = { steps: 1, externals: [], files: {} };
+  readonly log: string[] = [];
+  readonly received = new Map<string, number[]>();
+  terminated = 0;
+  keptAlive = false;
+  #events: PortEvents | undefined;
+
+  /** Crashes the worker. */
+  crash(text: string): void {
+    this.#events?.onFailure(text);
+  }
+
+  /** For `Session.loadWith` and `startEngine`. */
+  readonly spawn: Spawn = (events): Port => {
+    this.#events = events;
+    const host = new Host(this.#environment(events));
+    let open = true;
+    return {
+      post: (message, transfer) => {
+        // Structured cloning is what makes a real message differ from a call.
+        const copy = structuredClone(message, {
+          transfer: [...(transfer ?? [])] as ArrayBuffer[],
+        }) as ToWorker;
+        queueMicrotask(() => {
+          if (!open) return;
+          if ("cancel" in copy) host.cancel(copy.cancel);
+          else if ("method" in copy) void host.handle(copy);
+        });
+      },
+      keepAlive: (on) => {
+        this.keptAlive = on;
+      },
+      terminate: () => {
+        open = false;
+        this.terminated++;
+      },
+    };
+  };
+
+  #environment(events: PortEvents): HostEnvironment {
+    return {
+      platform: { simd: true, relaxedSimd: true, sharedMemory: false, processors: 4 },
+      instantiate: async (variant, url) => {
+        this.log.push(`instantiate ${variant} ${url ?? ""}`.trim());
+        if (this.script.startError !== undefined) throw this.script.startError;
+        return this.#wasm();
+      },
+      open: async (url) => {
+        const file = this.script.files[url];
+        if (file === undefined) throw { code: "network", message: `${url} is not there` };
+        return {
+          total: file.length,
+          isHtml: this.script.html ?? false,
+          chunks: [file] as unknown as AsyncIterable<Uint8Array>,
+        };
+      },
+      breathe: () => new Promise((resolve) => setTimeout(resolve, 0)),
+      post: (message, transfer) => {
+        const copy = structuredClone(message, { transfer: [...(transfer ?? [])] as ArrayBuffer[] });
+        setTimeout(() => events.onMessage(copy), 0);
+      },
+    };
+  }
+
+  #wasm(): Wasm {
+    const { script, log, received } = this;
+    const memory = new WebAssembly.Memory({ initial: 1 });
+    class FakeSession implements WasmSession {
+      #top = 64;
+      #inputs = new Map<string, Omit<WasmOutput, "name">>();
+      #step = 0;
+      #wanted: readonly string[] = [];
+
+      push(bytes: Uint8Array) {
+        if (bytes[0] === 0x3c) throw { code: "not_onnx", message: "these bytes are not a model" };
+        received.set("", [...(received.get("") ?? []), ...bytes]);
+      }
+      pushExternal(location: string, bytes: Uint8Array) {
+        received.set(location, [...(received.get(location) ?? []), ...bytes]);
+      }
+      externals() {
+        return script.externals;
+      }
+      finish() {
+        if (!received.has("")) throw { code: "empty_model", message: "the file has no bytes" };
+        return MODEL;
+      }
+      input(name: string, type: "float32", dims: Uint32Array, len: number) {
+        // Growing detaches every view made before.
+        memory.grow(1);
+        const ptr = this.#top;
+        this.#top += len;
+        this.#inputs.set(name, { type, dims: [...dims], ptr, len });
+        return ptr;
+      }
+      inputStrings() {
+        throw { code: "unsupported_dtype", message: "no strings" };
+      }
+      begin(outputs: readonly string[] | undefined) {
+        log.push("begin");
+        this.#wanted = outputs ?? ["y", "m"];
+        this.#step = 0;
+      }
+      advance() {
+        const { fail } = script;
+        delete script.fail;
+        if (fail !== undefined) throw fail;
+        this.#step++;
+        return this.#step >= script.steps;
+      }
+      done() {
+        return this.#step;
+      }
+      total() {
+        return script.steps;
+      }
+      outputs() {
+        return this.#wanted.map((name) => {
+          const input = this.#inputs.get(name === "y" ? "x" : "n") as Omit<WasmOutput, "name">;
+          return { name, ...input };
+        });
+      }
+      timings() {
+        return [{ node: "a", op: "Identity", ms: 0.5 }];
+      }
+      end() {
+        log.push("end");
+        this.#inputs.clear();
+        this.#top = 64;
+      }
+      free() {
+        log.push("free");
+      }
+    }
+    return { memory, WasmSession: FakeSession, version: () => "0.0.0", lastFailure: () => this.script.said };
+  }
+}
