@@ -144,13 +144,20 @@ impl Reader {
     }
 }
 
+impl Default for Reader {
+    /// A reader with the default [`Limits`].
+    fn default() -> Self {
+        Reader::new(Limits::default())
+    }
+}
+
 impl Model {
     /// Reads a model that is in memory as a whole.
     ///
     /// # Errors
     /// Those of [`Reader::push`] and [`Reader::finish`].
     pub fn parse(bytes: &[u8]) -> Result<Model> {
-        let mut reader = Reader::new(Limits::default()).expect_len(bytes.len() as u64);
+        let mut reader = Reader::default().expect_len(bytes.len() as u64);
         reader.push(bytes)?;
         reader.finish()
     }

@@ -7,6 +7,7 @@ pub(super) fn looks_like(head: &[u8]) -> Option<&'static str> {
         (0, b"\x89PNG", "a PNG image"),
         (0, b"GIF8", "a GIF image"),
         (8, b"WEBP", "a WebP image"),
+        (8, b"WAVE", "a WAV recording"),
         (0, b"%PDF", "a PDF document"),
         (0, b"PK\x03\x04", "a ZIP archive (a PyTorch checkpoint is one; export it to ONNX)"),
         (0, b"\x1f\x8b", "gzip-compressed data"),
