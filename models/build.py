@@ -65,10 +65,12 @@ def check(recipe, path):
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     first, second = (session.run(None, _inputs.make(recipe.INPUT_SETS[0], seed)) for seed in (1, 2))
-    for name, a, b in zip(names, first, second):
+    for name, a, b in zip(names, first, second, strict=True):
         spread, change = float(np.std(a)), float(np.std(a - b))
-        print(f"  {name} {list(a.shape)}: std {spread:.4g}, largest {np.abs(a).max():.4g}, "
-              f"std of the change with the input {change:.4g}")
+        print(
+            f"  {name} {list(a.shape)}: std {spread:.4g}, largest {np.abs(a).max():.4g}, "
+            f"std of the change with the input {change:.4g}"
+        )
         if not np.isfinite(a).all() or spread == 0 or not 0.01 < change / spread < 100:
             raise RuntimeError(f"{recipe.NAME}: output {name} is degenerate")
 

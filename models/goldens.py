@@ -52,9 +52,14 @@ def generic_inputs(declared, dims, seed):
     """Inputs for a model without a recipe: floats uniform in 0..1, integers and booleans 0 or 1."""
     rng = np.random.Generator(np.random.PCG64(seed))
     kinds = {
-        "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
-        "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8,
-        "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_,
+        "tensor(float)": np.float32,
+        "tensor(float16)": np.float16,
+        "tensor(double)": np.float64,
+        "tensor(int64)": np.int64,
+        "tensor(int32)": np.int32,
+        "tensor(int8)": np.int8,
+        "tensor(uint8)": np.uint8,
+        "tensor(bool)": np.bool_,
     }
     arrays = {}
     for value in declared:
@@ -84,7 +89,7 @@ def golden(path, name, dims):
 
     wanted = [plain.run(None, feed) for feed in feeds]
     for arrays in wanted:
-        for output, array in zip(outputs, arrays):
+        for output, array in zip(outputs, arrays, strict=True):
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise RuntimeError(f"{name}: output {output} is not finite")
     half = any(array.dtype == np.float16 for arrays in wanted for array in arrays)
@@ -93,8 +98,8 @@ def golden(path, name, dims):
     atol = float(share * min(scales))
 
     used = 0.0
-    for feed, arrays in zip(feeds, wanted):
-        for got, want in zip(optimised.run(None, feed), arrays):
+    for feed, arrays in zip(feeds, wanted, strict=True):
+        for got, want in zip(optimised.run(None, feed), arrays, strict=True):
             got, want = got.astype(np.float64), want.astype(np.float64)
             used = max(used, float((np.abs(got - want) / (atol + rtol * np.abs(want))).max()))
     if used > ROOM:
@@ -105,7 +110,7 @@ def golden(path, name, dims):
             "inputs": [tensors.encode(feed[input_name]) for input_name in names],
             "outputs": [tensors.encode(array) for array in arrays],
         }
-        for feed, arrays in zip(feeds, wanted)
+        for feed, arrays in zip(feeds, wanted, strict=True)
     ]
     return {"rtol": rtol, "atol": atol, "inputs": names, "outputs": outputs, "sets": sets}, used
 
@@ -148,8 +153,11 @@ def write(target, args):
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(record))
     stamp.write_text(json.dumps(wanted, indent=2) + "\n")
-    print(f"{name}: atol {record['atol']:.3g}, rtol {record['rtol']:.3g}; onnxruntime's optimiser "
-          f"uses {used:.2%} of that; {data.stat().st_size:,} bytes", flush=True)
+    print(
+        f"{name}: atol {record['atol']:.3g}, rtol {record['rtol']:.3g}; onnxruntime's optimiser "
+        f"uses {used:.2%} of that; {data.stat().st_size:,} bytes",
+        flush=True,
+    )
 
 
 def dimension(text):
@@ -164,8 +172,14 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help="a built model, or a path to an .onnx file")
     parser.add_argument("--models", type=Path, default=ROOT.parent / "target" / "models")
     parser.add_argument("--out", type=Path, default=ROOT.parent / "target" / "goldens")
-    parser.add_argument("--dim", type=dimension, action="append", default=[], metavar="NAME=N",
-                        help="the size of a symbolic dimension, for models without a recipe")
+    parser.add_argument(
+        "--dim",
+        type=dimension,
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="the size of a symbolic dimension, for models without a recipe",
+    )
     args = parser.parse_args()
     args.dim = dict(args.dim)
     names = args.names or [name for name in RECIPES if (args.models / name / "model.onnx").exists()]

@@ -7,6 +7,7 @@ A `weight(name, shape)` callable gives the parameters, seeded or real; names are
 import math
 
 import numpy as np
+from onnx import numpy_helper
 
 from ._graph import FLOAT, INT64, Graph
 
@@ -33,7 +34,7 @@ class Encoder:
 
     def concat_shape(self, parts, scope):
         """A shape vector from scalars (tensor names) and numbers: Unsqueeze each, then Concat."""
-        axes, rows = None, []
+        rows = []
         for part in parts:
             if isinstance(part, str):
                 axes = self.g.constant([0], scope, "int64")
@@ -82,8 +83,10 @@ class Encoder:
         """`x.expand(shape)`: torch's -1 (keep the size) is replaced at run time by 1."""
         g = self.g
         ones = g.node(
-            "ConstantOfShape", [g.node("Shape", [shape], scope)], scope,
-            value=_tensor(np.array([1], np.int64)),
+            "ConstantOfShape",
+            [g.node("Shape", [shape], scope)],
+            scope,
+            value=numpy_helper.from_array(np.array([1], np.int64)),
         )
         minus = g.node("Mul", [ones, g.constant(-1, scope, "int64")], scope)
         keep = g.node("Equal", [shape, minus], scope)
@@ -151,9 +154,7 @@ class Encoder:
         words = self.embedding(ids, "embeddings.word_embeddings", vocab, f"{scope}/word_embeddings")
         kinds = self.embedding(types, "embeddings.token_type_embeddings", 2, f"{scope}/token_type_embeddings")
         x = g.node("Add", [words, kinds], scope)
-        places = self.embedding(
-            positions, "embeddings.position_embeddings", 512, f"{scope}/position_embeddings"
-        )
+        places = self.embedding(positions, "embeddings.position_embeddings", 512, f"{scope}/position_embeddings")
         x = g.node("Add", [x, places], scope)
         x = self.layer_norm(x, "embeddings.LayerNorm", f"{scope}/LayerNorm")
         for layer in range(layers):
@@ -188,13 +189,4 @@ def seeded(weights):
 def token_sets(names, vocab):
     """Two sets of token inputs: 128 tokens, and 17 with padding at the end."""
     kinds = {"input_ids": ("tokens", vocab), "attention_mask": ("mask", None), "token_type_ids": ("types", None)}
-    return [
-        {name: ("int64", [1, length], kinds[name]) for name in names}
-        for length in (128, 17)
-    ]
-
-
-def _tensor(array):
-    from onnx import numpy_helper
-
-    return numpy_helper.from_array(array)
+    return [{name: ("int64", [1, length], kinds[name]) for name in names} for length in (128, 17)]

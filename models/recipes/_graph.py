@@ -44,7 +44,8 @@ class Graph:
 
     def init(self, name, array):
         """Adds an initializer and returns its name."""
-        array = np.ascontiguousarray(array)
+        # Not ascontiguousarray, which turns a scalar into a vector of one.
+        array = np.asarray(array, order="C")
         self._taken.add(name)
         self.initializers.append(numpy_helper.from_array(array, name))
         return name

@@ -23,7 +23,7 @@ def stroke(rng, dims):
     rows, columns = np.mgrid[:side, :side].astype(np.float32)
     points = rng.uniform(0.2 * side, 0.8 * side, (5, 2)).astype(np.float32)
     nearest = np.full((side, side), np.inf, np.float32)
-    for start, end in zip(points, points[1:]):
+    for start, end in zip(points[:-1], points[1:], strict=True):
         for t in np.linspace(0, 1, 32, dtype=np.float32):
             row, column = start + (end - start) * t
             nearest = np.minimum(nearest, np.hypot(rows - row, columns - column))

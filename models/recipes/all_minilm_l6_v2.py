@@ -9,7 +9,7 @@ import zipfile
 
 from ._bert import Encoder
 from ._graph import FLOAT
-from .minilm_l6 import INPUT_SETS, TOKENS, VOCAB
+from .minilm_l6 import INPUT_SETS, TOKENS, VOCAB  # noqa: F401 - INPUT_SETS is part of a recipe
 
 NAME = "all_minilm_l6_v2"
 ABOUT = "all-MiniLM-L6-v2, real weights (Apache-2.0), sentence_embedding output, opset 14"

@@ -114,7 +114,7 @@ def pool_gradient(gradient, winners, shape):
 
 
 def fresh_parameters(rng):
-    sizes = [(9 * cin, cout) for cin, cout in zip((1, *CHANNELS), CHANNELS)]
+    sizes = [(9 * cin, cout) for cin, cout in zip((1, *CHANNELS[:-1]), CHANNELS, strict=True)]
     sizes += [(3 * 3 * CHANNELS[-1], HIDDEN), (HIDDEN, 10)]
     parameters = []
     for rows, columns in sizes:
@@ -181,7 +181,7 @@ def train():
             gradients = backward(parameters, tape, (probabilities - targets[rows]) / len(rows))
             step += 1
             rate = RATE * 0.5 * (1 + np.cos(np.pi * step / steps))
-            for p, g, m, v in zip(parameters, gradients, first, second):
+            for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
                 m += 0.1 * (g - m)
                 v += 0.001 * (g * g - v)
                 p -= (rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)).astype(np.float32)
@@ -199,7 +199,7 @@ def evaluate(images, labels):
     rng = np.random.default_rng(SEED + 1)
     for kind, generator in (("plain", None), ("augmented", rng)):
         right = 0
-        for image, label in zip(images, labels):
+        for image, label in zip(images, labels, strict=True):
             x = enlarge(image, generator)[None, None]
             right += int(session.run(None, {"input": x})[0].argmax()) == label
         print(f"  held-out, {kind}: {right} of {len(labels)} right, {100 * right / len(labels):.2f}%")

@@ -3,8 +3,10 @@ torch.onnx exports Hugging Face's `DistilBertModel`: the mask goes through Equal
 
 import math
 
+from onnx import TensorProto
+
 from ._bert import FLOAT_MIN, Encoder, seeded, token_sets
-from ._graph import Weights, onnx
+from ._graph import Weights
 
 NAME = "distilbert_base"
 ABOUT = "DistilBERT base, 66.4 M parameters, PyTorch style, dynamic axes, opset 14"
@@ -36,7 +38,7 @@ def layer(e, x, mask, n):
     masked = g.node("Equal", [mask, g.constant(0, scope, "int64")], scope)
     masked = g.node("Reshape", [masked, e.concat_shape([batch, 1, 1, length], scope)], scope)
     masked = e.expand(masked, g.node("Shape", [scores], scope), scope)
-    masked = g.node("Cast", [masked], scope, to=onnx.TensorProto.BOOL)
+    masked = g.node("Cast", [masked], scope, to=TensorProto.BOOL)
     scores = g.node("Where", [masked, g.constant(FLOAT_MIN, scope, "float32"), scores], scope)
     context = g.node("MatMul", [g.node("Softmax", [scores], scope, axis=-1), v], scope)
     context = g.node("Transpose", [context], scope, perm=[0, 2, 1, 3])

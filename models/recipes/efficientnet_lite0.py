@@ -2,9 +2,9 @@
 NHWC input and one Transpose, TensorFlow's SAME padding as asymmetric pads, BatchNormalization left
 in with Keras' epsilon, ReLU6 as Clip with initializers, MatMul + Add head, Softmax."""
 
-from ._graph import FLOAT, Graph, Weights
-
 import numpy as np
+
+from ._graph import FLOAT, Graph, Weights
 
 NAME = "efficientnet_lite0"
 ABOUT = "EfficientNet-Lite0, 4.7 M parameters, tf2onnx style, NHWC input, opset 11"
@@ -45,8 +45,14 @@ def build(directory):
         weight = g.init(key, (w.he if depthwise else w.he_centred)(key, shape, shape[1] * kernel * kernel, gain))
         pads, size = same_pads(size, kernel, stride)
         x = g.node(
-            "Conv", [x, weight], f"{scope}/{op}", dilations=[1, 1], group=cout if depthwise else 1,
-            kernel_shape=[kernel, kernel], pads=pads, strides=[stride, stride],
+            "Conv",
+            [x, weight],
+            f"{scope}/{op}",
+            dilations=[1, 1],
+            group=cout if depthwise else 1,
+            kernel_shape=[kernel, kernel],
+            pads=pads,
+            strides=[stride, stride],
         )
         bn = f"{scope}/tpu_batch_normalization/ReadVariableOp"
         parameters = [
@@ -56,8 +62,11 @@ def build(directory):
             g.init(f"{bn}/moving_variance", w.uniform(f"{bn}/moving_variance", (cout,), 0.8, 1.2)),
         ]
         return g.node(
-            "BatchNormalization", [x, *parameters], f"{scope}/tpu_batch_normalization/FusedBatchNormV3",
-            epsilon=1e-3, momentum=0.9,
+            "BatchNormalization",
+            [x, *parameters],
+            f"{scope}/tpu_batch_normalization/FusedBatchNormV3",
+            epsilon=1e-3,
+            momentum=0.9,
         )
 
     def relu6(x, scope):

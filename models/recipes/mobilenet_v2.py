@@ -33,8 +33,14 @@ def build(directory):
         bias = g.init(f"{key}.bias", w.normal(f"{key}.bias", (cout,), 0.1))
         pad = kernel // 2
         return g.node(
-            "Conv", [x, weight, bias], scope, dilations=[1, 1], group=groups,
-            kernel_shape=[kernel, kernel], pads=[pad] * 4, strides=[stride, stride],
+            "Conv",
+            [x, weight, bias],
+            scope,
+            dilations=[1, 1],
+            group=groups,
+            kernel_shape=[kernel, kernel],
+            pads=[pad] * 4,
+            strides=[stride, stride],
         )
 
     def relu6(x, scope):

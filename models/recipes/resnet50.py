@@ -25,8 +25,14 @@ def build(directory):
         weight = g.init(key, w.he_centred(key, (cout, cin, kernel, kernel), cin * kernel * kernel))
         pad = kernel // 2
         x = g.node(
-            "Conv", [x, weight], f"{scope}/{conv_name}", dilations=[1, 1], group=1,
-            kernel_shape=[kernel, kernel], pads=[pad] * 4, strides=[stride, stride],
+            "Conv",
+            [x, weight],
+            f"{scope}/{conv_name}",
+            dilations=[1, 1],
+            group=1,
+            kernel_shape=[kernel, kernel],
+            pads=[pad] * 4,
+            strides=[stride, stride],
         )
         bn = f"{prefix}{bn_name}"
         parameters = [
@@ -36,16 +42,26 @@ def build(directory):
             g.init(f"{bn}.running_var", w.uniform(f"{bn}.running_var", (cout,), 0.8, 1.2)),
         ]
         return g.node(
-            "BatchNormalization", [x, *parameters], f"{scope}/{bn_name}",
-            epsilon=1e-5, momentum=0.9, training_mode=0,
+            "BatchNormalization",
+            [x, *parameters],
+            f"{scope}/{bn_name}",
+            epsilon=1e-5,
+            momentum=0.9,
+            training_mode=0,
         )
 
     x = g.input("input", FLOAT, ["batch_size", 3, 224, 224])
     x = conv_bn(x, "", "conv1", "bn1", 3, 64, 7, stride=2)
     x = g.node("Relu", [x], "/relu")
     x = g.node(
-        "MaxPool", [x], "/maxpool", ceil_mode=0, dilations=[1, 1], kernel_shape=[3, 3],
-        pads=[1, 1, 1, 1], strides=[2, 2],
+        "MaxPool",
+        [x],
+        "/maxpool",
+        ceil_mode=0,
+        dilations=[1, 1],
+        kernel_shape=[3, 3],
+        pads=[1, 1, 1, 1],
+        strides=[2, 2],
     )
 
     cin = 64
