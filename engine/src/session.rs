@@ -6,9 +6,9 @@ use crate::execute::Memory;
 use crate::fact::{Content, Dim, Fact, Shape};
 use crate::graph::{Graph, ValueId};
 use crate::import::import;
-use crate::onnx::{Model, Reader};
+use crate::onnx::{Limits, Model, Reader};
 use crate::ops::PackCache;
-use crate::optimize::{optimize, promote_half};
+use crate::optimize::optimize;
 use crate::plan::{Plan, plan};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::collections::BTreeMap;
@@ -83,7 +83,12 @@ pub struct Loader {
 impl Loader {
     /// A loader that has seen nothing yet.
     pub fn new(options: Options) -> Self {
-        Loader { reader: Reader::default(), options }
+        Loader { reader: Reader::new(Limits::default()), options }
+    }
+
+    /// Says how long the file will be, if that is known; see [`Reader::expect_len`].
+    pub fn expect_len(self, bytes: u64) -> Self {
+        Loader { reader: self.reader.expect_len(bytes), options: self.options }
     }
 
     /// Takes the next bytes, cut anywhere.
@@ -177,7 +182,6 @@ impl Session {
         let (graph, output_facts) = pool.run(isa, |cx| -> Result<_> {
             let facts = analyze(&graph, &declared, cx, Folding { max_bytes: 0 })?;
             let output_facts: Vec<_> = graph.outputs.iter().map(|o| facts[o.index()].clone()).collect();
-            let graph = promote_half(graph, &facts)?;
             let graph = match options.optimize {
                 Optimize::None => graph,
                 Optimize::All => optimize(graph, &declared, cx)?,

@@ -1,6 +1,6 @@
 //! Identity, and Dropout at inference: the operand itself.
 
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::{Infer, Io, Operator, Registration};
 use crate::error::Result;
 use crate::fact::Fact;
 use weblane_kernels::par::Cx;

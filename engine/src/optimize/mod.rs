@@ -1,5 +1,6 @@
-//! Portable rewriting of the graph. Each pass is one file with one function; the list below is their order.
+//! Portable rewriting of the graph. Each pass is one file with one function; [`optimize`] is their order.
 
+use crate::analyze::{Folding, analyze};
 use crate::error::Result;
 use crate::fact::Fact;
 use crate::graph::Graph;
@@ -7,22 +8,28 @@ use weblane_kernels::par::Cx;
 
 mod fold;
 
-/// Facts of the graph's inputs as the model declares them.
-pub type InputFacts = [Fact];
-
 /// What a pass may use.
 #[derive(Debug)]
 pub struct Pass<'a> {
     /// For constant folding.
     pub cx: &'a Cx<'a>,
     /// What is known of the graph's inputs.
-    pub inputs: &'a InputFacts,
+    pub inputs: &'a [Fact],
 }
 
-/// Rewrites the graph; its inputs and outputs stay, its results too up to rounding.
-pub fn optimize(mut graph: Graph, inputs: &InputFacts, cx: &Cx) -> Result<Graph> {
+impl Pass<'_> {
+    /// What is known of every value of the graph as it is now.
+    pub fn facts(&self, graph: &Graph) -> Result<Vec<Option<Fact>>> {
+        analyze(graph, self.inputs, self.cx, Folding { max_bytes: 0 })
+    }
+}
+
+/// Rewrites the graph; its inputs and outputs stay, its results too up to rounding. `inputs` are the facts of the
+/// graph's inputs.
+pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass { cx, inputs };
     fold::run(&mut graph, &pass)?;
+    graph.sort()?;
     graph.remove_dead_nodes();
     graph.remove_dead_constants();
     Ok(graph)
