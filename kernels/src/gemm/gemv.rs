@@ -1,0 +1,229 @@
+//! One row times a matrix: bound by reading B, so nothing is packed and several panels stream at once.
+//!
+//! ```text
+//! for groups of G panels (packed) or G*NRV vectors of columns (row-major)
+//!     acc[0..G*NRV] = 0
+//!     for p in 0..k: acc += splat(a[p]) * B[p, columns]
+//! for 4 columns (B stored transposed)
+//!     acc[0..4] = 0
+//!     for vectors of k: acc[q] += a * B[.., q]
+//!     c[q] = sum of lanes
+//! ```
+
+use super::{Matrix, OutPtr, Rhs, part, split_activation, table};
+use crate::epilogue::Epilogue;
+use crate::par::Cx;
+use crate::simd::{Kernel, Simd, dispatch};
+use core::ops::Range;
+
+/// Vectors of columns that are summed side by side: enough chains to hide the latency of a multiply-add.
+const VECTORS: usize = 8;
+/// Columns of a transposed B that are summed side by side.
+const COLUMNS: usize = 4;
+/// Most elements of B that one task reads; 256 KiB.
+const TASK_ELEMENTS: usize = 1 << 16;
+
+/// Whether [`gemv`] has a loop for this layout.
+pub(super) fn supports(b: &Rhs<'_>) -> bool {
+    match b {
+        Rhs::Packed(_) => true,
+        Rhs::Plain(b) => b.col_stride == 1 || b.row_stride == 1,
+    }
+}
+
+/// `c = activation(a b + bias + residual)` for one row `a`; shapes were checked.
+pub(super) fn gemv(cx: &Cx<'_>, a: &[f32], b: Rhs<'_>, epilogue: &Epilogue<'_>, c: &mut [f32]) {
+    let isa = cx.isa();
+    let (k, n) = match b {
+        Rhs::Packed(b) => (b.k(), b.n()),
+        Rhs::Plain(b) => (b.rows, b.cols),
+    };
+    // Units of whole groups: which columns share a group does not depend on the cut.
+    let unit = match b {
+        Rhs::Packed(_) => (VECTORS / table::tile(isa).nrv) * table::panel_width(isa),
+        Rhs::Plain(b) if b.col_stride == 1 => VECTORS * isa.lanes(),
+        Rhs::Plain(_) => COLUMNS,
+    };
+    let units = n.div_ceil(unit);
+    let tasks = units.min((k.saturating_mul(n)).div_ceil(TASK_ELEMENTS)).max(1);
+    let c = OutPtr(c.as_mut_ptr());
+    cx.for_each(tasks, 2 * k as u64 * n as u64, &|task| {
+        let units = part(units, tasks, task);
+        let columns = units.start * unit..(units.end * unit).min(n);
+        // SAFETY: C has n elements, and tasks have disjoint columns.
+        let out = unsafe { core::slice::from_raw_parts_mut(c.at(columns.start), columns.len()) };
+        dispatch(isa, Gemv { a, b, columns, epilogue, out });
+    });
+}
+
+struct Gemv<'a> {
+    a: &'a [f32],
+    b: Rhs<'a>,
+    columns: Range<usize>,
+    epilogue: &'a Epilogue<'a>,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Gemv<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { a, b, columns, epilogue, out } = self;
+        match b {
+            Rhs::Packed(b) => packed(s, a, b.data(), b.n(), columns.clone(), out),
+            Rhs::Plain(b) if b.col_stride == 1 => row_major(s, a, &b, columns.clone(), out),
+            Rhs::Plain(b) => transposed(s, a, &b, columns.clone(), out),
+        }
+        finish(s, epilogue, columns, out);
+    }
+}
+
+/// Panels of packed B.
+#[inline(always)]
+fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, out: &mut [f32]) {
+    let k = a.len();
+    let nrv = const { table::tile(S::ISA).nrv };
+    let nr = nrv * S::LANES;
+    let mut j = columns.start;
+    while j < columns.end {
+        let group = VECTORS * S::LANES;
+        let at = j - columns.start;
+        if j + group <= columns.end {
+            let mut acc = [s.splat(0.0); VECTORS];
+            // Vector v of the group: panel j / nr + v / nrv, at (v % nrv) * LANES of each of its rows.
+            let panels = &b[j * k..][..group * k];
+            for (p, &x) in a.iter().enumerate() {
+                let x = s.splat(x);
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: (v / nrv) * nr * k + p * nr + (v % nrv) * LANES + LANES <= group * k.
+                    let y = unsafe {
+                        s.load_ptr(panels.as_ptr().add((v / nrv) * nr * k + p * nr + (v % nrv) * S::LANES))
+                    };
+                    *acc = s.mul_add(x, y, *acc);
+                }
+            }
+            for (v, acc) in acc.into_iter().enumerate() {
+                s.store(&mut out[at + v * S::LANES..], acc);
+            }
+            j += group;
+        } else {
+            // One panel, or what there is of it.
+            let cols = nr.min(n - j);
+            let width = cols.next_multiple_of(S::LANES);
+            let panel = &b[j * k..][..width * k];
+            let vectors = width / S::LANES;
+            for v in 0..vectors {
+                let mut acc = [s.splat(0.0); 2];
+                let mut p = 0;
+                while p + 2 <= k {
+                    for (u, acc) in acc.iter_mut().enumerate() {
+                        let y = s.load(&panel[(p + u) * width + v * S::LANES..]);
+                        *acc = s.mul_add(s.splat(a[p + u]), y, *acc);
+                    }
+                    p += 2;
+                }
+                if p < k {
+                    acc[0] = s.mul_add(s.splat(a[p]), s.load(&panel[p * width + v * S::LANES..]), acc[0]);
+                }
+                let end = cols.min((v + 1) * S::LANES);
+                s.store_partial(&mut out[at + v * S::LANES..at + end], s.add(acc[0], acc[1]));
+            }
+            j += nr;
+        }
+    }
+}
+
+/// Rows of B contiguous along n.
+#[inline(always)]
+fn row_major<S: Simd>(s: S, a: &[f32], b: &Matrix<'_>, columns: Range<usize>, out: &mut [f32]) {
+    let mut j = columns.start;
+    while j < columns.end {
+        let group = VECTORS * S::LANES;
+        let at = j - columns.start;
+        if j + group <= columns.end {
+            let mut acc = [s.splat(0.0); VECTORS];
+            for (p, &x) in a.iter().enumerate() {
+                let row = &b.data[p * b.row_stride + j..][..group];
+                let x = s.splat(x);
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    *acc = s.mul_add(x, s.load(&row[v * S::LANES..]), *acc);
+                }
+            }
+            for (v, acc) in acc.into_iter().enumerate() {
+                s.store(&mut out[at + v * S::LANES..], acc);
+            }
+            j += group;
+        } else {
+            let cols = S::LANES.min(columns.end - j);
+            let mut acc = s.splat(0.0);
+            for (p, &x) in a.iter().enumerate() {
+                let row = &b.data[p * b.row_stride + j..][..cols];
+                acc = s.mul_add(s.splat(x), s.load_partial(row), acc);
+            }
+            s.store_partial(&mut out[at..at + cols], acc);
+            j += cols;
+        }
+    }
+}
+
+/// Columns of B contiguous along k.
+#[inline(always)]
+fn transposed<S: Simd>(s: S, a: &[f32], b: &Matrix<'_>, columns: Range<usize>, out: &mut [f32]) {
+    let k = a.len();
+    let whole = k - k % S::LANES;
+    let mut j = columns.start;
+    while j < columns.end {
+        let count = COLUMNS.min(columns.end - j);
+        // Missing columns repeat the last one, so that one loop serves.
+        let mut column = [&b.data[..0]; COLUMNS];
+        for (q, column) in column.iter_mut().enumerate() {
+            *column = if k == 0 { &[] } else { &b.data[(j + q.min(count - 1)) * b.col_stride..][..k] };
+        }
+        let mut acc = [s.splat(0.0); COLUMNS];
+        let mut p = 0;
+        while p < whole {
+            let x = s.load(&a[p..]);
+            for (acc, column) in acc.iter_mut().zip(&column) {
+                *acc = s.mul_add(x, s.load(&column[p..]), *acc);
+            }
+            p += S::LANES;
+        }
+        if p < k {
+            let x = s.load_partial(&a[p..]);
+            for (acc, column) in acc.iter_mut().zip(&column) {
+                *acc = s.mul_add(x, s.load_partial(&column[p..]), *acc);
+            }
+        }
+        let at = j - columns.start;
+        for (out, acc) in out[at..at + count].iter_mut().zip(acc) {
+            *out = s.reduce_add(acc);
+        }
+        j += count;
+    }
+}
+
+/// Bias, residual and activation of finished sums.
+#[inline(always)]
+fn finish<S: Simd>(s: S, epilogue: &Epilogue<'_>, columns: Range<usize>, out: &mut [f32]) {
+    let (clamp, after) = split_activation(epilogue.activation);
+    for (at, out) in out.chunks_mut(S::LANES).enumerate() {
+        let j = columns.start + at * S::LANES;
+        let mut x = s.load_partial(out);
+        if let Some(bias) = epilogue.bias {
+            x = s.add(x, s.load_partial(&bias[j..j + out.len()]));
+        }
+        if let Some(residual) = epilogue.residual {
+            x = s.add(x, s.load_partial(&residual[j..j + out.len()]));
+        }
+        if let Some((lo, hi)) = clamp {
+            let raised = s.select(s.lt(x, s.splat(lo)), s.splat(lo), x);
+            x = s.select(s.lt(s.splat(hi), raised), s.splat(hi), raised);
+        }
+        s.store_partial(out, x);
+    }
+    if let Some(activation) = after {
+        // SAFETY: one row of the whole slice.
+        unsafe { super::activate(s, activation, out.as_mut_ptr(), 1, out.len(), 0) };
+    }
+}

@@ -1,0 +1,659 @@
+//! f32 matrix product: the loop nest of BLIS over prepacked panels, cut into independent blocks of C.
+//!
+//! ```text
+//! for (jc, ic) in blocks of C                   in parallel; cut by sizes alone
+//!     for pc in 0..k step kc
+//!         gather A[ic.., pc..] into rows        only if A is not contiguous along k (patches, transposed)
+//!         for jr in panels of the block         panel of B: kc x NR, stays in L1
+//!             for ir in tiles of the block      rows of A: MR x kc, from L2
+//!                 C[ir, jr] += A[ir, pc..] B[pc.., jr]         microkernel, see tile.rs
+//!                 after the last pc: bias, residual, activation
+//! ```
+//!
+//! Departures from BLIS: B is packed once, outside of all loops, because it is nearly always a weight; a block of C is
+//! small enough for its part of A to stay in L2, so that the loops over jc and ic are one grid of tasks; and instead of
+//! full tiles plus a remainder, m is divided into tiles whose heights differ by one at most, since a tile of one row is
+//! bound by latency and costs nearly as much as a full one.
+//!
+//! Every element of C is summed in the order of k within a pass, pass by pass, wherever it lies in a tile: neither the
+//! cut into blocks nor the number of threads can change a bit.
+
+mod gemv;
+mod pack;
+pub mod table;
+mod tile;
+
+pub use pack::PackedB;
+
+use crate::epilogue::{Activation, Epilogue};
+use crate::error::{Error, Result};
+use crate::par::Cx;
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use core::ops::Range;
+use tile::{Finish, Operands};
+
+/// A matrix in memory: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    /// The elements.
+    pub data: &'a [f32],
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub cols: usize,
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+    /// Elements from one column to the next.
+    pub col_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix without gaps.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// The same memory read as `cols` x `rows`.
+    pub fn transposed(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// Refuses data that is too short for shape and strides.
+    fn check(&self, name: &str) -> Result<()> {
+        let Self { rows, cols, row_stride, col_stride, .. } = *self;
+        if rows == 0 || cols == 0 {
+            return Ok(());
+        }
+        let needed = extent(&[(rows, row_stride), (cols, col_stride)]);
+        match needed {
+            Some(needed) if needed <= self.data.len() => Ok(()),
+            _ => Err(Error::new(format!(
+                "{name} is {rows} x {cols} with strides {row_stride} and {col_stride} but has {} elements",
+                self.data.len()
+            ))),
+        }
+    }
+}
+
+/// Elements from the first to the last index of a strided array, both included; `None` if the address space is exceeded.
+/// No size may be zero.
+fn extent(sizes_and_strides: &[(usize, usize)]) -> Option<usize> {
+    let mut last = 0usize;
+    for &(size, stride) in sizes_and_strides {
+        last = last.checked_add((size - 1).checked_mul(stride)?)?;
+    }
+    last.checked_add(1)
+}
+
+/// The right-hand side of a product.
+#[derive(Clone, Copy, Debug)]
+pub enum Rhs<'a> {
+    /// Packed before: weights.
+    Packed(&'a PackedB),
+    /// Packed on the way.
+    Plain(Matrix<'a>),
+}
+
+/// `c[i * ldc + j] = activation((a b)[i, j] + bias[j] + residual[i * ldc + j])`.
+///
+/// `a` is `m` x `k`, `b` is `k` x `n`, `c` has `m` rows of `n`, `ldc` elements apart. `k == 0` gives the epilogue of zero.
+/// The result has the same bits for any number of threads.
+///
+/// # Errors
+/// If shapes do not fit together, a slice is too short, or `b` was packed for another instruction set.
+pub fn gemm(cx: &Cx<'_>, a: Matrix<'_>, b: Rhs<'_>, epilogue: &Epilogue<'_>, c: &mut [f32], ldc: usize) -> Result<()> {
+    let isa = cx.isa();
+    let (b_rows, n) = match b {
+        Rhs::Packed(b) => {
+            if b.isa() != isa {
+                return Err(Error::new(format!("B was packed for {}, but {isa} runs", b.isa())));
+            }
+            (b.k(), b.n())
+        }
+        Rhs::Plain(b) => {
+            b.check("B")?;
+            (b.rows, b.cols)
+        }
+    };
+    a.check("A")?;
+    let (m, k) = (a.rows, a.cols);
+    if b_rows != k {
+        return Err(Error::new(format!("A is {m} x {k}, but B is {b_rows} x {n}")));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    check_output(m, n, ldc, epilogue, c.len())?;
+    if m == 1 && a.col_stride == 1 && gemv::supports(&b) {
+        gemv::gemv(cx, &a.data[..k], b, epilogue, c);
+        return Ok(());
+    }
+    let c = OutPtr(c.as_mut_ptr());
+    run(cx, isa, 1, m, n, k, matches!(b, Rhs::Plain(_)), a.col_stride != 1 && k > 1, &|_| Problem {
+        a,
+        b,
+        c,
+        ldc,
+        bias: epilogue.bias,
+        residual: epilogue.residual.map_or(core::ptr::null(), <[f32]>::as_ptr),
+        activation: epilogue.activation,
+    })
+}
+
+/// Refuses an output, bias or residual that is too short for `m` rows of `n` with stride `ldc`.
+fn check_output(m: usize, n: usize, ldc: usize, epilogue: &Epilogue<'_>, len: usize) -> Result<()> {
+    if ldc < n && m > 1 {
+        return Err(Error::new(format!("rows of C overlap: {n} columns, stride {ldc}")));
+    }
+    let short = |name: &str, len: usize| Err(Error::new(format!("{name} has {len} elements, too few for {m} x {n}")));
+    let needed = extent(&[(m, ldc), (n, 1)]).unwrap_or(usize::MAX);
+    if len < needed {
+        return short("C", len);
+    }
+    if let Some(residual) = epilogue.residual
+        && residual.len() < needed
+    {
+        return short("the residual", residual.len());
+    }
+    if let Some(bias) = epilogue.bias
+        && bias.len() < n
+    {
+        return short("the bias", bias.len());
+    }
+    Ok(())
+}
+
+/// Many products of one shape, reached by strides: `MatMul` with broadcasting, attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Batched<'a> {
+    /// One product per index of this box.
+    pub batch_dims: &'a [usize],
+    /// Rows of each A and C.
+    pub m: usize,
+    /// Columns of each B and C.
+    pub n: usize,
+    /// Columns of each A, rows of each B.
+    pub k: usize,
+    /// The left operands.
+    pub a: &'a [f32],
+    /// Elements between As along each batch dimension; 0 broadcasts.
+    pub a_batch_strides: &'a [usize],
+    /// Elements between rows (m) and columns (k) of A.
+    pub a_strides: [usize; 2],
+    /// The right operands.
+    pub b: &'a [f32],
+    /// Elements between Bs along each batch dimension; 0 broadcasts.
+    pub b_batch_strides: &'a [usize],
+    /// Elements between rows (k) and columns (n) of B.
+    pub b_strides: [usize; 2],
+    /// Elements between Cs along each batch dimension. The Cs must not overlap.
+    pub c_batch_strides: &'a [usize],
+    /// Elements between rows of C, whose columns are contiguous.
+    pub ldc: usize,
+    /// Per column, shared by all products.
+    pub bias: Option<&'a [f32]>,
+    /// Applied last.
+    pub activation: Activation,
+}
+
+/// All products of `g`, over threads by product and by block.
+///
+/// # Errors
+/// If a slice is too short for shape and strides, the numbers of dimensions differ, or Cs overlap.
+pub fn gemm_batched(cx: &Cx<'_>, g: &Batched<'_>, c: &mut [f32]) -> Result<()> {
+    let dims = g.batch_dims;
+    let ranks = [g.a_batch_strides.len(), g.b_batch_strides.len(), g.c_batch_strides.len()];
+    if ranks.iter().any(|&rank| rank != dims.len()) {
+        return Err(Error::new(format!("{} batch dimensions, but strides for {ranks:?} of them", dims.len())));
+    }
+    let (m, n, k) = (g.m, g.n, g.k);
+    if m == 0 || n == 0 || dims.contains(&0) {
+        return Ok(());
+    }
+    let needs = |batch: &[usize], rows: usize, row_stride: usize, cols: usize, col_stride: usize| {
+        let mut last = 0usize;
+        for (&size, &stride) in dims.iter().zip(batch) {
+            last = last.checked_add((size - 1).checked_mul(stride)?)?;
+        }
+        last.checked_add(extent(&[(rows, row_stride), (cols, col_stride)])?)
+    };
+    let check = |name: &str, needed: Option<usize>, len: usize| match needed {
+        Some(needed) if needed <= len => Ok(()),
+        _ => Err(Error::new(format!("{name} has {len} elements, too few for its shape and strides"))),
+    };
+    if k > 0 {
+        check("A", needs(g.a_batch_strides, m, g.a_strides[0], k, g.a_strides[1]), g.a.len())?;
+        check("B", needs(g.b_batch_strides, k, g.b_strides[0], n, g.b_strides[1]), g.b.len())?;
+    }
+    check("C", needs(g.c_batch_strides, m, g.ldc, n, 1), c.len())?;
+    if let Some(bias) = g.bias {
+        check("the bias", Some(n), bias.len())?;
+    }
+    // Sorted by stride, each dimension of C must step over all smaller ones.
+    let mut steps: Vec<(usize, usize)> = dims.iter().copied().zip(g.c_batch_strides.iter().copied()).collect();
+    steps.extend([(m, g.ldc), (n, 1)]);
+    steps.retain(|&(size, _)| size > 1);
+    steps.sort_by_key(|&(size, stride)| (stride, size));
+    let mut reach = 0;
+    for &(size, stride) in &steps {
+        if stride <= reach {
+            return Err(Error::new(format!("the products' results overlap: sizes and strides {steps:?}")));
+        }
+        reach += (size - 1) * stride;
+    }
+
+    let count = dims.iter().product();
+    let matrix = |data, rows, cols, [row_stride, col_stride]: [usize; 2]| Matrix {
+        data,
+        rows,
+        cols,
+        row_stride,
+        col_stride,
+    };
+    // One B for all and As one after the other: one tall product.
+    let stacked = g.b_batch_strides.iter().zip(dims).all(|(&stride, &size)| stride == 0 || size == 1)
+        && is_stacked(dims, g.a_batch_strides, m, g.a_strides[0])
+        && is_stacked(dims, g.c_batch_strides, m, g.ldc);
+    if stacked && k > 0 {
+        let epilogue = Epilogue { bias: g.bias, residual: None, activation: g.activation };
+        let a = matrix(g.a, count * m, k, g.a_strides);
+        return gemm(cx, a, Rhs::Plain(matrix(g.b, k, n, g.b_strides)), &epilogue, c, g.ldc);
+    }
+    let c = OutPtr(c.as_mut_ptr());
+    let problem = |index: usize| {
+        let (mut a, mut b, mut at, mut rest) = (0, 0, 0, index);
+        for d in (0..dims.len()).rev() {
+            let i = rest % dims[d];
+            rest /= dims[d];
+            a += i * g.a_batch_strides[d];
+            b += i * g.b_batch_strides[d];
+            at += i * g.c_batch_strides[d];
+        }
+        let from = |data: &'_ [f32], start: usize| if k == 0 { 0..0 } else { start..data.len() };
+        Problem {
+            a: matrix(&g.a[from(g.a, a)], m, k, g.a_strides),
+            b: Rhs::Plain(matrix(&g.b[from(g.b, b)], k, n, g.b_strides)),
+            c: c.offset(at),
+            ldc: g.ldc,
+            bias: g.bias,
+            residual: core::ptr::null(),
+            activation: g.activation,
+        }
+    };
+    run(cx, cx.isa(), count, m, n, k, true, g.a_strides[1] != 1 && k > 1, &problem)
+}
+
+/// Whether matrices of `rows` rows, `row_stride` apart, follow each other without a gap in the order of `dims`.
+fn is_stacked(dims: &[usize], strides: &[usize], rows: usize, row_stride: usize) -> bool {
+    let mut expected = rows.checked_mul(row_stride);
+    for (&size, &stride) in dims.iter().zip(strides).rev() {
+        if size > 1 && expected != Some(stride) {
+            return false;
+        }
+        expected = expected.and_then(|x| x.checked_mul(size));
+    }
+    true
+}
+
+/// The left operand of the loop nest: a matrix, or one that is made up on the way (the patches of a convolution).
+pub(crate) trait Lhs: Sync {
+    /// Where the rows lie, and how many elements apart, if each is contiguous along k.
+    fn direct(&self) -> Option<(*const f32, usize)>;
+
+    /// Writes columns `ks` of row `rows.start + i` to `dst[i * ld..][..ks.len()]`.
+    ///
+    /// May write anything to the rest of those `ld` elements, and to up to [`GATHER_SLACK`] elements after the last.
+    fn gather(&self, isa: Isa, rows: Range<usize>, ks: Range<usize>, dst: &mut [f32], ld: usize);
+}
+
+/// Elements after the last gathered row that [`Lhs::gather`] may write.
+pub(crate) const GATHER_SLACK: usize = 16;
+
+impl Lhs for Matrix<'_> {
+    fn direct(&self) -> Option<(*const f32, usize)> {
+        (self.col_stride == 1 || self.cols <= 1).then_some((self.data.as_ptr(), self.row_stride))
+    }
+
+    fn gather(&self, _: Isa, rows: Range<usize>, ks: Range<usize>, dst: &mut [f32], ld: usize) {
+        for (p, k) in ks.enumerate() {
+            let column = &self.data[k * self.col_stride..];
+            for (i, row) in rows.clone().enumerate() {
+                dst[i * ld + p] = column[row * self.row_stride];
+            }
+        }
+    }
+}
+
+/// The output, shared by tasks that write disjoint parts of it.
+#[derive(Clone, Copy)]
+pub(crate) struct OutPtr(pub(crate) *mut f32);
+
+impl OutPtr {
+    /// Address of an element.
+    #[inline(always)]
+    pub(crate) fn at(&self, index: usize) -> *mut f32 {
+        self.0.wrapping_add(index)
+    }
+
+    /// The output from an element on.
+    pub(crate) fn offset(&self, index: usize) -> Self {
+        Self(self.at(index))
+    }
+}
+
+// SAFETY: tasks write disjoint parts, see `run`.
+unsafe impl Send for OutPtr {}
+// SAFETY: as above.
+unsafe impl Sync for OutPtr {}
+
+/// One product: operands whose sizes were checked.
+pub(crate) struct Problem<'a, A> {
+    /// m x k.
+    pub(crate) a: A,
+    /// k x n.
+    pub(crate) b: Rhs<'a>,
+    /// First element of m rows of n, `ldc` apart.
+    pub(crate) c: OutPtr,
+    pub(crate) ldc: usize,
+    /// n values.
+    pub(crate) bias: Option<&'a [f32]>,
+    /// Laid out like C, or null.
+    pub(crate) residual: *const f32,
+    pub(crate) activation: Activation,
+}
+
+/// A task should take this many floating-point operations at least: about 25 microseconds of one core's 128-bit vectors.
+const TASK_FLOPS: u64 = 1 << 20;
+/// More tasks than this would not balance better.
+const MAX_TASKS: u64 = 64;
+/// Elements of B that a task packs at most, so that they stay in L2.
+const MAX_PACK: usize = 1 << 16;
+
+/// How the C of each product is cut.
+struct Grid {
+    /// Tiles along m: `tall` of `height + 1` rows, then the others of `height`.
+    tiles: usize,
+    height: usize,
+    tall: usize,
+    panels: usize,
+    row_blocks: usize,
+    panel_blocks: usize,
+}
+
+impl Grid {
+    fn new(isa: Isa, problems: usize, m: usize, n: usize, k: usize, pack_b: bool) -> Self {
+        let t = table::tile(isa);
+        let nr = table::panel_width(isa);
+        let (tiles, panels) = (m.div_ceil(t.mr), n.div_ceil(nr));
+        let flops = 2 * m as u64 * (n as u64).saturating_mul(k as u64);
+        let want = (flops.saturating_mul(problems as u64) / TASK_FLOPS).clamp(1, MAX_TASKS).div_ceil(problems as u64);
+        let mut row_blocks = m.div_ceil(t.mc);
+        let mut panel_blocks = 1;
+        if pack_b {
+            panel_blocks = panels.div_ceil((MAX_PACK / (nr * k.max(1))).max(1));
+        }
+        while ((row_blocks * panel_blocks) as u64) < want {
+            let (rows, cols) = (m / row_blocks, panels / panel_blocks * nr);
+            let can_rows = rows >= 4 * t.mr;
+            let can_cols = cols >= 4 * nr;
+            // A block costs the reading of its rows of A and columns of B: keep it square. Rows first if B is packed
+            // for each block of rows anew? No: that is paid per block of rows, so columns first there.
+            if can_rows && (!can_cols || (rows >= cols && !pack_b)) {
+                row_blocks *= 2;
+            } else if can_cols {
+                panel_blocks *= 2;
+            } else {
+                break;
+            }
+        }
+        Self {
+            tiles,
+            height: m / tiles,
+            tall: m % tiles,
+            panels,
+            row_blocks: row_blocks.min(tiles),
+            panel_blocks: panel_blocks.min(panels),
+        }
+    }
+
+    /// First row of a tile.
+    #[inline(always)]
+    fn row(&self, tile: usize) -> usize {
+        tile * self.height + tile.min(self.tall)
+    }
+}
+
+/// Part `index` of `0..len` cut into `parts`.
+#[inline(always)]
+fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
+    let start = |i: usize| i * (len / parts) + i.min(len % parts);
+    start(index)..start(index + 1)
+}
+
+/// Computes `problems` products of one shape (`m`, `n` >= 1), all blocks of all of them in parallel.
+///
+/// `pack_b` says whether the right-hand sides are plain, `gather_a` whether the left-hand sides are not direct.
+pub(crate) fn run<'a, A: Lhs>(
+    cx: &Cx<'_>,
+    isa: Isa,
+    problems: usize,
+    m: usize,
+    n: usize,
+    k: usize,
+    pack_b: bool,
+    gather_a: bool,
+    problem: &(dyn Fn(usize) -> Problem<'a, A> + Sync),
+) -> Result<()> {
+    let t = table::tile(isa);
+    let nr = table::panel_width(isa);
+    let grid = Grid::new(isa, problems, m, n, k, pack_b);
+    let passes = k.div_ceil(t.kc).max(1);
+    let kc = k.div_ceil(passes);
+    let lda = leading_dimension(kc);
+    let a_len = if gather_a { grid.tiles.div_ceil(grid.row_blocks) * (grid.height + 1) * lda + GATHER_SLACK } else { 0 };
+    // Whole cache lines, so that the rows of A start at one too.
+    let b_len = if pack_b { (grid.panels.div_ceil(grid.panel_blocks) * nr * k).next_multiple_of(16) } else { 0 };
+    let per_problem = grid.row_blocks * grid.panel_blocks;
+    let tasks = per_problem.checked_mul(problems).ok_or_else(|| Error::new("too many products for the address space"))?;
+    let cost = (2 * m as u64).saturating_mul(n as u64).saturating_mul(k as u64).saturating_mul(problems as u64);
+    cx.for_each_scratch(tasks, cost, b_len + a_len, &|task, scratch| {
+        let problem = problem(task / per_problem);
+        let block = task % per_problem;
+        let (row_block, panel_block) = (block % grid.row_blocks, block / grid.row_blocks);
+        let tiles = part(grid.tiles, grid.row_blocks, row_block);
+        let panels = part(grid.panels, grid.panel_blocks, panel_block);
+        let (b_scratch, a_scratch) = scratch.split_at_mut(b_len);
+        let first_panel = panels.start;
+        let (b, b_first) = match &problem.b {
+            Rhs::Packed(packed) => (packed.data(), 0),
+            Rhs::Plain(b) => {
+                pack::pack_panels(isa, b, panels.clone(), b_scratch);
+                (&*b_scratch, first_panel)
+            }
+        };
+        let rows = grid.row(tiles.start)..grid.row(tiles.end);
+        let (clamp, after) = split_activation(problem.activation);
+        let mut pc = 0;
+        loop {
+            let depth = kc.min(k - pc);
+            let last = pc + depth == k;
+            let (a, lda) = match problem.a.direct() {
+                Some((a, lda)) => (a.wrapping_add(rows.start * lda + pc), lda),
+                None => {
+                    problem.a.gather(isa, rows.clone(), pc..pc + depth, a_scratch, lda);
+                    (a_scratch.as_ptr(), lda)
+                }
+            };
+            dispatch(
+                isa,
+                Pass {
+                    a,
+                    lda,
+                    b,
+                    b_first,
+                    c: problem.c,
+                    ldc: problem.ldc,
+                    bias: problem.bias.filter(|_| last),
+                    residual: if last { problem.residual } else { core::ptr::null() },
+                    clamp: clamp.filter(|_| last),
+                    after: after.filter(|_| last),
+                    grid: &grid,
+                    tiles: tiles.clone(),
+                    panels: panels.clone(),
+                    n,
+                    k,
+                    pc,
+                    depth,
+                },
+            );
+            pc += depth;
+            if last {
+                break;
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Elements between gathered rows: whole cache lines, and not a power of two of them, which would map the rows of a tile
+/// to the same few places of the cache.
+fn leading_dimension(kc: usize) -> usize {
+    let lines = kc.div_ceil(16);
+    16 * (lines | 1)
+}
+
+/// One pass over a block of C.
+struct Pass<'a> {
+    /// First row of the block, first column of the pass.
+    a: *const f32,
+    lda: usize,
+    /// Packed panels, from panel `b_first` on.
+    b: &'a [f32],
+    b_first: usize,
+    c: OutPtr,
+    ldc: usize,
+    bias: Option<&'a [f32]>,
+    residual: *const f32,
+    clamp: Option<(f32, f32)>,
+    after: Option<Activation>,
+    grid: &'a Grid,
+    tiles: Range<usize>,
+    panels: Range<usize>,
+    n: usize,
+    k: usize,
+    pc: usize,
+    depth: usize,
+}
+
+impl Kernel for Pass<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // The shapes of the table; the comparisons are constant, so that each instruction set has its own only.
+        macro_rules! shapes {
+            ($($mr:literal x $nrv:literal),*) => {
+                $(if const { table::tile(S::ISA).mr == $mr && table::tile(S::ISA).nrv == $nrv } {
+                    return self.nest::<S, $mr, $nrv>(s);
+                })*
+            };
+        }
+        shapes!(4 x 2, 6 x 2, 8 x 2, 12 x 2, 14 x 2);
+        unreachable!("no microkernel of the shape in the table for {:?}", S::ISA)
+    }
+}
+
+impl Pass<'_> {
+    #[inline(always)]
+    fn nest<S: Simd, const MR: usize, const NRV: usize>(self, s: S) {
+        let Self { a, lda, b, ldc, grid, n, k, pc, depth, residual, .. } = self;
+        let nr = NRV * S::LANES;
+        let rows = grid.row(self.tiles.start)..grid.row(self.tiles.end);
+        for panel in self.panels {
+            let j = panel * nr;
+            let cols = nr.min(n - j);
+            let width = cols.next_multiple_of(S::LANES);
+            // All panels before this one are of full width.
+            let b = &b[(panel - self.b_first) * nr * k + pc * width..][..depth * width];
+            let finish = Finish {
+                accumulate: pc > 0,
+                bias: self.bias.map_or(core::ptr::null(), |bias| bias[j..j + cols].as_ptr()),
+                residual,
+                clamp: self.clamp,
+            };
+            for tile in self.tiles.clone() {
+                let i = grid.row(tile);
+                let h = grid.row(tile + 1) - i;
+                let residual = if residual.is_null() { residual } else { residual.wrapping_add(i * ldc + j) };
+                let operands = Operands {
+                    k: depth,
+                    a: a.wrapping_add((i - rows.start) * lda),
+                    lda,
+                    b: b.as_ptr(),
+                    ldb: width,
+                    c: self.c.at(i * ldc + j),
+                    ldc,
+                };
+                // SAFETY: the block lies inside m x n, for which A, B, C, bias and residual were checked; tasks have
+                // disjoint blocks of C.
+                unsafe { tile::tile::<S, MR, NRV>(s, h, cols, &operands, &Finish { residual, ..finish }) };
+            }
+            if let Some(activation) = self.after {
+                // SAFETY: as above.
+                unsafe { activate(s, activation, self.c.at(rows.start * ldc + j), rows.len(), cols, ldc) };
+            }
+        }
+    }
+}
+
+/// What of an activation happens in registers (bounds), and what in a second sweep.
+///
+/// The costly functions would make each of the two dozen tile functions several times as long; the sweep runs over a
+/// panel of C that is still in the first-level cache, and costs a load and a store beside their dozens of operations.
+#[inline(always)]
+pub(crate) fn split_activation(activation: Activation) -> (Option<(f32, f32)>, Option<Activation>) {
+    match activation {
+        Activation::Identity => (None, None),
+        Activation::Relu => (Some((0.0, f32::INFINITY)), None),
+        Activation::Clip { lo, hi } => (Some((lo, hi)), None),
+        other => (None, Some(other)),
+    }
+}
+
+/// Applies an activation to `rows` rows of `cols` elements, `ld` apart.
+///
+/// # Safety
+/// They must be there, and nobody else may touch them.
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+pub(crate) unsafe fn activate<S: Simd>(
+    s: S,
+    activation: Activation,
+    c: *mut f32,
+    rows: usize,
+    cols: usize,
+    ld: usize,
+) {
+    for i in 0..rows {
+        // SAFETY: promised by the caller.
+        let mut rest = unsafe { core::slice::from_raw_parts_mut(c.add(i * ld), cols) };
+        while rest.len() >= S::LANES {
+            let (head, tail) = rest.split_at_mut(S::LANES);
+            s.store(head, activation.apply(s, s.load(head)));
+            rest = tail;
+        }
+        if !rest.is_empty() {
+            let x = s.load_partial(rest);
+            s.store_partial(rest, activation.apply(s, x));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,41 @@
+//! Tile shapes and block sizes as data: one row per instruction set, chosen with `examples/gemm_bench.rs`.
+
+use crate::simd::Isa;
+
+/// How the loop nest cuts a product for one instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Most rows of A (and C) that one call of the microkernel takes; it exists for every smaller height too.
+    pub mr: usize,
+    /// Vectors of B (and C) per row of the tile. A panel of packed B is this wide.
+    pub nrv: usize,
+    /// Rows of B per pass: `kc` x `nrv` vectors of B and `mr` x `kc` of A stay in the first-level cache.
+    pub kc: usize,
+    /// Rows of A per pass: `mc` x `kc` stay in the second-level cache.
+    pub mc: usize,
+}
+
+/// Highest tile of any row of the table.
+pub const MAX_MR: usize = 14;
+/// Widest tile of any row of the table, in vectors.
+pub const MAX_NRV: usize = 2;
+
+/// The row of the table for `isa`.
+///
+/// 16 vector registers hold 4 x 2 accumulators, a row of B and a broadcast of A with room for what a wasm compiler
+/// keeps in registers besides; larger tiles spilled in browsers on x86. AVX2 has room for 6 x 2 (12 + 2 + 1 = 15 of 16),
+/// AVX-512 for 12 x 2 and more of 32, NEON (32 registers) for 8 x 2.
+pub const fn tile(isa: Isa) -> Tile {
+    match isa {
+        Isa::Scalar => Tile { mr: 4, nrv: 2, kc: 256, mc: 128 },
+        Isa::WasmSimd128 | Isa::WasmRelaxedSimd | Isa::Sse41 | Isa::Fma128 => Tile { mr: 4, nrv: 2, kc: 256, mc: 128 },
+        Isa::Neon => Tile { mr: 8, nrv: 2, kc: 256, mc: 128 },
+        Isa::Avx2 => Tile { mr: 6, nrv: 2, kc: 256, mc: 144 },
+        Isa::Avx512 => Tile { mr: 12, nrv: 2, kc: 256, mc: 192 },
+    }
+}
+
+/// Width of a panel of packed B in elements.
+pub const fn panel_width(isa: Isa) -> usize {
+    tile(isa).nrv * isa.lanes()
+}
