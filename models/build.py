@@ -133,9 +133,10 @@ def main():
             else:
                 build(name, args.out, args.force)
         except (OSError, RuntimeError) as error:
-            # The others are still worth having: say it in a line, go on, and end with an error.
+            # The others are still worth having: say it in a line, go on, and end with an error; but
+            # --all asks for a published model only where it can be had, and its tests skip themselves.
             print(f"{name}: {error}", file=sys.stderr)
-            failed = True
+            failed |= not (args.all and name in manifest)
     sys.exit(1 if failed else 0)
 
 

