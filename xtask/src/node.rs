@@ -21,20 +21,25 @@ pub(crate) fn ensure(ctx: &Context) -> Result<()> {
     Ok(())
 }
 
-/// `npm ci` in a directory, when its lock file changed since the last time.
+/// Installs what the lock file of a directory pins, when it changed since the last time.
+///
+/// Not `npm ci`: that refuses a lock file made where the registry lacked optional packages of other
+/// platforms, while `install --no-save` takes the same pinned versions and leaves the file alone.
 pub(crate) fn install(ctx: &Context, directory: &str) -> Result<()> {
     let lock = ctx.path(directory).join("package-lock.json");
     let name = format!("npm-{directory}");
-    let (hash, verb) = if lock.exists() {
-        (hash_file(&lock)?, "ci")
-    } else {
-        (hash_file(&ctx.path(directory).join("package.json"))?, "install")
-    };
+    let hash = format!(
+        "{} {}",
+        hash_file(&ctx.path(directory).join("package.json"))?,
+        if lock.exists() { hash_file(&lock)? } else { String::new() }
+    );
     if ctx.path(directory).join("node_modules").is_dir() && ctx.is_stamped(&name, &hash) {
         return Ok(());
     }
-    println!("   npm {verb} in {directory}/");
-    ctx.run_in(directory, |ctx| ctx.cmd("npm").args([verb, "--no-audit", "--no-fund", "--loglevel=error"]))?;
+    println!("   npm packages of {directory}/");
+    ctx.run_in(directory, |ctx| {
+        ctx.cmd("npm").args(["install", "--no-save", "--no-audit", "--no-fund", "--loglevel=error"])
+    })?;
     ctx.write_stamp(&name, &hash)
 }
 
