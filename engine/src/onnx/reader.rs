@@ -101,7 +101,8 @@ impl Reader {
     ///
     /// # Errors
     /// Those of [`push`](Self::push); `EmptyModel` when there were no bytes; `TruncatedModel` when they end inside of
-    /// a message, or before the graph and the operator sets that every model has.
+    /// a message, or before the graph and the operator sets that every model has. A file that lost only whole fields
+    /// behind those (further operator sets, metadata, functions) is a valid shorter file.
     pub fn finish(self) -> Result<Model> {
         if let Some(e) = self.failure {
             return Err(e);
