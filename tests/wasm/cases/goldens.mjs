@@ -1,0 +1,65 @@
+/**
+ * Whole models against outputs of native onnxruntime, with the optimiser on and off, and a small model in every
+ * variant that runs here.
+ */
+import { compare, decode } from "../page/compare.mjs";
+
+const MODELS = "/target/models-test";
+const SMALL = "digits";
+
+async function check(ctx, name, options) {
+  const golden = await ctx.fetchJson(`${MODELS}/${name}/data.json`);
+  const session = await ctx.weblane.Session.load(ctx.url(`${MODELS}/${name}/model.onnx`), options);
+  try {
+    let largest = 0;
+    for (const set of golden.sets) {
+      const feeds = Object.fromEntries(golden.inputs.map((input, i) => [input, decode(set.inputs[i])]));
+      const outputs = await session.run(feeds);
+      for (const [i, output] of golden.outputs.entries()) {
+        largest = Math.max(largest, compare(outputs[output], decode(set.outputs[i]), golden, output));
+      }
+    }
+    const { variant, threads } = await session.info();
+    return {
+      note: `largest difference ${largest.toExponential(1)}, ${variant}, ${threads} threads`,
+      variant,
+      threads,
+    };
+  } finally {
+    await session.dispose();
+  }
+}
+
+export default async (ctx) => {
+  const names = await ctx.fetchJson(`${MODELS}/index.json`);
+  const cases = names.flatMap((name) =>
+    ["all", "none"].map((optimize) => ({
+      name: `${name}, optimize ${optimize}`,
+      timeout: 300,
+      run: async () => (await check(ctx, name, { optimize })).note,
+    })),
+  );
+  const { Session } = ctx.weblane;
+  const everyVariant = ["simd_st", "simd_mt", "relaxed_st", "relaxed_mt"].map((variant) => ({
+    name: `${SMALL} in variant ${variant}`,
+    async run() {
+      const address = ctx.url(`${MODELS}/${SMALL}/model.onnx`);
+      const impossible = variant.endsWith("mt") && !ctx.isolated;
+      if (impossible) {
+        await ctx.rejects(Session.load(address, { variant }), "unsupported_platform");
+        return "refused, as it should be without shared memory";
+      }
+      let result;
+      try {
+        result = await check(ctx, SMALL, { variant });
+      } catch (error) {
+        // Relaxed SIMD is the only thing an engine of today may lack.
+        if (error.code === "unsupported_platform" && variant.startsWith("relaxed")) ctx.skip(error.message);
+        throw error;
+      }
+      ctx.equal(result.variant, variant, "variant");
+      return result.note;
+    },
+  }));
+  return [...cases, ...everyVariant];
+};
