@@ -4,7 +4,7 @@
 //! per instruction set; whatever is called through a pointer (a `dyn Fn` task of [`crate::par::Cx`], say) is not, so
 //! a parallel kernel dispatches inside its task, not around the loop. A dispatch costs a load, a test and a jump.
 
-use super::{Kernel, scalar};
+use super::Kernel;
 use core::fmt;
 use core::str::FromStr;
 use std::sync::OnceLock;
@@ -251,7 +251,7 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     }
     match isa {
         #[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
-        Isa::Scalar => kernel.run(scalar::Scalar),
+        Isa::Scalar => kernel.run(super::scalar::Scalar),
         #[cfg(all(target_arch = "wasm32", target_feature = "simd128", not(target_feature = "relaxed-simd")))]
         // SAFETY: this module is compiled for simd128.
         Isa::WasmSimd128 => kernel.run(unsafe { super::wasm::Simd128::new() }),

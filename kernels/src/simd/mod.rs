@@ -93,6 +93,8 @@ pub use dispatch::{Isa, IsaError, dispatch};
 
 #[cfg(target_arch = "aarch64")]
 mod neon;
+// A wasm module with vectors has no use for it.
+#[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -236,6 +238,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// The same bits as `i32`.
     fn bits(self, a: Self::F32) -> Self::I32;
     /// The same bits as `f32`.
+    #[allow(clippy::wrong_self_convention)] // `self` proves the instructions, `a` is converted
     fn from_bits(self, a: Self::I32) -> Self::F32;
 
     /// Sum of all lanes, in a tree whose shape depends on `LANES` only.
