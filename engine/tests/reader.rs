@@ -544,7 +544,7 @@ fn files_that_are_no_models() {
 #[test]
 fn an_error_stays() {
     let mut reader = Reader::default();
-    let first = reader.push(b"\x08\x08\x3b").unwrap_err();
+    let first = reader.push(&[b"\x08\x08\x3b" as &[u8], &[0; 100]].concat()).unwrap_err();
     assert_eq!(reader.push(&everything().0).unwrap_err(), first);
     assert_eq!(reader.finish().unwrap_err(), first);
 }

@@ -48,12 +48,14 @@ impl Default for Limits {
 pub struct Reader {
     wire: Wire,
     builder: Builder,
+    // The first bytes, held back so that they tell the same about a file that is no model in any chunking.
     head: Vec<u8>,
+    received: u64,
     failure: Option<Error>,
 }
 
-/// Bytes of the beginning that are kept to tell what a file is that is not a model.
-const HEAD: usize = 256;
+/// Bytes of the beginning that tell what a file is that is not a model.
+const HEAD: usize = 64;
 
 impl Reader {
     /// A reader at the beginning of a file.
@@ -61,7 +63,8 @@ impl Reader {
         Reader {
             wire: Wire::new(limits.max_bytes, limits.max_depth),
             builder: Builder::new(limits),
-            head: Vec::new(),
+            head: Vec::with_capacity(HEAD),
+            received: 0,
             failure: None,
         }
     }
@@ -73,9 +76,9 @@ impl Reader {
         self
     }
 
-    /// Bytes read so far.
+    /// Bytes received so far.
     pub fn position(&self) -> u64 {
-        self.wire.pos()
+        self.received
     }
 
     /// Reads the next bytes, in pieces of any size.
@@ -87,14 +90,36 @@ impl Reader {
         if let Some(e) = &self.failure {
             return Err(e.clone());
         }
-        self.head.extend_from_slice(&chunk[..chunk.len().min(HEAD - self.head.len())]);
-        self.wire.feed(chunk, &mut self.builder).map_err(|e| {
-            let e = self.explain(e);
-            self.failure = Some(e.clone());
-            // What was read is of no use any more; the weights may be large.
-            self.builder = Builder::new(Limits::default());
-            e
-        })
+        self.received += chunk.len() as u64;
+        if self.head.len() == HEAD {
+            return self.feed(chunk);
+        }
+        let (first, rest) = chunk.split_at(chunk.len().min(HEAD - self.head.len()));
+        self.head.extend_from_slice(first);
+        if self.head.len() < HEAD {
+            return Ok(());
+        }
+        self.feed_head()?;
+        self.feed(rest)
+    }
+
+    fn feed_head(&mut self) -> Result<()> {
+        let head = std::mem::take(&mut self.head);
+        let result = self.wire.feed(&head, &mut self.builder);
+        self.head = head;
+        result.map_err(|e| self.fail(e))
+    }
+
+    fn feed(&mut self, chunk: &[u8]) -> Result<()> {
+        self.wire.feed(chunk, &mut self.builder).map_err(|e| self.fail(e))
+    }
+
+    fn fail(&mut self, e: Error) -> Error {
+        let e = self.explain(e);
+        self.failure = Some(e.clone());
+        // What was read is of no use any more; the weights may be large.
+        self.builder = Builder::new(Limits::default());
+        e
     }
 
     /// The model.
@@ -103,9 +128,12 @@ impl Reader {
     /// Those of [`push`](Self::push); `EmptyModel` when there were no bytes; `TruncatedModel` when they end inside of
     /// a message, or before the graph and the operator sets that every model has. A file that lost only whole fields
     /// behind those (further operator sets, metadata, functions) is a valid shorter file.
-    pub fn finish(self) -> Result<Model> {
+    pub fn finish(mut self) -> Result<Model> {
         if let Some(e) = self.failure {
             return Err(e);
+        }
+        if self.head.len() < HEAD {
+            self.feed_head()?;
         }
         let pos = self.wire.pos();
         let truncated = |what: &str| {

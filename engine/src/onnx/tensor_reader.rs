@@ -61,8 +61,12 @@ impl TensorReader {
     pub(super) fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
         let len = self.bytes.len() + bytes.len();
         if len > self.reserved {
-            // Doubling, but never beyond what is announced, so that nothing is left over in the end.
-            let room = self.bytes.len().saturating_add(self.bytes.len().max(STEP)).min(self.announced).max(len);
+            // A half, a quarter... of what is announced: the last step ends exactly there, so nothing is left over,
+            // and both blocks together never exceed one and a half of it.
+            let mut room = self.announced.max(len);
+            while room.div_ceil(2) >= len.max(STEP) {
+                room = room.div_ceil(2);
+            }
             self.bytes.reserve_exact(room - self.bytes.len())?;
             self.reserved = room;
         }

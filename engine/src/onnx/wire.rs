@@ -118,12 +118,9 @@ impl Wire {
                     input = later;
                 }
                 State::Packed { number, end } => {
-                    while self.pos < end {
+                    while self.pos < end || self.shift > 0 {
                         let Some(value) = self.varint(&mut input, end, visitor)? else { return Ok(()) };
                         visitor.int(number, value)?;
-                    }
-                    if self.shift != 0 {
-                        return Err(self.invalid("a number runs past the end of its list", visitor));
                     }
                     self.state = State::Key;
                 }
@@ -142,14 +139,15 @@ impl Wire {
     /// Continues a varint; `None` when the input ends first.
     fn varint(&mut self, input: &mut &[u8], end: u64, visitor: &impl Visitor) -> Result<Option<u64>> {
         loop {
-            let Some((&byte, rest)) = input.split_first() else { return Ok(None) };
-            if self.pos == end {
-                return Err(if self.ends.len() == 1 {
+            let whole_file = self.ends.len() == 1 && end == self.end();
+            if self.pos == end && !(whole_file && input.is_empty()) {
+                return Err(if whole_file {
                     Error::limit(format!("the model has more than {end} bytes, which is the limit"))
                 } else {
-                    self.invalid("a number runs past the end of its message", visitor)
+                    self.invalid("a number runs past the end of what it belongs to", visitor)
                 });
             }
+            let Some((&byte, rest)) = input.split_first() else { return Ok(None) };
             // The tenth byte has room for one bit.
             if self.shift == 63 && byte > 1 {
                 return Err(self.invalid("a number of more than 64 bits", visitor));
