@@ -1,0 +1,134 @@
+//! `weblane bench`: times of runs on random input, with a profile by node.
+
+use crate::{EngineArgs, inspect::describe, open};
+use anyhow::Result;
+use clap::Args;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+use weblane_engine::session::Timing;
+use weblane_engine::{DType, Session, Tensor, TensorView};
+
+#[derive(Args)]
+pub(crate) struct Bench {
+    /// The .onnx file
+    model: PathBuf,
+    /// Measured runs
+    #[arg(long, default_value_t = 20)]
+    runs: usize,
+    /// Size of a named or unknown dimension as NAME=N; others are 1 for the first axis and 128 elsewhere
+    #[arg(long = "dim", value_name = "NAME=N")]
+    dims: Vec<String>,
+    /// Print time by node and by operator
+    #[arg(long)]
+    profile: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+impl Bench {
+    pub(crate) fn run(self) -> Result<()> {
+        let start = Instant::now();
+        let mut session = open(&self.model, &self.engine)?;
+        let loaded = start.elapsed();
+        let feeds = self.random_inputs(&session)?;
+        let views: Vec<(&str, TensorView)> = feeds.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
+        session.inputs().iter().for_each(|i| println!("input  {}", describe(i)));
+        let start = Instant::now();
+        session.run(&views)?;
+        let first = start.elapsed();
+        let mut ms = Vec::with_capacity(self.runs);
+        for _ in 0..self.runs.max(1) {
+            let start = Instant::now();
+            session.begin(&views)?;
+            session.advance(|_, _| false)?;
+            ms.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        ms.sort_by(f64::total_cmp);
+        let at = |q: f64| ms[((ms.len() - 1) as f64 * q).round() as usize];
+        println!(
+            "isa {}  threads {}  load {:.1} ms  first run {:.1} ms  arena {} KiB",
+            session.options().isa,
+            session.options().threads,
+            loaded.as_secs_f64() * 1e3,
+            first.as_secs_f64() * 1e3,
+            session.arena_bytes() / 1024
+        );
+        println!("run  median {:.3} ms  quartiles {:.3} .. {:.3}  best {:.3}", at(0.5), at(0.25), at(0.75), ms[0]);
+        if self.profile {
+            profile(&mut session, &views)?;
+        }
+        Ok(())
+    }
+
+    fn random_inputs(&self, session: &Session) -> Result<Vec<(String, Tensor)>> {
+        let given: BTreeMap<&str, usize> =
+            self.dims.iter().filter_map(|d| d.split_once('=')).filter_map(|(n, v)| Some((n, v.parse().ok()?))).collect();
+        let mut seed = 0x2545_f491_4f6c_dd1du64;
+        let mut next = move || {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            (seed >> 40) as f32 / (1u64 << 24) as f32
+        };
+        let mut feeds = Vec::new();
+        for info in session.inputs() {
+            let shape = info.shape.clone().unwrap_or_default();
+            let dims: Vec<usize> = shape
+                .iter()
+                .enumerate()
+                .map(|(axis, d)| {
+                    let fallback = if axis == 0 { 1 } else { 128 };
+                    d.known().unwrap_or_else(|| given.get(d.to_string().as_str()).copied().unwrap_or(fallback))
+                })
+                .collect();
+            let n = dims.iter().product();
+            let tensor = match info.dtype {
+                DType::F32 => Tensor::from_slice(&dims, &(0..n).map(|_| next()).collect::<Vec<f32>>())?,
+                // Ids, masks and lengths: ones are valid for all of them.
+                DType::I64 => Tensor::from_slice(&dims, &vec![1i64; n])?,
+                DType::I32 => Tensor::from_slice(&dims, &vec![1i32; n])?,
+                other => Tensor::zeros(other, &dims)?,
+            };
+            feeds.push((info.name.clone(), tensor));
+        }
+        Ok(feeds)
+    }
+}
+
+fn profile(session: &mut Session, views: &[(&str, TensorView)]) -> Result<()> {
+    const RUNS: usize = 5;
+    let epoch = Instant::now();
+    let clock = move || epoch.elapsed().as_secs_f64() * 1e3;
+    let mut runs: Vec<Vec<Timing>> = Vec::new();
+    for _ in 0..RUNS {
+        let mut times = Vec::new();
+        session.begin(views)?;
+        session.advance_timed(|_, _| false, Some(&clock), &mut times)?;
+        runs.push(times);
+    }
+    // Of each step the median over the runs.
+    let mut steps = runs[0].clone();
+    for (i, step) in steps.iter_mut().enumerate() {
+        let mut ms: Vec<f64> = runs.iter().map(|r| r[i].ms).collect();
+        ms.sort_by(f64::total_cmp);
+        step.ms = ms[RUNS / 2];
+    }
+    let total: f64 = steps.iter().map(|t| t.ms).sum();
+    println!("{:>9}  {:>6}  {:>8}  {:20}  {:24}  node", "ms", "share", "GFLOP/s", "operator", "kernel");
+    let mut by_op: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
+    for t in &steps {
+        let entry = by_op.entry(&t.op).or_default();
+        *entry = (entry.0 + t.ms, entry.1 + 1);
+        let speed = if t.flops > 0 { format!("{:.1}", t.flops as f64 / t.ms / 1e6) } else { String::new() };
+        let share = t.ms / total * 100.0;
+        println!("{:9.3}  {share:5.1}%  {speed:>8}  {:20}  {:24}  {}", t.ms, t.op, t.kernel, t.node);
+    }
+    println!();
+    let mut by_op: Vec<_> = by_op.into_iter().collect();
+    by_op.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
+    for (op, (ms, n)) in by_op {
+        println!("{ms:9.3} ms  {:5.1}%  {n:4} x {op}", ms / total * 100.0);
+    }
+    Ok(())
+}
