@@ -42,7 +42,7 @@ impl AlignedBytes {
     pub fn reserve_exact(&mut self, more: usize) -> Result<()> {
         let want = self.len.checked_add(more).ok_or_else(|| no_memory(usize::MAX))?.div_ceil(ALIGN);
         let missing = want.saturating_sub(self.lines.len());
-        self.lines.try_reserve_exact(missing).map_err(|_| no_memory(want * ALIGN))
+        self.lines.try_reserve_exact(missing).map_err(|_| no_memory(want.saturating_mul(ALIGN)))
     }
 
     /// Sets the length; new bytes are zero.

@@ -6,7 +6,7 @@
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::fact::Fact;
-use crate::tensor::{DType, Element, TensorMut, TensorView};
+use crate::tensor::{DType, Element, Tensor, TensorMut, TensorView};
 use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -124,9 +124,48 @@ pub trait Operator: Any + Debug + Send + Sync {
         false
     }
 
+    /// The same operator for channels-last data (`[batch, spatial..., channels]`), if it has such a kernel; the layout
+    /// pass starts from these.
+    fn channels_last(&self, _operands: &[Option<Fact>]) -> Option<Permuted> {
+        None
+    }
+
+    /// The operator that gives the permuted result 0 for permuted operands, if there is one: axis `i` of a permuted
+    /// tensor is axis `perm[i]` of the original. All results must be of the rank of `perm`, and all get permuted.
+    fn permuted(&self, _perm: &[usize], _operands: &[Option<Fact>]) -> Option<Permuted> {
+        None
+    }
+
     /// Operands whose elements, not only shapes, decide the shapes of the results.
     fn shape_operands(&self) -> &'static [usize] {
         &[]
+    }
+}
+
+/// What becomes of an operand when an operator is moved to permuted data.
+#[derive(Clone, Debug)]
+pub enum Role {
+    /// Gets permuted; one of lower rank is first brought to full rank with leading axes of size 1.
+    Permute,
+    /// Stays as it is.
+    Keep,
+    /// Becomes this constant.
+    Replace(Arc<Tensor>),
+}
+
+/// An operator for permuted data.
+#[derive(Clone, Debug)]
+pub struct Permuted {
+    /// The operator.
+    pub op: Op,
+    /// One entry per operand.
+    pub roles: Vec<Role>,
+}
+
+impl Permuted {
+    /// For an operator that treats all operands alike and knows no axes, such as `Add`.
+    pub fn elementwise(op: &(impl Operator + Clone), operands: usize) -> Option<Permuted> {
+        Some(Permuted { op: op.clone().into(), roles: vec![Role::Permute; operands] })
     }
 }
 
