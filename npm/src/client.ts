@@ -3,7 +3,7 @@
  */
 import type { Port, PortEvents, Spawn } from "./environment.js";
 import { abortError, fromShape, toWeblaneError, WeblaneError } from "./errors.js";
-import type { FromWorker, In, Method, Out, PoolSeat, Progress, Request } from "./protocol.js";
+import type { FromWorker, In, Method, Out, PoolSeat, Progress, Request, StopWords } from "./protocol.js";
 
 /** How a call is made. */
 export interface CallOptions<M extends Method> {
@@ -34,6 +34,7 @@ export class Client {
   readonly #pending = new Map<number, Pending>();
   #nextId = 1;
   #closed: WeblaneError | undefined;
+  #stopWords: StopWords | undefined;
 
   constructor(spawn: Spawn) {
     this.#spawn = spawn;
@@ -49,6 +50,20 @@ export class Client {
     return this.#closed;
   }
 
+  /** From now on a cancelled run stops in the middle of a kernel too. */
+  useStopWords(words: StopWords): void {
+    this.#stopWords = words;
+  }
+
+  #stopNow(): void {
+    if (this.#stopWords === undefined) return;
+    const { buffer, stop, running } = this.#stopWords;
+    const words = new Int32Array(buffer);
+    // Nothing that came to the worker before this may follow the nodes that are executed now, and what comes later
+    // clears the word when it begins.
+    if (Atomics.load(words, running / 4) === 1) Atomics.store(words, stop / 4, 1);
+  }
+
   /** Calls a method. Never throws; every failure, of posting too, is a rejection with a WeblaneError. */
   call<M extends Method>(method: M, params: In<M>, options: CallOptions<M> = {}): Promise<Out<M>> {
     const { transfer, onProgress, signal, timeout } = options;
@@ -60,6 +75,8 @@ export class Client {
         if (!this.#pending.has(id)) return;
         settle();
         this.#worker.post({ cancel: id });
+        // The word stops whatever runs, so it is for the case that nothing else can be running.
+        if (method === "run" && this.#pending.size === 0) this.#stopNow();
         reject(error);
       };
       const onAbort = () => stop(abortError(signal as AbortSignal, method));

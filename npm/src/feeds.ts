@@ -80,6 +80,9 @@ export function encodeFeeds(infos: readonly ValueInfo[], feeds: Feeds, move: boo
 
 /** The tensor of a message. */
 export function decodeTensor({ type, dims, data }: WireTensor): Tensor {
+  if (!isTensorType(type)) {
+    throw new WeblaneError("unsupported_dtype", `${type} tensors have no form in JavaScript`);
+  }
   return data instanceof Uint8Array && type !== "string"
     ? new Tensor(type, viewAs(type, data.buffer), dims)
     : new Tensor("string", data as readonly string[], dims);
@@ -136,6 +139,9 @@ function ofModelType(info: ValueInfo, data: unknown, what: string): TensorDataMa
 
 /** The shape of `length` elements where at most one dimension of the input is open. */
 export function inferDims(info: ValueInfo, length: number): readonly number[] {
+  if (info.dims[0] === "*") {
+    throw new WeblaneError("shape_mismatch", `input ${show(info)} takes any shape; give one: { data, dims }`);
+  }
   const open = info.dims.filter((d) => typeof d === "string");
   if (open.length > 1) {
     throw new WeblaneError(

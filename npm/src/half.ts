@@ -22,6 +22,7 @@ interface HalfArrayMembers extends ArrayLike<number> {
   readonly byteOffset: number;
   readonly BYTES_PER_ELEMENT: number;
   [index: number]: number;
+  [Symbol.iterator](): IterableIterator<number>;
 }
 
 /** This engine's `Float16Array`, if it has one. */

@@ -90,8 +90,11 @@ export class Host {
     start: async ({ threads, variant, wasmUrls }, { progress }) => {
       const starting = this.#start(threads, variant, wasmUrls, progress);
       this.#onStarted(starting.then(([wasm]) => wasm));
-      const [, info] = await starting;
-      return info;
+      const [wasm, info] = await starting;
+      const { buffer } = wasm.memory;
+      if (typeof SharedArrayBuffer === "undefined" || !(buffer instanceof SharedArrayBuffer)) return { info };
+      // The pool is in place by now, so the buffer is long enough to hold both words.
+      return { info, stop: { buffer, stop: wasm.stopWord(), running: wasm.runningWord() } };
     },
 
     open: async ({ session, options }) => {
@@ -283,7 +286,7 @@ function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor 
 }
 
 function transferables(result: Out<Method>): Transferable[] {
-  if (typeof result !== "object" || !("nodes" in result)) return [];
+  if (typeof result !== "object" || !("totalMs" in result)) return [];
   return result.outputs.flatMap(({ data }) =>
     data instanceof Uint8Array ? [data.buffer as ArrayBuffer] : [],
   );

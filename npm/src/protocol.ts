@@ -12,7 +12,10 @@ export interface ValueInfo {
   readonly name: string;
   /** Element type. */
   readonly type: TensorType;
-  /** Sizes; a string is a symbolic dimension that a run may choose, `"?"` one without a name. */
+  /**
+   * Sizes; a string is a symbolic dimension that a run may choose, `"?"` one without a name. The single entry `"*"`
+   * stands for any number of dimensions.
+   */
   readonly dims: readonly (number | string)[];
 }
 
@@ -42,6 +45,12 @@ export interface ModelInfo {
   readonly opset: number;
   /** Operators of the model as written and how often each occurs; those of other domains as `domain.Name`. */
   readonly operators: Readonly<Record<string, number>>;
+  /** Program that wrote the file. */
+  readonly producer: string;
+  /** Nodes that are left after optimisation. */
+  readonly nodes: number;
+  /** Bytes of the constants that are left after optimisation. */
+  readonly weightBytes: number;
 }
 
 /** What the worker runs. */
@@ -60,8 +69,12 @@ export interface NodeTiming {
   readonly node: string;
   /** Operator, including what was fused into it. */
   readonly op: string;
+  /** Kernel that computes it; empty for operators that have only one. */
+  readonly kernel: string;
   /** Milliseconds. */
   readonly ms: number;
+  /** Multiplications and additions; 0 where nobody counts them. */
+  readonly flops: number;
 }
 
 /** A tensor on its way: raw little-endian bytes, or strings. */
@@ -70,6 +83,15 @@ export interface WireTensor {
   readonly type: TensorType;
   readonly dims: readonly number[];
   readonly data: Uint8Array | readonly string[];
+}
+
+/** Two 32-bit words in shared memory, by address in bytes, that stop a run even in the middle of a kernel. */
+export interface StopWords {
+  readonly buffer: SharedArrayBuffer;
+  /** To be set to 1 by the page, but only while `running` is 1. */
+  readonly stop: number;
+  /** 1 while nodes are executed, as opposed to weights being prepared that later runs need too. */
+  readonly running: number;
 }
 
 /** Options that reach the engine. */
@@ -97,7 +119,7 @@ export interface Protocol {
       /** Addresses that replace the ones next to the worker. */
       readonly wasmUrls: Readonly<Partial<Record<Variant, string>>>;
     };
-    out: RuntimeInfo;
+    out: { readonly info: RuntimeInfo; readonly stop?: StopWords | undefined };
     progress: LoadProgress;
   };
   /** Makes room for a session that its files then flow into. */

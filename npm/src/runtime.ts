@@ -47,16 +47,13 @@ export function startEngine(
   onProgress?: (progress: LoadProgress) => void,
   spawn: Spawn = spawnWorker,
 ): Engine {
+  const urls = wasmUrls(options.wasmPaths);
   const client = new Client(spawn);
-  const ready = client.call(
-    "start",
-    {
-      threads: options.threads ?? 0,
-      variant: options.variant ?? "auto",
-      wasmUrls: wasmUrls(options.wasmPaths),
-    },
-    { onProgress },
-  );
+  const start = { threads: options.threads ?? 0, variant: options.variant ?? "auto", wasmUrls: urls };
+  const ready = client.call("start", start, { onProgress }).then(({ info, stop }) => {
+    if (stop !== undefined) client.useStopWords(stop);
+    return info;
+  });
   // Whoever waits for it gets the rejection; nobody may be waiting yet.
   ready.catch(() => {});
   let sessions = 0;

@@ -55,6 +55,10 @@ export interface Wasm {
   readonly memory: WebAssembly.Memory;
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
   version(): string;
+  /** Address of the word that stops a run when the page sets it. */
+  stopWord(): number;
+  /** Address of the word that is 1 while nodes are executed. */
+  runningWord(): number;
   /** What a panic or a refused allocation said before the trap, if there was one. */
   lastFailure(): ErrorShape | undefined;
 }
@@ -66,9 +70,13 @@ export interface Glue {
   }>;
   readonly WasmSession: Wasm["WasmSession"];
   readonly version: Wasm["version"];
+  readonly stopWord: Wasm["stopWord"];
+  readonly runningWord: Wasm["runningWord"];
   readonly lastFailure: Wasm["lastFailure"];
-  /** Starts the thread pool; builds with threads only. */
-  initThreadPool?(threads: number): Promise<unknown>;
+  /** Starts workers for the pool; builds with threads only. */
+  initThreadPool?(workers: number): Promise<unknown>;
+  /** Makes the pool of the worker itself and the workers that were started; returns how many threads it has. */
+  startPool(threads: number): number;
   /** Makes the calling worker a thread of the pool and never returns; builds with threads only. */
   wbg_rayon_start_worker?(receiver: number): void;
 }

@@ -45,7 +45,7 @@ const host = new Host({
     const glue = glueOf(variant);
     const module = await compile(new URL(url ?? BUILDS[variant].url));
     const { memory } = await instantiate(glue, module);
-    if (glue.initThreadPool !== undefined) {
+    if (glue.initThreadPool !== undefined && threads > 1) {
       onPoolWanted((module, memory, receiver, count) => {
         return new Promise((resolve, reject) => {
           onSpawned = (outcome) =>
@@ -53,12 +53,16 @@ const host = new Host({
           page.postMessage({ spawn: { seat: { variant, module, memory, receiver }, count } });
         });
       });
-      await glue.initThreadPool(threads);
+      // One thread of the pool is this worker itself.
+      await glue.initThreadPool(threads - 1);
     }
+    glue.startPool(threads);
     return {
       memory,
       WasmSession: glue.WasmSession,
       version: glue.version,
+      stopWord: glue.stopWord,
+      runningWord: glue.runningWord,
       lastFailure: glue.lastFailure,
     };
   },

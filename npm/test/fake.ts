@@ -19,6 +19,9 @@ export const MODEL: ModelInfo = {
   ],
   opset: 17,
   operators: { Identity: 2 },
+  producer: "fake",
+  nodes: 2,
+  weightBytes: 0,
 };
 
 /** Steers what the fake engine does. */
@@ -162,7 +165,7 @@ export class FakeEngine {
         });
       }
       timings() {
-        return [{ node: "a", op: "Identity", ms: 0.5 }];
+        return [{ node: "a", op: "Identity", kernel: "copy", ms: 0.5, flops: 0 }];
       }
       end() {
         log.push("end");
@@ -173,6 +176,13 @@ export class FakeEngine {
         log.push("free");
       }
     }
-    return { memory, WasmSession: FakeSession, version: () => "0.0.0", lastFailure: () => this.script.said };
+    return {
+      memory,
+      WasmSession: FakeSession,
+      version: () => "0.0.0",
+      stopWord: () => 0,
+      runningWord: () => 4,
+      lastFailure: () => this.script.said,
+    };
   }
 }

@@ -78,7 +78,7 @@ test("a profile has the nodes' times", async () => {
   const session = await load(new FakeEngine());
   const { outputs, nodes, totalMs } = await session.profile(feeds());
   expect(outputs.y?.data).toEqual(x());
-  expect(nodes).toEqual([{ node: "a", op: "Identity", ms: 0.5 }]);
+  expect(nodes).toEqual([{ node: "a", op: "Identity", kernel: "copy", ms: 0.5, flops: 0 }]);
   expect(totalMs).toBeGreaterThanOrEqual(0);
 });
 

@@ -1,1 +1,421 @@
-//! WebAssembly surface of weblane.
+//! The WebAssembly surface of weblane: what the worker of the npm package calls. No logic lives here.
+//!
+//! `npm/src/wasm.ts` describes the same surface for TypeScript. Methods throw `{ code, message, node, op }`; a panic or
+//! a refused allocation ends in a trap, and [`last_failure`] says afterwards what it was.
+
+mod external;
+mod failure;
+
+use external::Externals;
+use failure::Failure;
+use serde::{Deserialize, Serialize};
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use wasm_bindgen::prelude::*;
+use weblane_engine::fact::Dim;
+use weblane_engine::session::{Optimize, Timing, ValueInfo};
+use weblane_engine::{DType, Error, ErrorCode, Loader, Options, Session, Tensor, TensorView};
+use weblane_kernels::par::Pool;
+
+#[cfg(feature = "threads")]
+pub use wasm_bindgen_rayon::init_thread_pool;
+
+thread_local! {
+    // One per module: its helpers occupy the workers of the global rayon pool, and all sessions share it.
+    static POOL: OnceCell<Arc<Pool>> = const { OnceCell::new() };
+}
+
+fn pool() -> Arc<Pool> {
+    POOL.with(|pool| pool.get_or_init(|| Arc::new(Pool::new(1))).clone())
+}
+
+/// Runs once in the engine's worker and in every worker of the pool.
+#[wasm_bindgen(start)]
+pub fn on_load() {
+    failure::install_hook();
+}
+
+/// Makes the pool; its other lanes run on the workers that `initThreadPool(threads - 1)` started. Returns how many
+/// lanes there are.
+#[wasm_bindgen(js_name = startPool)]
+pub fn start_pool(threads: usize) -> usize {
+    POOL.with(|pool| pool.get_or_init(|| Arc::new(Pool::new(threads))).threads())
+}
+
+/// Address of the word that stops the nodes under way when the page sets it. It may be set only while the word at
+/// [`running_word`] is 1: elsewhere a stop would leave work undone that outlasts the run, such as packing weights.
+#[wasm_bindgen(js_name = stopWord)]
+pub fn stop_word() -> usize {
+    pool().cancel_flag().as_ptr() as usize
+}
+
+/// Address of the word that is 1 while [`WasmSession::advance`] executes nodes.
+#[wasm_bindgen(js_name = runningWord)]
+pub fn running_word() -> usize {
+    RUNNING.as_ptr() as usize
+}
+
+static RUNNING: AtomicU32 = AtomicU32::new(0);
+
+/// Version of this build.
+#[wasm_bindgen]
+pub fn version() -> String {
+    env!("CARGO_PKG_VERSION").to_owned()
+}
+
+/// What the panic or the refused allocation before a trap was; `undefined` when there was none.
+#[wasm_bindgen(js_name = lastFailure)]
+pub fn last_failure() -> Result<JsValue, JsValue> {
+    failure::last().map_or(Ok(JsValue::UNDEFINED), |failure| to_js(&failure))
+}
+
+#[wasm_bindgen]
+extern "C" {
+    #[wasm_bindgen(js_namespace = performance)]
+    fn now() -> f64;
+}
+
+/// Maps become plain objects, as JavaScript code expects of metadata.
+fn to_js<T: Serialize>(value: &T) -> Result<JsValue, JsValue> {
+    value.serialize(&serde_wasm_bindgen::Serializer::json_compatible()).map_err(|e| JsValue::from_str(&e.to_string()))
+}
+
+fn throw(error: Error) -> JsValue {
+    failure::forget_refused_allocation();
+    to_js(&Failure::from(error)).unwrap_or_else(|e| e)
+}
+
+/// See `EngineOptions` in `npm/src/protocol.ts`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct JsOptions {
+    optimize: String,
+}
+
+/// See `ValueInfo` in `npm/src/protocol.ts`.
+#[derive(Serialize)]
+struct JsValueInfo<'a> {
+    name: &'a str,
+    r#type: &'static str,
+    dims: Vec<JsDim<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum JsDim<'a> {
+    Size(usize),
+    Name(&'a str),
+}
+
+/// See `ModelInfo` in `npm/src/protocol.ts`.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct JsModelInfo<'a> {
+    inputs: Vec<JsValueInfo<'a>>,
+    outputs: Vec<JsValueInfo<'a>>,
+    opset: f64,
+    producer: &'a str,
+    operators: &'a BTreeMap<String, usize>,
+    nodes: usize,
+    weight_bytes: f64,
+}
+
+/// See `NodeTiming` in `npm/src/protocol.ts`.
+#[derive(Serialize)]
+struct JsTiming<'a> {
+    node: &'a str,
+    op: &'a str,
+    kernel: &'a str,
+    ms: f64,
+    flops: f64,
+}
+
+/// See `WasmOutput` in `npm/src/wasm.ts`.
+#[derive(Serialize)]
+struct JsOutput<'a> {
+    name: &'a str,
+    r#type: &'static str,
+    dims: &'a [usize],
+    ptr: usize,
+    len: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    strings: Option<&'a [String]>,
+}
+
+enum Stage {
+    Reading(Loader),
+    Collecting {
+        externals: Externals,
+        options: Options,
+    },
+    Ready(Box<Session>),
+    /// A step before failed.
+    Failed,
+}
+
+struct Input {
+    name: String,
+    tensor: Tensor,
+    /// Whether the next run uses it; the storage stays for later runs of the same shape.
+    given: bool,
+}
+
+/// One model: first it takes the bytes, then it runs.
+#[wasm_bindgen]
+pub struct WasmSession {
+    stage: Stage,
+    inputs: Vec<Input>,
+    /// Indices of the outputs that the run's caller wants.
+    wanted: Vec<usize>,
+    timings: Vec<Timing>,
+    timed: bool,
+    done: usize,
+    total: usize,
+}
+
+#[wasm_bindgen]
+impl WasmSession {
+    /// A session that waits for the bytes of its model.
+    #[wasm_bindgen(constructor)]
+    pub fn new(options: JsValue) -> Result<WasmSession, JsValue> {
+        let bad = |message: String| throw(Error::new(ErrorCode::InvalidOption, message));
+        let options: JsOptions = serde_wasm_bindgen::from_value(options).map_err(|e| bad(e.to_string()))?;
+        let optimize = match options.optimize.as_str() {
+            "all" => Optimize::All,
+            "none" => Optimize::None,
+            other => return Err(bad(format!("optimize must be \"all\" or \"none\", not \"{other}\""))),
+        };
+        let options = Options { optimize, threads: pool().threads(), ..Options::default() };
+        Ok(WasmSession {
+            stage: Stage::Reading(Loader::new(options)),
+            inputs: Vec::new(),
+            wanted: Vec::new(),
+            timings: Vec::new(),
+            timed: false,
+            done: 0,
+            total: 0,
+        })
+    }
+
+    /// The next bytes of the model file, in chunks of any size.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), JsValue> {
+        match &mut self.stage {
+            Stage::Reading(loader) => loader.push(bytes).map_err(throw),
+            _ => Err(out_of_turn("push")),
+        }
+    }
+
+    /// The model file is complete. Returns the locations of external data that it names.
+    pub fn externals(&mut self) -> Result<Vec<String>, JsValue> {
+        match std::mem::replace(&mut self.stage, Stage::Failed) {
+            Stage::Reading(loader) => {
+                let (model, options) = loader.finish().map_err(throw)?;
+                let externals = Externals::new(model);
+                let locations = externals.locations();
+                self.stage = Stage::Collecting { externals, options };
+                Ok(locations)
+            }
+            other => {
+                self.stage = other;
+                Err(out_of_turn("externals"))
+            }
+        }
+    }
+
+    /// The next bytes of a file of external data.
+    #[wasm_bindgen(js_name = pushExternal)]
+    pub fn push_external(&mut self, location: &str, bytes: &[u8]) -> Result<(), JsValue> {
+        match &mut self.stage {
+            Stage::Collecting { externals, .. } => externals.push(location, bytes).map_err(throw),
+            _ => Err(out_of_turn("pushExternal")),
+        }
+    }
+
+    /// All bytes are there: optimises the graph and describes the model.
+    pub fn finish(&mut self) -> Result<JsValue, JsValue> {
+        match std::mem::replace(&mut self.stage, Stage::Failed) {
+            Stage::Collecting { externals, options } => {
+                let model = externals.resolve().map_err(throw)?;
+                pool().cancel_flag().reset();
+                let session = Session::with_pool(model, options, pool()).map_err(throw)?;
+                let described = describe(&session)?;
+                self.stage = Stage::Ready(Box::new(session));
+                Ok(described)
+            }
+            other => {
+                self.stage = other;
+                Err(out_of_turn("finish"))
+            }
+        }
+    }
+
+    /// Storage for an input of the next run; returns the address to which `byte_length` bytes go.
+    pub fn input(&mut self, name: &str, dtype: &str, dims: &[u32], byte_length: usize) -> Result<usize, JsValue> {
+        let dims: Vec<usize> = dims.iter().map(|&d| d as usize).collect();
+        let dtype = DType::ALL.iter().copied().find(|d| d.as_str() == dtype).ok_or_else(|| {
+            throw(Error::unsupported_dtype(format!("the input \"{name}\": \"{dtype}\" is not an element type")))
+        })?;
+        let known = self.inputs.iter().position(|i| i.name == name);
+        let fits = |i: &usize| self.inputs[*i].tensor.dtype() == dtype && self.inputs[*i].tensor.dims() == dims;
+        let at = match known.filter(fits) {
+            Some(at) => at,
+            None => self.set_input(name, Tensor::zeros(dtype, &dims).map_err(throw)?),
+        };
+        let input = &mut self.inputs[at];
+        let bytes = input.tensor.bytes_mut();
+        if bytes.len() != byte_length {
+            let message = format!("the input \"{name}\" takes {} bytes, {byte_length} were given", bytes.len());
+            return Err(throw(Error::invalid_input(message)));
+        }
+        input.given = true;
+        Ok(bytes.as_mut_ptr() as usize)
+    }
+
+    /// A string input of the next run.
+    #[wasm_bindgen(js_name = inputStrings)]
+    pub fn input_strings(&mut self, name: &str, dims: &[u32], values: Vec<String>) -> Result<(), JsValue> {
+        let dims: Vec<usize> = dims.iter().map(|&d| d as usize).collect();
+        let at = self.set_input(name, Tensor::from_strings(&dims, values).map_err(throw)?);
+        self.inputs[at].given = true;
+        Ok(())
+    }
+
+    /// Begins a run over the inputs given since the last one. `outputs` names those that [`outputs`](Self::outputs)
+    /// returns; all when absent.
+    pub fn begin(&mut self, outputs: Option<Vec<String>>, profile: bool) -> Result<(), JsValue> {
+        let Stage::Ready(session) = &mut self.stage else { return Err(out_of_turn("begin")) };
+        self.wanted.clear();
+        match outputs {
+            None => self.wanted.extend(0..session.outputs().len()),
+            Some(names) => {
+                for name in names {
+                    let at = session.outputs().iter().position(|o| o.name == name).ok_or_else(|| {
+                        let message = format!("the model has no output \"{name}\"");
+                        throw(Error::new(ErrorCode::UnknownInput, message))
+                    })?;
+                    self.wanted.push(at);
+                }
+            }
+        }
+        self.timings.clear();
+        self.timed = profile;
+        self.done = 0;
+        self.total = 0;
+        session.pool().cancel_flag().reset();
+        let feeds: Vec<(&str, TensorView<'_>)> =
+            self.inputs.iter().filter(|i| i.given).map(|i| (i.name.as_str(), i.tensor.view())).collect();
+        session.begin(&feeds).map_err(throw)
+    }
+
+    /// Executes nodes until all are done (true) or `budget_ms` have passed (false); at least one.
+    pub fn advance(&mut self, budget_ms: f64) -> Result<bool, JsValue> {
+        let Stage::Ready(session) = &mut self.stage else { return Err(out_of_turn("advance")) };
+        let end = now() + budget_ms;
+        let (done, total) = (&mut self.done, &mut self.total);
+        let mut first = true;
+        let pause = |i: usize, n: usize| {
+            (*done, *total) = (i, n);
+            !std::mem::replace(&mut first, false) && now() >= end
+        };
+        let clock: Option<&dyn Fn() -> f64> = if self.timed { Some(&now) } else { None };
+        RUNNING.store(1, Ordering::SeqCst);
+        let done = session.advance_timed(pause, clock, &mut self.timings);
+        RUNNING.store(0, Ordering::SeqCst);
+        done.map_err(throw)
+    }
+
+    /// Nodes executed.
+    pub fn done(&self) -> usize {
+        self.done
+    }
+
+    /// Nodes in all.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    /// The outputs of the finished run that were asked for. Their addresses hold until the next call.
+    pub fn outputs(&self) -> Result<Vec<JsValue>, JsValue> {
+        let Stage::Ready(session) = &self.stage else { return Err(out_of_turn("outputs")) };
+        let output = |&at: &usize| {
+            let view = session.output(at).map_err(throw)?;
+            let (bytes, strings) = (view.bytes(), view.strings());
+            to_js(&JsOutput {
+                name: &session.outputs()[at].name,
+                r#type: view.dtype.as_str(),
+                dims: view.dims,
+                ptr: bytes.as_ptr() as usize,
+                len: bytes.len(),
+                strings,
+            })
+        };
+        self.wanted.iter().map(output).collect()
+    }
+
+    /// Times of the finished run, when [`begin`](Self::begin) asked for them.
+    pub fn timings(&self) -> Result<JsValue, JsValue> {
+        to_js(&self.timings.iter().map(JsTiming::from).collect::<Vec<_>>())
+    }
+
+    /// Ends a run, finished or not. The inputs have to be given again for the next one.
+    pub fn end(&mut self) {
+        self.inputs.iter_mut().for_each(|i| i.given = false);
+        self.timings.clear();
+    }
+}
+
+impl WasmSession {
+    /// Puts a tensor in the place of an input's former one.
+    fn set_input(&mut self, name: &str, tensor: Tensor) -> usize {
+        match self.inputs.iter().position(|i| i.name == name) {
+            Some(at) => {
+                self.inputs[at].tensor = tensor;
+                at
+            }
+            None => {
+                self.inputs.push(Input { name: name.to_owned(), tensor, given: false });
+                self.inputs.len() - 1
+            }
+        }
+    }
+}
+
+fn out_of_turn(method: &str) -> JsValue {
+    throw(Error::internal(format!("{method} was called at the wrong stage of a session")))
+}
+
+fn describe(session: &Session) -> Result<JsValue, JsValue> {
+    let info = session.info();
+    to_js(&JsModelInfo {
+        inputs: session.inputs().iter().map(JsValueInfo::from).collect(),
+        outputs: session.outputs().iter().map(JsValueInfo::from).collect(),
+        opset: info.opset as f64,
+        producer: &info.producer,
+        operators: &info.operators,
+        nodes: info.nodes,
+        weight_bytes: info.constant_bytes as f64,
+    })
+}
+
+impl<'a> From<&'a ValueInfo> for JsValueInfo<'a> {
+    fn from(info: &'a ValueInfo) -> Self {
+        let dim = |d: &'a Dim| match d {
+            Dim::Known(n) => JsDim::Size(*n),
+            Dim::Symbol(name) => JsDim::Name(name),
+            Dim::Unknown => JsDim::Name("?"),
+        };
+        let dims = match &info.shape {
+            Some(shape) => shape.iter().map(dim).collect(),
+            None => vec![JsDim::Name("*")],
+        };
+        JsValueInfo { name: &info.name, r#type: info.dtype.as_str(), dims }
+    }
+}
+
+impl<'a> From<&'a Timing> for JsTiming<'a> {
+    fn from(t: &'a Timing) -> Self {
+        JsTiming { node: &t.node, op: &t.op, kernel: &t.kernel, ms: t.ms, flops: t.flops as f64 }
+    }
+}
