@@ -23,6 +23,7 @@ mod pack;
 pub mod table;
 mod tile;
 
+pub(crate) use pack::Aligned;
 pub use pack::PackedB;
 
 use crate::epilogue::{Activation, Epilogue};
@@ -135,13 +136,13 @@ pub fn gemm(cx: &Cx<'_>, a: Matrix<'_>, b: Rhs<'_>, epilogue: &Epilogue<'_>, c: 
         return Ok(());
     }
     let c = OutPtr(c.as_mut_ptr());
-    run(cx, isa, 1, m, n, k, matches!(b, Rhs::Plain(_)), a.col_stride != 1 && k > 1, &|_| Problem {
+    run(cx, 1, m, n, k, matches!(b, Rhs::Plain(_)), a.col_stride != 1 && k > 1, &|_| Problem {
         a,
         b,
         c,
         ldc,
         bias: epilogue.bias,
-        residual: epilogue.residual.map_or(core::ptr::null(), <[f32]>::as_ptr),
+        residual: epilogue.residual,
         activation: epilogue.activation,
     })
 }
@@ -282,11 +283,11 @@ pub fn gemm_batched(cx: &Cx<'_>, g: &Batched<'_>, c: &mut [f32]) -> Result<()> {
             c: c.offset(at),
             ldc: g.ldc,
             bias: g.bias,
-            residual: core::ptr::null(),
+            residual: None,
             activation: g.activation,
         }
     };
-    run(cx, cx.isa(), count, m, n, k, true, g.a_strides[1] != 1 && k > 1, &problem)
+    run(cx, count, m, n, k, true, g.a_strides[1] != 1 && k > 1, &problem)
 }
 
 /// Whether matrices of `rows` rows, `row_stride` apart, follow each other without a gap in the order of `dims`.
@@ -307,13 +308,8 @@ pub(crate) trait Lhs: Sync {
     fn direct(&self) -> Option<(*const f32, usize)>;
 
     /// Writes columns `ks` of row `rows.start + i` to `dst[i * ld..][..ks.len()]`.
-    ///
-    /// May write anything to the rest of those `ld` elements, and to up to [`GATHER_SLACK`] elements after the last.
     fn gather(&self, isa: Isa, rows: Range<usize>, ks: Range<usize>, dst: &mut [f32], ld: usize);
 }
-
-/// Elements after the last gathered row that [`Lhs::gather`] may write.
-pub(crate) const GATHER_SLACK: usize = 16;
 
 impl Lhs for Matrix<'_> {
     fn direct(&self) -> Option<(*const f32, usize)> {
@@ -363,9 +359,17 @@ pub(crate) struct Problem<'a, A> {
     pub(crate) ldc: usize,
     /// n values.
     pub(crate) bias: Option<&'a [f32]>,
-    /// Laid out like C, or null.
-    pub(crate) residual: *const f32,
+    /// Laid out like C.
+    pub(crate) residual: Option<&'a [f32]>,
     pub(crate) activation: Activation,
+}
+
+impl<'a, A> Problem<'a, A> {
+    /// The same with a left operand.
+    pub(crate) fn with<B>(self, a: B) -> Problem<'a, B> {
+        let Self { b, c, ldc, bias, residual, activation, .. } = self;
+        Problem { a, b, c, ldc, bias, residual, activation }
+    }
 }
 
 /// A task should take this many floating-point operations at least: about 25 microseconds of one core's 128-bit vectors.
@@ -441,7 +445,6 @@ fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
 /// `pack_b` says whether the right-hand sides are plain, `gather_a` whether the left-hand sides are not direct.
 pub(crate) fn run<'a, A: Lhs>(
     cx: &Cx<'_>,
-    isa: Isa,
     problems: usize,
     m: usize,
     n: usize,
@@ -450,13 +453,14 @@ pub(crate) fn run<'a, A: Lhs>(
     gather_a: bool,
     problem: &(dyn Fn(usize) -> Problem<'a, A> + Sync),
 ) -> Result<()> {
+    let isa = cx.isa();
     let t = table::tile(isa);
     let nr = table::panel_width(isa);
     let grid = Grid::new(isa, problems, m, n, k, pack_b);
     let passes = k.div_ceil(t.kc).max(1);
     let kc = k.div_ceil(passes);
     let lda = leading_dimension(kc);
-    let a_len = if gather_a { grid.tiles.div_ceil(grid.row_blocks) * (grid.height + 1) * lda + GATHER_SLACK } else { 0 };
+    let a_len = if gather_a { grid.tiles.div_ceil(grid.row_blocks) * (grid.height + 1) * lda } else { 0 };
     // Whole cache lines, so that the rows of A start at one too.
     let b_len = if pack_b { (grid.panels.div_ceil(grid.panel_blocks) * nr * k).next_multiple_of(16) } else { 0 };
     let per_problem = grid.row_blocks * grid.panel_blocks;
@@ -500,7 +504,7 @@ pub(crate) fn run<'a, A: Lhs>(
                     c: problem.c,
                     ldc: problem.ldc,
                     bias: problem.bias.filter(|_| last),
-                    residual: if last { problem.residual } else { core::ptr::null() },
+                    residual: problem.residual.filter(|_| last).map_or(core::ptr::null(), <[f32]>::as_ptr),
                     clamp: clamp.filter(|_| last),
                     after: after.filter(|_| last),
                     grid: &grid,

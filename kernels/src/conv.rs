@@ -1,0 +1,490 @@
+//! Convolution in one, two and three dimensions, channels last: a matrix product over patches.
+//!
+//! ```text
+//! C[pixel, o] = epilogue(sum over (kd, kh, kw, c) of patch(pixel)[kd, kh, kw, c] * W[kd, kh, kw, c, o])
+//! ```
+//!
+//! - 1x1, stride 1, no padding: the activation is the left operand as it lies.
+//! - k x k: the matrix product asks for a block of rows and a range of k at a time, and [`Patches`] copies just that
+//!   from the image, with zeros for the padding. A patch is `kd * kh` runs of `kw * c` contiguous elements
+//!   (`kw` times as many of `c` if dilated or grouped). There is no im2col buffer.
+//! - One channel per group: the kernel of [`crate::depthwise`].
+//!
+//! Channels-first tensors are transposed in a workspace around this.
+
+use crate::depthwise::Depthwise;
+use crate::epilogue::{Activation, Epilogue};
+use crate::error::{Error, Result};
+use crate::gemm::{self, Lhs, Matrix, OutPtr, PackedB, Problem, Rhs};
+use crate::movement;
+use crate::par::Cx;
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use core::ops::Range;
+
+/// Where the channels of a tensor stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// Channels last: `[batch, d, h, w, channels]`.
+    Nhwc,
+    /// Channels first: `[batch, channels, d, h, w]`.
+    Nchw,
+}
+
+/// What of a convolution does not depend on its input.
+///
+/// Spatial sizes are `[d, h, w]`; with fewer dimensions the leading ones have kernel, stride and dilation 1.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConvParams {
+    /// Channels of the input.
+    pub in_channels: usize,
+    /// Channels of the output.
+    pub out_channels: usize,
+    /// Groups; both channel counts are multiples of it.
+    pub groups: usize,
+    /// Size of the kernel.
+    pub kernel: [usize; 3],
+    /// Steps between neighbouring outputs.
+    pub strides: [usize; 3],
+    /// Steps between neighbouring taps.
+    pub dilations: [usize; 3],
+}
+
+impl ConvParams {
+    /// Refuses sizes of zero and channels that the groups do not divide.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { in_channels, out_channels, groups, kernel, strides, dilations } = self;
+        if *groups == 0 || in_channels % groups != 0 || out_channels % groups != 0 {
+            return Err(Error::new(format!(
+                "{in_channels} input and {out_channels} output channels are not multiples of {groups} groups"
+            )));
+        }
+        if [kernel, strides, dilations].iter().any(|sizes| sizes.contains(&0)) {
+            return Err(Error::new(format!(
+                "kernel {kernel:?}, strides {strides:?} and dilations {dilations:?} must not be 0"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// What of a convolution depends on its input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConvInput {
+    /// Images.
+    pub batch: usize,
+    /// Size of each, `[d, h, w]`; missing leading dimensions are 1.
+    pub spatial: [usize; 3],
+    /// Zeros before each dimension.
+    pub pads_begin: [usize; 3],
+    /// Zeros after each dimension.
+    pub pads_end: [usize; 3],
+}
+
+/// A convolution with its weights packed for one instruction set.
+#[derive(Clone, Debug)]
+pub struct Conv {
+    isa: Isa,
+    params: ConvParams,
+    weights: Weights,
+    bias: Option<Vec<f32>>,
+}
+
+#[derive(Clone, Debug)]
+enum Weights {
+    /// Per group a matrix of `kd * kh * kw * in/groups` rows and `out/groups` columns.
+    Gemm(Vec<PackedB>),
+    /// One channel per group.
+    Depthwise(Depthwise),
+}
+
+/// The product of sizes, or an error that they exceed the address space.
+pub(crate) fn volume(sizes: &[usize]) -> Result<usize> {
+    sizes
+        .iter()
+        .try_fold(1usize, |product, &size| product.checked_mul(size))
+        .filter(|&product| product <= isize::MAX as usize / size_of::<f32>())
+        .ok_or_else(|| Error::new(format!("a tensor of {sizes:?} elements does not fit the address space")))
+}
+
+/// Refuses a slice that does not have the `wanted` number of elements.
+pub(crate) fn check_len(name: &str, len: usize, wanted: usize) -> Result<()> {
+    if len == wanted { Ok(()) } else { Err(Error::new(format!("{name} has {len} elements, expected {wanted}"))) }
+}
+
+impl Conv {
+    /// Packs `weights`, laid out `[out, in / groups, kd, kh, kw]` as in ONNX.
+    ///
+    /// # Errors
+    /// If sizes are zero, groups do not divide the channels, or `weights` or `bias` have the wrong length.
+    pub fn new(isa: Isa, params: ConvParams, weights: &[f32], bias: Option<&[f32]>) -> Result<Self> {
+        params.check()?;
+        let ConvParams { in_channels, out_channels, groups, kernel, .. } = params;
+        let (ipg, opg) = (in_channels / groups, out_channels / groups);
+        let taps = volume(&kernel)?;
+        check_len("the weights", weights.len(), volume(&[out_channels, ipg, taps])?)?;
+        if let Some(bias) = bias {
+            check_len("the bias", bias.len(), out_channels)?;
+        }
+        let weights = if ipg == 1 && opg == 1 && groups > 1 && Depthwise::supports(&params) {
+            Weights::Depthwise(Depthwise::new(&params, weights, bias)?)
+        } else {
+            let k = taps * ipg;
+            let mut rows = vec![0.0; if taps == 1 { 0 } else { opg * k }];
+            let pack = |group: usize| {
+                let weights = &weights[group * opg * k..][..opg * k];
+                let matrix = if taps == 1 {
+                    Matrix::new(weights, opg, k)
+                } else {
+                    // [out, in, tap] to [out, tap, in]: the order in which patches lie in memory.
+                    for (row, weights) in rows.chunks_exact_mut(k.max(1)).zip(weights.chunks_exact(k.max(1))) {
+                        for (tap, row) in row.chunks_exact_mut(ipg).enumerate() {
+                            for (c, x) in row.iter_mut().enumerate() {
+                                *x = weights[c * taps + tap];
+                            }
+                        }
+                    }
+                    Matrix::new(&rows, opg, k)
+                };
+                PackedB::new(isa, matrix.transposed())
+            };
+            Weights::Gemm((0..groups).map(pack).collect::<Result<_>>()?)
+        };
+        Ok(Self { isa, params, weights, bias: bias.map(<[f32]>::to_vec) })
+    }
+
+    /// What it was made with.
+    pub fn params(&self) -> &ConvParams {
+        &self.params
+    }
+
+    /// Memory the packed weights hold.
+    pub fn bytes(&self) -> usize {
+        match &self.weights {
+            Weights::Gemm(groups) => groups.iter().map(PackedB::bytes).sum(),
+            Weights::Depthwise(depthwise) => depthwise.bytes(),
+        }
+    }
+
+    /// Size of the output for an input, `[d, h, w]`.
+    ///
+    /// # Errors
+    /// If the kernel does not fit into the padded input.
+    pub fn output_spatial(&self, input: &ConvInput) -> Result<[usize; 3]> {
+        let ConvParams { kernel, strides, dilations, .. } = &self.params;
+        let mut out = [0; 3];
+        for d in 0..3 {
+            let reach = (kernel[d] - 1).checked_mul(dilations[d]).and_then(|x| x.checked_add(1));
+            let padded = input.spatial[d].checked_add(input.pads_begin[d]).and_then(|x| x.checked_add(input.pads_end[d]));
+            out[d] = match (padded, reach) {
+                // Half of the address space: positions are computed with signed numbers.
+                (Some(padded), Some(reach)) if reach <= padded && padded <= isize::MAX as usize => {
+                    (padded - reach) / strides[d] + 1
+                }
+                _ => {
+                    return Err(Error::new(format!(
+                        "a kernel of {kernel:?} with dilations {dilations:?} does not fit an input of {:?} with pads \
+                         {:?} and {:?}",
+                        input.spatial, input.pads_begin, input.pads_end
+                    )));
+                }
+            };
+        }
+        Ok(out)
+    }
+
+    /// `out = activation(conv(x) + bias + residual)`; all tensors in `layout`.
+    ///
+    /// # Errors
+    /// If slices do not have the lengths that `input` says, or `cx` runs another instruction set than the weights were
+    /// packed for.
+    pub fn run(
+        &self,
+        cx: &Cx<'_>,
+        input: &ConvInput,
+        layout: Layout,
+        x: &[f32],
+        residual: Option<&[f32]>,
+        activation: Activation,
+        out: &mut [f32],
+    ) -> Result<()> {
+        if cx.isa() != self.isa {
+            return Err(Error::new(format!("the weights were packed for {}, but {} runs", self.isa, cx.isa())));
+        }
+        let out_spatial = self.output_spatial(input)?;
+        let (c, o) = (self.params.in_channels, self.params.out_channels);
+        let [d, h, w] = input.spatial;
+        let [od, oh, ow] = out_spatial;
+        check_len("the input", x.len(), volume(&[input.batch, d, h, w, c])?)?;
+        check_len("the output", out.len(), volume(&[input.batch, od, oh, ow, o])?)?;
+        if let Some(residual) = residual {
+            check_len("the residual", residual.len(), out.len())?;
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        channels_last(
+            cx,
+            layout,
+            input.batch,
+            (c, d * h * w, x),
+            (o, od * oh * ow, residual, out),
+            |x, residual, out| self.run_channels_last(cx, input, out_spatial, x, residual, activation, out),
+        )
+    }
+
+    fn run_channels_last(
+        &self,
+        cx: &Cx<'_>,
+        input: &ConvInput,
+        out_spatial: [usize; 3],
+        x: &[f32],
+        residual: Option<&[f32]>,
+        activation: Activation,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = self.params;
+        let packed = match &self.weights {
+            Weights::Gemm(packed) => packed,
+            Weights::Depthwise(depthwise) => {
+                depthwise.run(cx, &self.params, input, out_spatial, x, residual, activation, out);
+                return Ok(());
+            }
+        };
+        let (ipg, opg) = (in_channels / groups, out_channels / groups);
+        let m = out.len() / out_channels;
+        let k = packed[0].k();
+        let direct = kernel == [1; 3] && strides == [1; 3] && out_spatial == input.spatial;
+        let bias = self.bias.as_deref();
+        if direct && groups == 1 {
+            let epilogue = Epilogue { bias, residual, activation };
+            return gemm::gemm(cx, Matrix::new(x, m, k), Rhs::Packed(&packed[0]), &epilogue, out, opg);
+        }
+        let c = OutPtr(out.as_mut_ptr());
+        let problem = |group: usize| Problem {
+            a: (),
+            b: Rhs::Packed(&packed[group]),
+            c: c.offset(group * opg),
+            ldc: out_channels,
+            bias: bias.map(|bias| &bias[group * opg..][..opg]),
+            residual: residual.map(|residual| &residual[group * opg..]),
+            activation,
+        };
+        if direct {
+            return gemm::run(cx, groups, m, opg, k, false, false, &|group| {
+                let rows = Matrix { data: &x[group * ipg..], rows: m, cols: k, row_stride: in_channels, col_stride: 1 };
+                problem(group).with(rows)
+            });
+        }
+        let patches = |group: usize| Patches {
+            x,
+            channels: in_channels,
+            first: group * ipg,
+            depth: ipg,
+            spatial: input.spatial,
+            out_spatial,
+            kernel,
+            strides,
+            dilations,
+            pads: input.pads_begin,
+        };
+        gemm::run(cx, groups, m, opg, k, false, true, &|group| problem(group).with(patches(group)))
+    }
+}
+
+/// Runs a channels-last kernel on tensors of any layout: `(channels, pixels per image, elements)` each.
+pub(crate) fn channels_last(
+    cx: &Cx<'_>,
+    layout: Layout,
+    batch: usize,
+    (c, pixels, x): (usize, usize, &[f32]),
+    (o, out_pixels, residual, out): (usize, usize, Option<&[f32]>, &mut [f32]),
+    kernel: impl FnOnce(&[f32], Option<&[f32]>, &mut [f32]) -> Result<()>,
+) -> Result<()> {
+    // With one channel or one pixel both layouts are the same memory.
+    let turn_x = layout == Layout::Nchw && c != 1 && pixels != 1;
+    let turn_out = layout == Layout::Nchw && o != 1 && out_pixels != 1;
+    let turn_residual = turn_out && residual.is_some();
+    if !turn_x && !turn_out {
+        return kernel(x, residual, out);
+    }
+    let lengths = [
+        if turn_x { x.len() } else { 0 },
+        if turn_residual { out.len() } else { 0 },
+        if turn_out { out.len() } else { 0 },
+    ]
+    .map(|len| len.next_multiple_of(16));
+    cx.with_workspace(lengths.iter().sum(), |workspace| {
+        let (x_last, rest) = workspace.split_at_mut(lengths[0]);
+        let (residual_last, rest) = rest.split_at_mut(lengths[1]);
+        let out_last = &mut rest[..lengths[2]];
+        let turn = |rows: usize, cols: usize, src: &[f32], dst: &mut [f32]| {
+            let dst = &mut dst[..src.len()];
+            let dims = [batch, rows, cols];
+            movement::transpose(cx, 4, &dims, &[0, 2, 1], bytemuck::cast_slice(src), bytemuck::cast_slice_mut(dst))
+        };
+        let x = if turn_x {
+            turn(c, pixels, x, x_last)?;
+            &x_last[..x.len()]
+        } else {
+            x
+        };
+        let residual = match residual {
+            Some(residual) if turn_residual => {
+                turn(o, out_pixels, residual, residual_last)?;
+                Some(&residual_last[..residual.len()])
+            }
+            residual => residual,
+        };
+        if turn_out {
+            let out_last = &mut out_last[..out.len()];
+            kernel(x, residual, out_last)?;
+            turn(out_pixels, o, out_last, out)
+        } else {
+            kernel(x, residual, out)
+        }
+    })
+}
+
+/// The left operand of a k x k convolution: row = output pixel, column = `(kd, kh, kw, c)`.
+struct Patches<'a> {
+    x: &'a [f32],
+    /// Channels of the tensor: elements between pixels.
+    channels: usize,
+    /// First channel of the group.
+    first: usize,
+    /// Channels of the group.
+    depth: usize,
+    spatial: [usize; 3],
+    out_spatial: [usize; 3],
+    kernel: [usize; 3],
+    strides: [usize; 3],
+    dilations: [usize; 3],
+    pads: [usize; 3],
+}
+
+impl Lhs for Patches<'_> {
+    fn direct(&self) -> Option<(*const f32, usize)> {
+        None
+    }
+
+    fn gather(&self, isa: Isa, rows: Range<usize>, ks: Range<usize>, dst: &mut [f32], ld: usize) {
+        dispatch(isa, Gather { patches: self, rows, ks, dst, ld });
+    }
+}
+
+struct Gather<'a> {
+    patches: &'a Patches<'a>,
+    rows: Range<usize>,
+    ks: Range<usize>,
+    dst: &'a mut [f32],
+    ld: usize,
+}
+
+impl Kernel for Gather<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { patches: p, rows, ks, dst, ld } = self;
+        if ks.is_empty() {
+            return;
+        }
+        let [id, ih, iw] = p.spatial;
+        let [od, oh, ow] = p.out_spatial;
+        let [_, kh, kw] = p.kernel;
+        // Taps side by side in memory form one run.
+        let merged = p.dilations[2] == 1 && p.depth == p.channels;
+        let (taps, run) = if merged { (kw, kw * p.depth) } else { (1, p.depth) };
+        let runs = ks.start / run..ks.end.div_ceil(run);
+        let runs_per_row = kw / taps;
+        let mut at = [rows.start / ow / oh / od, rows.start / ow / oh % od, rows.start / ow % oh, rows.start % ow];
+        for row in dst.chunks_mut(ld).take(rows.len()) {
+            let [b, z, y, x] = at;
+            for r in runs.clone() {
+                // The part of this run that is asked for, counted from the run's first element.
+                let from = ks.start.max(r * run) - r * run;
+                let to = ks.end.min((r + 1) * run) - r * run;
+                let piece = &mut row[r * run + from - ks.start..][..to - from];
+                let (tap, line) = (r % runs_per_row * taps, r / runs_per_row);
+                // Positions in the padded image cannot overflow: it was checked to be half an address space at most.
+                let position = |d: usize, out: usize, tap: usize| {
+                    (out * p.strides[d] + tap * p.dilations[d]) as isize - p.pads[d] as isize
+                };
+                let (iz, iy) = (position(0, z, line / kh), position(1, y, line % kh));
+                let ix = position(2, x, tap);
+                if iz < 0 || iz >= id as isize || iy < 0 || iy >= ih as isize {
+                    fill(s, piece);
+                    continue;
+                }
+                // Elements of the run that lie inside the line.
+                let inside = ix.min(0).unsigned_abs().min(taps) * p.depth
+                    ..(iw as isize - ix).clamp(0, taps as isize) as usize * p.depth;
+                let (start, end) = (inside.start.clamp(from, to), inside.end.clamp(from, to));
+                if start >= end {
+                    fill(s, piece);
+                    continue;
+                }
+                let (before, rest) = piece.split_at_mut(start - from);
+                let (middle, after) = rest.split_at_mut(end - start);
+                let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
+                // `ix` may be negative, but `start` skips what lies before the line.
+                let pixel = (line as isize + ix) * p.channels as isize + (p.first + start) as isize;
+                if !before.is_empty() {
+                    fill(s, before);
+                }
+                copy(s, middle, &p.x[pixel as usize..][..end - start]);
+                if !after.is_empty() {
+                    fill(s, after);
+                }
+            }
+            at[3] += 1;
+            for (d, size) in [(3, ow), (2, oh), (1, od)] {
+                if at[d] == size {
+                    at[d] = 0;
+                    at[d - 1] += 1;
+                }
+            }
+        }
+    }
+}
+
+/// `dst = src`, same lengths. Not `copy_from_slice`: runs are short, and a call of `memcpy` (in the page, of the
+/// browser's) costs more than moving them.
+#[inline(always)]
+fn copy<S: Simd>(s: S, dst: &mut [f32], src: &[f32]) {
+    let len = dst.len();
+    assert!(src.len() == len);
+    if len < S::LANES {
+        for (dst, src) in dst.iter_mut().zip(src) {
+            *dst = *src;
+        }
+        return;
+    }
+    let mut i = 0;
+    // SAFETY: every vector lies inside the slices; the last one overlaps the one before.
+    unsafe {
+        while i + S::LANES <= len {
+            s.store_ptr(dst.as_mut_ptr().add(i), s.load_ptr(src.as_ptr().add(i)));
+            i += S::LANES;
+        }
+        if i < len {
+            let i = len - S::LANES;
+            s.store_ptr(dst.as_mut_ptr().add(i), s.load_ptr(src.as_ptr().add(i)));
+        }
+    }
+}
+
+/// `dst = 0`.
+#[inline(always)]
+fn fill<S: Simd>(s: S, dst: &mut [f32]) {
+    let mut chunks = dst.chunks_exact_mut(S::LANES);
+    for chunk in &mut chunks {
+        s.store(chunk, s.splat(0.0));
+    }
+    for x in chunks.into_remainder() {
+        *x = 0.0;
+    }
+}
+
+#[cfg(test)]
+mod tests;

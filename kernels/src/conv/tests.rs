@@ -1,0 +1,205 @@
+use super::*;
+use crate::reference::gemm::conv as reference;
+use crate::testing::{each_context, integers};
+
+struct Case {
+    params: ConvParams,
+    input: ConvInput,
+}
+
+/// `[in, out, groups]`, then 2-D sizes.
+fn case(channels: [usize; 3], batch: usize, size: [usize; 2], kernel: [usize; 2], stride: usize, pad: usize) -> Case {
+    let [in_channels, out_channels, groups] = channels;
+    Case {
+        params: ConvParams {
+            in_channels,
+            out_channels,
+            groups,
+            kernel: [1, kernel[0], kernel[1]],
+            strides: [1, stride, stride],
+            dilations: [1; 3],
+        },
+        input: ConvInput {
+            batch,
+            spatial: [1, size[0], size[1]],
+            pads_begin: [0, pad, pad],
+            pads_end: [0, pad, pad],
+        },
+    }
+}
+
+fn to_channels_first(x: &[f32], batch: usize, channels: usize) -> Vec<f32> {
+    let pixels = x.len() / batch / channels;
+    (0..x.len())
+        .map(|i| x[(i / channels / pixels * pixels + i % pixels) * channels + i / pixels % channels])
+        .collect()
+}
+
+fn check(case: &Case) {
+    let Case { params, input } = case;
+    let taps: usize = params.kernel.iter().product();
+    let w = integers(params.out_channels * params.in_channels / params.groups * taps, 1);
+    let bias = integers(params.out_channels, 2);
+    let x = integers(input.batch * input.spatial.iter().product::<usize>() * params.in_channels, 3);
+    each_context(|cx| {
+        let isa = cx.isa();
+        let conv = Conv::new(isa, params.clone(), &w, Some(&bias)).unwrap();
+        let spatial = conv.output_spatial(input).unwrap();
+        let want = reference(params, input, spatial, &x, &w, &bias);
+        let residual = integers(want.len(), 4);
+        let clip = Activation::Clip { lo: -3.0, hi: 20.0 };
+        for (residual, activation) in [(None, Activation::Identity), (Some(&residual[..]), clip)] {
+            let want: Vec<f32> = (0..want.len())
+                .map(|i| {
+                    let x = want[i] as f32 + residual.map_or(0.0, |residual| residual[i]);
+                    if activation == clip { x.clamp(-3.0, 20.0) } else { x }
+                })
+                .collect();
+            let mut got = vec![f32::NAN; want.len()];
+            conv.run(cx, input, Layout::Nhwc, &x, residual, activation, &mut got).unwrap();
+            assert_eq!(got, want, "{isa:?} {params:?} {input:?}");
+            let (b, o) = (input.batch, params.out_channels);
+            let first = residual.map(|residual| to_channels_first(residual, b, o));
+            let x = to_channels_first(&x, b, params.in_channels);
+            conv.run(cx, input, Layout::Nchw, &x, first.as_deref(), activation, &mut got).unwrap();
+            assert_eq!(got, to_channels_first(&want, b, o), "channels first, {isa:?} {params:?} {input:?}");
+        }
+    });
+}
+
+#[test]
+fn pointwise() {
+    check(&case([5, 7, 1], 2, [3, 4], [1, 1], 1, 0));
+    check(&case([16, 24, 1], 1, [7, 7], [1, 1], 1, 0));
+    check(&case([33, 17, 1], 1, [9, 8], [1, 1], 2, 0));
+    check(&case([8, 6, 2], 2, [5, 3], [1, 1], 1, 0));
+    check(&case([40, 19, 1], 1, [1, 1], [1, 1], 1, 0));
+    check(&case([4, 3, 1], 1, [4, 4], [1, 1], 1, 1));
+}
+
+#[test]
+fn patches() {
+    check(&case([3, 32, 1], 1, [23, 24], [3, 3], 2, 1));
+    check(&case([3, 8, 1], 2, [15, 17], [7, 7], 2, 3));
+    check(&case([16, 9, 1], 1, [7, 6], [3, 3], 1, 1));
+    check(&case([65, 33, 1], 1, [5, 5], [3, 3], 1, 1));
+    check(&case([64, 40, 1], 1, [28, 30], [3, 3], 1, 1));
+    check(&case([1, 1, 1], 1, [1, 1], [3, 3], 1, 1));
+    check(&case([2, 3, 1], 1, [2, 2], [5, 5], 1, 2));
+    check(&case([6, 5, 1], 1, [4, 9], [2, 3], 3, 4));
+    check(&case([8, 12, 4], 2, [6, 5], [3, 3], 1, 1));
+    check(&case([3, 6, 3], 1, [6, 5], [3, 3], 1, 1));
+}
+
+#[test]
+fn dilated_and_uneven() {
+    for (in_channels, groups) in [(3, 1), (16, 1), (8, 2), (8, 8)] {
+        let mut c = case([in_channels, 8, groups], 2, [9, 11], [3, 2], 1, 0);
+        c.params.dilations = [1, 2, 3];
+        c.params.strides = [1, 1, 2];
+        c.input.pads_begin = [0, 3, 0];
+        c.input.pads_end = [0, 1, 5];
+        check(&c);
+    }
+}
+
+#[test]
+fn one_and_three_dimensions() {
+    for groups in [1, 4] {
+        let mut c = case([4, 4, groups], 2, [1, 19], [1, 5], 2, 0);
+        c.input.pads_begin = [0, 0, 2];
+        c.input.pads_end = [0, 0, 1];
+        check(&c);
+        c.params.kernel = [3, 2, 2];
+        c.params.strides = [2, 1, 1];
+        c.params.dilations = [1, 2, 1];
+        c.input.spatial = [5, 4, 3];
+        c.input.pads_begin = [1, 0, 1];
+        c.input.pads_end = [1, 1, 0];
+        check(&c);
+        // Depth 1 and padded depth: the planes of padding are bias only.
+        c.params.kernel = [1, 3, 3];
+        c.params.strides = [1; 3];
+        c.params.dilations = [1; 3];
+        check(&c);
+    }
+}
+
+#[test]
+fn depthwise() {
+    for channels in [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 33, 40] {
+        check(&case([channels, channels, channels], 1, [5, 9], [3, 3], 1, 1));
+    }
+    for kernel in [[3, 3], [5, 5], [2, 4], [1, 7]] {
+        for stride in [1, 2, 3] {
+            for pad in [0, 1, 2, 4] {
+                check(&case([20, 20, 20], 2, [7, 13], kernel, stride, pad));
+            }
+        }
+    }
+    check(&case([64, 64, 64], 1, [40, 40], [3, 3], 1, 1));
+    check(&case([6, 6, 6], 1, [1, 1], [3, 3], 1, 1));
+    check(&case([6, 6, 6], 1, [2, 2], [5, 5], 2, 2));
+}
+
+#[test]
+fn nothing_to_do() {
+    check(&case([3, 4, 1], 0, [5, 5], [3, 3], 1, 1));
+    check(&case([3, 0, 1], 1, [5, 5], [3, 3], 1, 1));
+    check(&case([0, 4, 1], 1, [5, 5], [3, 3], 1, 1));
+}
+
+#[test]
+fn costly_activation_matches_a_second_sweep() {
+    struct Apply<'a>(Activation, &'a mut [f32]);
+    impl Kernel for Apply<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            // SAFETY: one row of the whole slice.
+            unsafe { gemm::activate(s, self.0, self.1.as_mut_ptr(), 1, self.1.len(), 0) }
+        }
+    }
+    for c in [case([9, 9, 9], 1, [5, 9], [3, 3], 1, 1), case([9, 5, 1], 1, [5, 9], [3, 3], 1, 1)] {
+        let w = integers(c.params.out_channels * c.params.in_channels / c.params.groups * 9, 1);
+        let x = integers(45 * 9, 2);
+        each_context(|cx| {
+            let conv = Conv::new(cx.isa(), c.params.clone(), &w, None).unwrap();
+            let run = |activation| {
+                let mut out = vec![0.0; 45 * c.params.out_channels];
+                conv.run(cx, &c.input, Layout::Nhwc, &x, None, activation, &mut out).unwrap();
+                out
+            };
+            let mut want = run(Activation::Identity);
+            dispatch(cx.isa(), Apply(Activation::HardSwish, &mut want));
+            for (got, want) in run(Activation::HardSwish).iter().zip(&want) {
+                assert!((got - want).abs() <= 1e-6 * want.abs(), "{got} {want}");
+            }
+        });
+    }
+}
+
+#[test]
+fn wrong_operands_are_refused() {
+    let c = case([3, 4, 1], 1, [5, 5], [3, 3], 1, 0);
+    let w = vec![0.0; 108];
+    each_context(|cx| {
+        let isa = cx.isa();
+        let new = |params| Conv::new(isa, params, &w, None).map(|_| ()).unwrap_err().to_string();
+        assert!(new(ConvParams { groups: 2, ..c.params.clone() }).contains("groups"));
+        assert!(new(ConvParams { strides: [1, 0, 1], ..c.params.clone() }).contains("must not be 0"));
+        assert!(new(ConvParams { out_channels: 5, ..c.params.clone() }).contains("108"));
+        assert!(new(ConvParams { kernel: [usize::MAX, 3, 3], ..c.params.clone() }).contains("address space"));
+        let conv = Conv::new(isa, c.params.clone(), &w, None).unwrap();
+        let mut out = vec![0.0; 36];
+        let mut run = |input: &ConvInput, x: &[f32]| {
+            conv.run(cx, input, Layout::Nhwc, x, None, Activation::Identity, &mut out).map_err(|e| e.to_string())
+        };
+        assert!(run(&c.input, &[0.0; 74]).unwrap_err().contains("the input has 74 elements, expected 75"));
+        assert_eq!(run(&c.input, &[0.0; 75]), Ok(()));
+        let small = ConvInput { spatial: [1, 2, 5], ..c.input.clone() };
+        assert!(run(&small, &[0.0; 30]).unwrap_err().contains("does not fit"));
+        let huge = ConvInput { pads_begin: [0, usize::MAX, 0], ..c.input.clone() };
+        assert!(run(&huge, &[0.0; 75]).is_err());
+    });
+}
