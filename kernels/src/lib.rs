@@ -7,6 +7,10 @@
 
 pub mod epilogue;
 pub mod error;
+pub mod math;
+pub mod movement;
 pub mod par;
 pub mod reference;
 pub mod simd;
+#[cfg(test)]
+mod testing;

@@ -1,3 +1,5 @@
 //! Naive counterparts of all kernels: the oracle that tests and benches compare with.
 //!
 //! Each is the textbook loop over `ndarray` views, accumulating in `f64`, with no regard to speed.
+
+pub mod movement;
