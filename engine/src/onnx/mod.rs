@@ -1,4 +1,5 @@
 //! Reading and writing `.onnx` files: protobuf by hand, so that a model can be read while it arrives.
+#![forbid(unsafe_code)]
 
 mod fields;
 mod reader;
