@@ -1,0 +1,28 @@
+/**
+ * What is measured: a model, and the shapes and kinds of its inputs. The one list for every peer.
+ * `kind` says what the elements are: "uniform" in 0..1, or the integer that all of them have.
+ */
+const tokens = (names, length) =>
+  names.map((name) => ({ name, type: "int64", dims: [1, length], kind: name === "token_type_ids" ? 0n : 1n }));
+const image = (name, dims, type = "float32") => [{ name, type, dims, kind: "uniform" }];
+const bert = ["input_ids", "attention_mask", "token_type_ids"];
+
+export const WORKLOADS = [
+  { name: "mobilenet_v2", inputs: image("input", [1, 3, 224, 224]) },
+  { name: "efficientnet_lite0", inputs: image("images:0", [1, 224, 224, 3]) },
+  { name: "resnet50", inputs: image("input", [1, 3, 224, 224]) },
+  { name: "minilm_l6", inputs: tokens(bert, 128) },
+  { name: "distilbert_base", inputs: tokens(bert.slice(0, 2), 128) },
+  { name: "bert_base", inputs: tokens(bert, 128) },
+  { name: "yolox_nano", inputs: image("images", [1, 3, 416, 416]) },
+  { name: "ultraface_rfb_320", inputs: image("input", [1, 3, 240, 320]) },
+  { name: "squeezenet_fp16", inputs: image("data_0", [1, 3, 224, 224], "float16") },
+  {
+    name: "silero_vad_v5",
+    inputs: [
+      ...image("input", [1, 576]),
+      { name: "state", type: "float32", dims: [2, 1, 128], kind: "uniform" },
+      { name: "sr", type: "int64", dims: [], kind: 16000n },
+    ],
+  },
+];
