@@ -5,12 +5,21 @@
 //! place where one is chosen. Work is spread over threads by [`par::Cx`], and each kernel has a naive counterpart in
 //! [`reference`](mod@reference) that tests and benches compare it with.
 
+pub mod conv;
+mod depthwise;
 pub mod epilogue;
 pub mod error;
+pub mod finish;
+pub mod gemm;
 pub mod math;
 pub mod movement;
+pub mod naive;
+pub mod norm;
 pub mod par;
+pub mod pool;
+pub mod reduce;
 pub mod reference;
 pub mod simd;
+pub mod softmax;
 #[cfg(test)]
 mod testing;
