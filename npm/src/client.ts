@@ -40,7 +40,7 @@ export class Client {
     this.#spawn = spawn;
     this.#worker = this.#start({
       onMessage: (message) => this.#receive(message),
-      onFailure: (text) => this.close(new WeblaneError("internal", `the worker failed: ${text}`)),
+      onFailure: (text, code) => this.close(new WeblaneError(code, `the worker failed: ${text}`)),
     });
     this.#worker.keepAlive(false);
   }
@@ -166,7 +166,7 @@ export class Client {
           if ("seated" in message) resolve();
           else if ("crash" in message) fail(fromShape(message.crash));
         },
-        onFailure: (text) => fail(new WeblaneError("internal", `a pool worker failed: ${text}`)),
+        onFailure: (text, code) => fail(new WeblaneError(code, `a pool worker failed: ${text}`)),
       });
       this.#pool.push(port);
       port.keepAlive(false);

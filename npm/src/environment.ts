@@ -1,6 +1,7 @@
 /**
  * The differences between a page and Node.js: how workers start, what a bare string source means, how files are read.
  */
+import type { ErrorCode } from "./errors.js";
 import type { FromWorker, ToWorker } from "./protocol.js";
 
 /** A worker as the client sees it. */
@@ -14,8 +15,8 @@ export interface Port {
 /** What a worker tells its owner. */
 export interface PortEvents {
   onMessage(message: FromWorker): void;
-  /** The script could not be loaded, threw, or sent something unreadable. */
-  onFailure(text: string): void;
+  /** The script could not be loaded (`network`), threw, or sent something unreadable (`internal`). */
+  onFailure(text: string, code: ErrorCode): void;
 }
 
 /** Starts the worker of this package. Tests put a fake in its place. */
@@ -59,7 +60,12 @@ export const spawnWorker: Spawn = (events) => {
   return threads ? spawnNodeWorker(threads.Worker, events) : spawnWebWorker(events);
 };
 
+const HINT = 'behind Vite\'s development server, set optimizeDeps: { exclude: ["weblane"] }';
+
 function spawnWebWorker(events: PortEvents): Port {
+  // In two steps, since bundlers would take this for a second copy of the worker.
+  const base = import.meta.url;
+  const address = new URL("worker.js", base).href;
   let blobUrl: string | undefined;
   let worker: Worker;
   try {
@@ -68,16 +74,17 @@ function spawnWebWorker(events: PortEvents): Port {
   } catch (error) {
     if (!(error instanceof DOMException && error.name === "SecurityError")) throw error;
     // Loaded from another origin (a CDN): a worker must come from the page's own, but may import from elsewhere.
-    const base = import.meta.url;
-    const script = `import ${JSON.stringify(new URL("worker.js", base).href)};`;
+    const script = `import ${JSON.stringify(address)};`;
     blobUrl = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
     worker = new Worker(blobUrl, { type: "module" });
   }
   worker.onmessage = (event: MessageEvent<FromWorker>) => events.onMessage(event.data);
-  worker.onmessageerror = () => events.onFailure("a message from the worker could not be read");
+  worker.onmessageerror = () => events.onFailure("a message from the worker could not be read", "internal");
   worker.onerror = (event) => {
     event.preventDefault();
-    events.onFailure(event.message || "the worker script could not be loaded");
+    // A script that cannot be loaded gives an event without a message.
+    if (event.message) events.onFailure(event.message, "internal");
+    else events.onFailure(`its script could not be loaded from ${address}; ${HINT}`, "network");
   };
   return {
     post: (message, transfer = []) => worker.postMessage(message, transfer as Transferable[]),
@@ -95,10 +102,14 @@ function spawnNodeWorker(NodeWorker: NodeModules["node:worker_threads"]["Worker"
   const worker = new NodeWorker(new URL("worker.js", base));
   let ended = false;
   worker.on("message", (message) => events.onMessage(message as FromWorker));
-  worker.on("messageerror", () => events.onFailure("a message from the worker could not be read"));
-  worker.on("error", (error) => events.onFailure(error instanceof Error ? error.message : String(error)));
+  worker.on("messageerror", () =>
+    events.onFailure("a message from the worker could not be read", "internal"),
+  );
+  worker.on("error", (error) =>
+    events.onFailure(error instanceof Error ? error.message : String(error), "internal"),
+  );
   worker.on("exit", (code) => {
-    if (!ended) events.onFailure(`the worker ended with code ${String(code)}`);
+    if (!ended) events.onFailure(`the worker ended with code ${String(code)}`, "internal");
   });
   return {
     post: (message, transfer) => worker.postMessage(message, transfer),

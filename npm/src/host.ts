@@ -3,7 +3,7 @@
  */
 import { abortError, type ErrorShape, isErrorCode, toWeblaneError, WeblaneError } from "./errors.js";
 import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
-import { chooseVariant, type Platform, type Variant } from "./variant.js";
+import { chooseVariant, type Platform, type Variant, type VariantChoice } from "./variant.js";
 import type { Wasm, WasmOutput, WasmSession } from "./wasm.js";
 
 /** How long a run keeps the worker before it looks for messages, in milliseconds. */
@@ -200,12 +200,24 @@ export class Host {
     wasmUrls: Readonly<Partial<Record<Variant, string>>>,
     progress: Context<"start">["progress"],
   ): Promise<[Wasm, RuntimeInfo]> {
-    const choice = chooseVariant(this.#env.platform, { threads, variant });
+    const { platform } = this.#env;
+    const start = async (choice: VariantChoice): Promise<[Wasm, RuntimeInfo]> => {
+      const wasm = await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads);
+      return [wasm, { ...choice, threads: wasm.threads, version: wasm.version() }];
+    };
     progress({ phase: "compile", loaded: 0, total: 1 });
-    const wasm = await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads);
+    const choice = chooseVariant(platform, { threads, variant });
+    const started = await start(choice).catch((error: unknown) => {
+      // Some phones refuse the large address range that shared memory has to reserve, and some pages their workers.
+      const { code, message } = toWeblaneError(error);
+      const refused = code === "out_of_memory" || code === "unsupported_platform";
+      if (variant !== "auto" || !choice.variant.endsWith("_mt") || !refused) throw error;
+      const single = chooseVariant({ ...platform, sharedMemory: false }, { variant });
+      return start({ ...single, threadsReason: `several threads could not be started: ${message}` });
+    });
+    this.#wasm = started[0];
     progress({ phase: "compile", loaded: 1, total: 1 });
-    this.#wasm = wasm;
-    return [wasm, { ...choice, version: wasm.version() }];
+    return started;
   }
 
   #slot(session: number): SessionSlot {

@@ -53,6 +53,8 @@ export interface WasmSession {
 /** An instantiated build. */
 export interface Wasm {
   readonly memory: WebAssembly.Memory;
+  /** Threads that the pool has got, which may be fewer than asked for. */
+  readonly threads: number;
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
   version(): string;
   /** Address of the word that stops a run when the page sets it. */

@@ -56,9 +56,9 @@ const host = new Host({
       // One thread of the pool is this worker itself.
       await glue.initThreadPool(threads - 1);
     }
-    glue.startPool(threads);
     return {
       memory,
+      threads: glue.startPool(threads),
       WasmSession: glue.WasmSession,
       version: glue.version,
       stopWord: glue.stopWord,

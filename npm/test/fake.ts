@@ -6,6 +6,7 @@ import type { Port, PortEvents, Spawn } from "../src/environment.js";
 import type { ErrorShape } from "../src/errors.js";
 import { Host, type HostEnvironment } from "../src/host.js";
 import type { ModelInfo, ToWorker } from "../src/protocol.js";
+import type { Platform } from "../src/variant.js";
 import type { Wasm, WasmOutput, WasmSession } from "../src/wasm.js";
 
 export const MODEL: ModelInfo = {
@@ -45,13 +46,14 @@ export class FakeEngine {
   readonly script: Script = { steps: 1, externals: [], files: {} };
   readonly log: string[] = [];
   readonly received = new Map<string, number[]>();
+  platform: Platform = { simd: true, relaxedSimd: true, sharedMemory: false, processors: 4 };
   terminated = 0;
   keptAlive = false;
   #events: PortEvents | undefined;
 
   /** Crashes the worker. */
   crash(text: string): void {
-    this.#events?.onFailure(text);
+    this.#events?.onFailure(text, "internal");
   }
 
   /** For `Session.loadWith` and `startEngine`. */
@@ -83,10 +85,11 @@ export class FakeEngine {
 
   #environment(events: PortEvents): HostEnvironment {
     return {
-      platform: { simd: true, relaxedSimd: true, sharedMemory: false, processors: 4 },
+      platform: this.platform,
       instantiate: async (variant, url) => {
         this.log.push(`instantiate ${variant} ${url ?? ""}`.trim());
         if (this.script.startError !== undefined) throw this.script.startError;
+        if (variant.endsWith("_mt")) throw { code: "out_of_memory", message: "no shared memory" };
         return this.#wasm();
       },
       open: async (url) => {
@@ -178,6 +181,7 @@ export class FakeEngine {
     }
     return {
       memory,
+      threads: 1,
       WasmSession: FakeSession,
       version: () => "0.0.0",
       stopWord: () => 0,

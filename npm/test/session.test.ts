@@ -323,3 +323,20 @@ test("a process need not stay alive for an idle session", async () => {
   await pending;
   expect(engine.keptAlive).toBe(false);
 });
+
+test("without memory to share, one thread does it", async () => {
+  const engine = new FakeEngine();
+  engine.platform = { ...engine.platform, sharedMemory: true };
+  const session = await load(engine);
+  expect(engine.log.filter((l) => l.startsWith("instantiate"))).toEqual([
+    "instantiate relaxed_mt",
+    "instantiate relaxed_st",
+  ]);
+  const { variant, threads, threadsReason } = await session.info();
+  expect([variant, threads]).toEqual(["relaxed_st", 1]);
+  expect(threadsReason).toContain("no shared memory");
+
+  const forced = new FakeEngine();
+  forced.platform = engine.platform;
+  expect(await codeOf(load(forced, { variant: "relaxed_mt" }))).toBe("out_of_memory");
+});
