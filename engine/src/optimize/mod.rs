@@ -7,6 +7,9 @@ use crate::graph::Graph;
 use weblane_kernels::par::Cx;
 
 mod fold;
+mod pattern;
+#[cfg(test)]
+mod testing;
 
 /// What a pass may use.
 #[derive(Debug)]

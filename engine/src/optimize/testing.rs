@@ -1,0 +1,213 @@
+//! For the tests of passes: small graphs written node by node, as an importer would make them, and a comparison of
+//! what they compute with and without rewriting.
+
+use super::{Pass, optimize};
+use crate::error::Result;
+use crate::execute::Memory;
+use crate::fact::{Dim, Fact};
+use crate::graph::{Graph, Node, ValueId};
+use crate::onnx::{Attribute, AttributeValue};
+use crate::ops::{Attributes, PackCache, find};
+use crate::plan::plan;
+use crate::tensor::{DType, Tensor};
+use std::collections::HashMap;
+use std::sync::Arc;
+use weblane_kernels::par::{Cx, Pool};
+use weblane_kernels::simd::Isa;
+
+pub(crate) type Attrs<'a> = &'a [(&'a str, AttributeValue)];
+
+pub(crate) fn int(v: i64) -> AttributeValue {
+    AttributeValue::Int(v)
+}
+
+pub(crate) fn ints(v: &[i64]) -> AttributeValue {
+    AttributeValue::Ints(v.to_vec())
+}
+
+pub(crate) fn float(v: f32) -> AttributeValue {
+    AttributeValue::Float(v)
+}
+
+/// A graph in the making, with the facts of its inputs.
+pub(crate) struct Net {
+    pub(crate) graph: Graph,
+    facts: Vec<Fact>,
+    opset: i64,
+    seed: u64,
+}
+
+/// Numbers in -1..1 from a seed.
+pub(crate) fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+impl Net {
+    pub(crate) fn new(opset: i64) -> Self {
+        Net { graph: Graph::default(), facts: Vec::new(), opset, seed: 1 }
+    }
+
+    /// A `float32` input of known shape.
+    pub(crate) fn input(&mut self, name: &str, dims: &[usize]) -> ValueId {
+        self.input_of(name, Fact::new(DType::F32, dims))
+    }
+
+    pub(crate) fn input_of(&mut self, name: &str, fact: Fact) -> ValueId {
+        let id = self.graph.add_value(name);
+        self.graph.inputs.push(id);
+        self.facts.push(fact);
+        id
+    }
+
+    /// A `float32` input with names for some sizes.
+    pub(crate) fn symbolic(&mut self, name: &str, dims: &[&str]) -> ValueId {
+        let dim = |d: &&str| d.parse().map_or_else(|_| Dim::Symbol((*d).into()), Dim::Known);
+        self.input_of(name, Fact::with_shape(DType::F32, dims.iter().map(dim).collect()))
+    }
+
+    pub(crate) fn constant(&mut self, dims: &[usize], values: &[f32]) -> ValueId {
+        self.graph.add_constant("constant", Tensor::from_slice(dims, values).unwrap())
+    }
+
+    pub(crate) fn scalar(&mut self, value: f32) -> ValueId {
+        self.constant(&[], &[value])
+    }
+
+    pub(crate) fn i64s(&mut self, values: &[i64]) -> ValueId {
+        self.graph.add_constant("constant", Tensor::from_slice(&[values.len()], values).unwrap())
+    }
+
+    /// A constant of seeded numbers.
+    pub(crate) fn weights(&mut self, dims: &[usize]) -> ValueId {
+        self.seed += 1;
+        let values = noise(dims.iter().product(), self.seed);
+        self.constant(dims, &values)
+    }
+
+    pub(crate) fn op(&mut self, op_type: &str, inputs: &[ValueId]) -> ValueId {
+        self.op_with(op_type, inputs, &[])
+    }
+
+    pub(crate) fn op_with(&mut self, op_type: &str, inputs: &[ValueId], attrs: Attrs) -> ValueId {
+        self.node(op_type, &inputs.iter().copied().map(Some).collect::<Vec<_>>(), attrs)
+    }
+
+    pub(crate) fn node(&mut self, op_type: &str, inputs: &[Option<ValueId>], attrs: Attrs) -> ValueId {
+        let attrs = attrs.iter().map(|(n, v)| Attribute { name: (*n).into(), value: v.clone() }).collect();
+        let given = inputs.iter().map(Option::is_some).collect();
+        let mut attributes = Attributes::new(op_type, self.opset, attrs, HashMap::new(), given, 1);
+        let registration = find("", op_type).unwrap_or_else(|| panic!("no operator {op_type}"));
+        let op = (registration.parse)(&mut attributes).unwrap();
+        attributes.finish().unwrap();
+        let name = format!("{op_type}_{}", self.graph.nodes.len());
+        let output = self.graph.add_value(name.clone());
+        self.graph.nodes.push(Node { name, op, inputs: inputs.to_vec(), outputs: vec![output] });
+        output
+    }
+
+    pub(crate) fn output(&mut self, id: ValueId) {
+        self.graph.outputs.push(id);
+    }
+
+    /// Rewrites by one pass.
+    pub(crate) fn apply(&self, pass: impl Fn(&mut Graph, &Pass) -> Result<()>) -> Graph {
+        let mut graph = self.graph.clone();
+        with_cx(|cx| pass(&mut graph, &Pass { cx, inputs: &self.facts }).unwrap());
+        graph.sort().unwrap();
+        graph
+    }
+
+    /// Rewrites by all passes, checks that the numbers stay, and returns the names of the operators that are left.
+    pub(crate) fn optimized(&self) -> Vec<String> {
+        let graph = with_cx(|cx| optimize(self.graph.clone(), &self.facts, cx).unwrap());
+        self.check(&graph);
+        names(&graph)
+    }
+
+    /// Rewrites by one pass, checks that the numbers stay, and returns the names of the operators that are left.
+    pub(crate) fn passed(&self, pass: impl Fn(&mut Graph, &Pass) -> Result<()>) -> Vec<String> {
+        let graph = self.apply(pass);
+        self.check(&graph);
+        names(&graph)
+    }
+
+    /// Runs both graphs on seeded inputs; symbolic sizes become 3, 4, ... in the order of their first appearance.
+    pub(crate) fn check(&self, rewritten: &Graph) {
+        let mut symbols: Vec<Dim> = Vec::new();
+        let mut size = |d: &Dim| {
+            d.known().unwrap_or_else(|| {
+                let at = symbols.iter().position(|s| s == d);
+                3 + at.unwrap_or_else(|| {
+                    symbols.push(d.clone());
+                    symbols.len() - 1
+                })
+            })
+        };
+        let inputs: Vec<Tensor> = self
+            .facts
+            .iter()
+            .enumerate()
+            .map(|(i, f)| {
+                let dims: Vec<usize> = f.shape.as_ref().unwrap().iter().map(&mut size).collect();
+                let values: Vec<f32> = noise(dims.iter().product(), 77 + i as u64).iter().map(|v| 4.0 * v).collect();
+                match f.dtype {
+                    DType::I64 => {
+                        let values: Vec<i64> = values.iter().map(|v| i64::from(*v > 0.0)).collect();
+                        Tensor::from_slice(&dims, &values).unwrap()
+                    }
+                    _ => Tensor::from_slice(&dims, &values).unwrap(),
+                }
+            })
+            .collect();
+        let (want, got) = (run(&self.graph, &inputs), run(rewritten, &inputs));
+        assert_eq!(want.len(), got.len());
+        for (want, got) in want.iter().zip(&got) {
+            assert_eq!(want.dims(), got.dims());
+            assert_eq!(want.dtype(), got.dtype());
+            if want.dtype() != DType::F32 {
+                assert_eq!(want, got);
+                continue;
+            }
+            let (want, got) = (want.as_slice::<f32>().unwrap(), got.as_slice::<f32>().unwrap());
+            for (i, (w, g)) in want.iter().zip(got).enumerate() {
+                let fits = (w - g).abs() <= 2e-5 + 2e-5 * w.abs() || w == g || (w.is_nan() && g.is_nan());
+                assert!(fits, "element {i}: {g} after rewriting, {w} before");
+            }
+        }
+    }
+}
+
+/// The names of a graph's operators, in order.
+pub(crate) fn names(graph: &Graph) -> Vec<String> {
+    graph.nodes.iter().map(|n| n.op.name().to_owned()).collect()
+}
+
+pub(crate) fn with_cx<R>(f: impl FnOnce(&Cx) -> R) -> R {
+    Pool::new(1).run(Isa::best(), f)
+}
+
+fn run(graph: &Graph, inputs: &[Tensor]) -> Vec<Tensor> {
+    let facts: Vec<Fact> = inputs.iter().map(|t| Fact::new(t.dtype(), t.dims())).collect();
+    with_cx(|cx| {
+        let plan = plan(graph, &facts, &PackCache::default(), cx).unwrap();
+        let mut memory = Memory::default();
+        memory.fit(&plan).unwrap();
+        for (i, t) in inputs.iter().enumerate() {
+            memory.set_input(&plan, i, &t.view()).unwrap();
+        }
+        for step in &plan.steps {
+            memory.run_step(&plan, step, cx).unwrap();
+        }
+        plan.outputs.iter().map(|&v| memory.view(&plan, v).unwrap().to_tensor().unwrap()).collect()
+    })
+}
+
+/// A fact of a shape whose tensor is shared.
+pub(crate) fn tensor_of(graph: &Graph, id: ValueId) -> Arc<Tensor> {
+    graph.constant(id).expect("a constant").clone()
+}
