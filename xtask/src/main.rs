@@ -99,9 +99,14 @@ fn bench(ctx: &Context, bench: &BenchArgs) -> Result<()> {
     }
     build::run(ctx, &build::BuildArgs::default())?;
     models::ensure_workloads(ctx)?;
-    node::install(ctx, "benches/peers")?;
+    // The bench drives browsers with the code of the test harness.
+    for directory in ["tests/wasm", "benches/peers"] {
+        node::install(ctx, directory)?;
+    }
+    let firefox = args.iter().any(|arg| arg.contains("firefox"));
+    let browser = if firefox { browsers::Browser::Firefox } else { browsers::Browser::Chromium };
     let mut command = ctx.cmd("node").arg("benches/peers/run.mjs").args(args);
-    for (key, value) in browsers::ensure(ctx, browsers::Browser::Chromium)?.environment() {
+    for (key, value) in browsers::ensure(ctx, browser)?.environment() {
         command = command.env(key, value);
     }
     ctx.run(command)
