@@ -46,12 +46,13 @@ struct Stage {
 const STAGES: &[Stage] = &[
     Stage { name: "fmt", about: "rustfmt", run: fmt },
     Stage { name: "clippy", about: "clippy, warnings denied", run: clippy },
-    Stage { name: "npm", about: "TypeScript types, lint and unit tests", run: npm },
+    Stage { name: "npm", about: "types and lint of TypeScript and JavaScript", run: npm },
     Stage { name: "models", about: "models and goldens that tests compare with", run: test_models },
     Stage { name: "native", about: "tests of the Rust crates", run: native },
     Stage { name: "doc", about: "rustdoc, warnings denied", run: doc },
     Stage { name: "neon", about: "kernels for Arm: check, and tests under qemu-user", run: neon },
     Stage { name: "build", about: "WebAssembly variants, npm package, demo site", run: build_all },
+    Stage { name: "npm-test", about: "unit tests of the npm package and what was built", run: npm_test },
     Stage { name: "size", about: "size budget", run: size_budget },
     Stage { name: "node", about: "the cases in Node", run: |ctx| browser(ctx, Browser::Node) },
     Stage {
@@ -182,11 +183,22 @@ fn neon(ctx: &Context) -> Result<Outcome> {
     Ok(Outcome::Pass("under qemu-user".into()))
 }
 
+/// The directories with a package of their own.
+const PACKAGES: [&str; 3] = ["npm", "demo-site", "tests/wasm"];
+
 fn npm(ctx: &Context) -> Result<Outcome> {
     node::ensure(ctx)?;
-    for directory in ["npm", "demo-site", "tests/wasm"] {
+    npm_scripts(ctx, &["typecheck", "lint"])
+}
+
+fn npm_test(ctx: &Context) -> Result<Outcome> {
+    npm_scripts(ctx, &["test"])
+}
+
+fn npm_scripts(ctx: &Context, scripts: &[&str]) -> Result<Outcome> {
+    for directory in PACKAGES {
         node::install(ctx, directory)?;
-        for script in ["typecheck", "lint", "test"] {
+        for script in scripts {
             if node::has_script(ctx, directory, script)? {
                 node::script(ctx, directory, script).with_context(|| format!("npm run {script} in {directory}/"))?;
             }
