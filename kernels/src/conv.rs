@@ -174,7 +174,8 @@ impl Conv {
         let mut out = [0; 3];
         for d in 0..3 {
             let reach = (kernel[d] - 1).checked_mul(dilations[d]).and_then(|x| x.checked_add(1));
-            let padded = input.spatial[d].checked_add(input.pads_begin[d]).and_then(|x| x.checked_add(input.pads_end[d]));
+            let padded =
+                input.spatial[d].checked_add(input.pads_begin[d]).and_then(|x| x.checked_add(input.pads_end[d]));
             out[d] = match (padded, reach) {
                 // Half of the address space: positions are computed with signed numbers.
                 (Some(padded), Some(reach)) if reach <= padded && padded <= isize::MAX as usize => {

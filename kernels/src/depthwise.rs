@@ -19,9 +19,9 @@
 use crate::conv::{ConvInput, ConvParams};
 use crate::epilogue::Activation;
 use crate::error::Result;
-use crate::gemm::{Aligned, OutPtr, activate, split_activation};
+use crate::gemm::{Activate, Aligned, OutPtr, clamp, split_activation};
 use crate::par::Cx;
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
 
 /// The weights of a depthwise convolution.
@@ -91,7 +91,6 @@ impl Depthwise {
             Some(last) => (last / stride + 1).clamp(start, ow),
             None => start,
         };
-        let residual = residual.map_or(OutPtr(core::ptr::null_mut()), |x| OutPtr(x.as_ptr().cast_mut()));
         let image = Image {
             x,
             weights: self.weights.as_slice(),
@@ -112,7 +111,9 @@ impl Depthwise {
         };
         cx.for_each(tasks, cost, &|task| {
             let start = |task: usize| task * (rows / tasks) + task.min(rows % tasks);
-            dispatch(cx.isa(), Rows { image: &image, rows: start(task)..start(task + 1) });
+            for row in start(task)..start(task + 1) {
+                image.row(cx.isa(), row);
+            }
         });
     }
 }
@@ -122,8 +123,7 @@ struct Image<'a> {
     x: &'a [f32],
     weights: &'a [f32],
     bias: &'a [f32],
-    /// Null if there is none; only read.
-    residual: OutPtr,
+    residual: Option<&'a [f32]>,
     out: OutPtr,
     activation: Activation,
     channels: usize,
@@ -138,11 +138,6 @@ struct Image<'a> {
     interior: Range<usize>,
 }
 
-struct Rows<'a> {
-    image: &'a Image<'a>,
-    rows: Range<usize>,
-}
-
 /// Where a tile of one row of the output reads and writes.
 #[derive(Clone, Copy)]
 struct Place {
@@ -154,80 +149,84 @@ struct Place {
     w: *const f32,
     /// Taps that are used: rows, columns.
     taps: [usize; 2],
-    /// First output, and first element of the residual or null.
+    /// First output.
     out: *mut f32,
+    /// First element of the residual, or null.
     residual: *const f32,
 }
 
-impl Kernel for Rows<'_> {
-    type Output = ();
+impl Image<'_> {
+    /// One row of the output of all images.
+    fn row(&self, isa: Isa, row: usize) {
+        let [kh, kw] = self.kernel;
+        let [stride, dilation] = [self.strides[1], self.dilations[1]];
+        let [oh, ow] = [self.height[1], self.width[1]];
+        let c = self.channels;
+        let (z, y) = (row / oh, row % oh);
+        let (b, z) = (z / self.depth[1], z % self.depth[1]);
+        let z = z.wrapping_sub(self.pad_depth);
+        // Rows of taps inside the image, none if the plane itself is padding.
+        let top = (y * self.strides[0]) as isize - self.pads[0] as isize;
+        let rows = if z < self.depth[0] { clip(top, self.dilations[0], kh, self.height[0]) } else { 0..0 };
+        let line = if rows.is_empty() {
+            0
+        } else {
+            let first = (top + (rows.start * self.dilations[0]) as isize) as usize;
+            ((b * self.depth[0] + z) * self.height[0] + first) * self.width[0]
+        };
+        let left = |column: usize| (column * stride) as isize - self.pads[1] as isize;
+        let place = |column: usize, taps: Range<usize>| {
+            let at = (row * ow + column) * c;
+            let from = line as isize + left(column) + (taps.start * dilation) as isize;
+            Place {
+                // Without taps nothing is read, wherever this points.
+                x: self.x.as_ptr().wrapping_offset(from.wrapping_mul(c as isize)),
+                row_step: self.dilations[0] * self.width[0] * c,
+                w: self.weights.as_ptr().wrapping_add((rows.start * kw + taps.start) * c),
+                taps: [rows.len(), taps.len()],
+                out: self.out.at(at),
+                residual: self.residual.map_or(core::ptr::null(), |residual| residual[at..].as_ptr()),
+            }
+        };
+        let inside = self.interior.clone();
+        for column in (0..inside.start).chain(inside.end..ow) {
+            let taps = clip(left(column), dilation, kw, self.width[0]);
+            dispatch(isa, AnyTiles::<1> { image: self, place: place(column, taps), tiles: 1 });
+        }
+        let mut column = inside.start;
+        for width in [COLUMNS, 2, 1] {
+            let tiles = (inside.end - column) / width;
+            if tiles > 0 {
+                let place = place(column, 0..kw);
+                match width {
+                    COLUMNS => self.tiles::<COLUMNS>(isa, place, tiles),
+                    2 => self.tiles::<2>(isa, place, tiles),
+                    _ => self.tiles::<1>(isa, place, tiles),
+                }
+                column += tiles * width;
+            }
+        }
+        if let Some(activation) = split_activation(self.activation).1 {
+            dispatch(isa, Activate { activation, c: self.out.at(row * ow * c), rows: 1, cols: ow * c, ld: 0 });
+        }
+    }
 
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let image = self.image;
-        let [kh, kw] = image.kernel;
-        let [stride, dilation] = [image.strides[1], image.dilations[1]];
-        let [oh, ow] = [image.height[1], image.width[1]];
-        let c = image.channels;
-        for row in self.rows {
-            let (z, y) = (row / oh, row % oh);
-            let (b, z) = (z / image.depth[1], z % image.depth[1]);
-            let z = z.wrapping_sub(image.pad_depth);
-            // Rows of taps inside the image, none if the plane itself is padding.
-            let top = (y * image.strides[0]) as isize - image.pads[0] as isize;
-            let mut rows = clip(top, image.dilations[0], kh, image.height[0]);
-            if z >= image.depth[0] {
-                rows = 0..0;
-            }
-            let plane = b * image.depth[0] + if rows.is_empty() { 0 } else { z };
-            let first = top + (rows.start * image.dilations[0]) as isize;
-            let line = if rows.is_empty() { 0 } else { (plane * image.height[0] + first as usize) * image.width[0] };
-            let place = |column: usize, taps: Range<usize>| {
-                let left = (column * stride + taps.start * dilation) as isize - image.pads[1] as isize;
-                let at = (row * ow + column) * c;
-                Place {
-                    // Without taps nothing is read, wherever this points.
-                    x: image.x.as_ptr().wrapping_offset((line as isize + left) * c as isize),
-                    row_step: image.dilations[0] * image.width[0] * c,
-                    w: image.weights.as_ptr().wrapping_add((rows.start * kw + taps.start) * c),
-                    taps: [rows.len(), taps.len()],
-                    out: image.out.at(at),
-                    residual: if image.residual.0.is_null() { core::ptr::null() } else { image.residual.at(at) },
-                }
-            };
-            let inside = image.interior.clone();
-            let mut column = 0;
-            while column < ow {
-                // SAFETY: rows and columns of taps are clipped to the image, whose sizes were checked against the
-                // slices; a row of the output belongs to one task.
-                unsafe {
-                    if !inside.contains(&column) {
-                        let left = (column * stride) as isize - image.pads[1] as isize;
-                        let taps = clip(left, dilation, kw, image.width[0]);
-                        tile_any::<S, 1>(s, image, place(column, taps));
-                        column += 1;
-                    } else if inside.end - column >= COLUMNS {
-                        tile::<S, COLUMNS>(s, image, place(column, 0..kw));
-                        column += COLUMNS;
-                    } else if inside.end - column >= 2 {
-                        tile::<S, 2>(s, image, place(column, 0..kw));
-                        column += 2;
-                    } else {
-                        tile::<S, 1>(s, image, place(column, 0..kw));
-                        column += 1;
-                    }
-                }
-            }
-            if let Some(activation) = split_activation(image.activation).1 {
-                // SAFETY: the row belongs to this task.
-                unsafe { activate(s, activation, image.out.at(row * ow * c), 1, ow * c, 0) };
-            }
+    /// Tiles of `T` columns, side by side, with all taps of a row inside the image.
+    fn tiles<const T: usize>(&self, isa: Isa, place: Place, tiles: usize) {
+        let image = self;
+        // The known widths compute whole vectors only.
+        let width = if self.channels < isa.lanes() { 0 } else { self.kernel[1] };
+        match (width, self.strides[1], self.dilations[1]) {
+            (3, 1, 1) => dispatch(isa, Tiles::<T, 3, 1> { image, place, tiles }),
+            (3, 2, 1) => dispatch(isa, Tiles::<T, 3, 2> { image, place, tiles }),
+            (5, 1, 1) => dispatch(isa, Tiles::<T, 5, 1> { image, place, tiles }),
+            (5, 2, 1) => dispatch(isa, Tiles::<T, 5, 2> { image, place, tiles }),
+            _ => dispatch(isa, AnyTiles::<T> { image, place, tiles }),
         }
     }
 }
 
 /// Taps `t` of `taps` for which `0 <= first + t * dilation < size`.
-#[inline(always)]
 fn clip(first: isize, dilation: usize, taps: usize, size: usize) -> Range<usize> {
     let start = if first < 0 { first.unsigned_abs().div_ceil(dilation).min(taps) } else { 0 };
     let room = size as isize - first;
@@ -235,84 +234,115 @@ fn clip(first: isize, dilation: usize, taps: usize, size: usize) -> Range<usize>
     start..end.max(start)
 }
 
-/// `T` columns with all taps of a row inside the image.
-///
-/// # Safety
-/// All inputs and outputs that `place` and the sizes of `image` lead to must be there.
-#[inline(always)]
-unsafe fn tile<S: Simd, const T: usize>(s: S, image: &Image<'_>, place: Place) {
-    // SAFETY: promised by the caller.
-    unsafe {
-        match (image.kernel[1], image.strides[1], image.dilations[1]) {
-            (3, 1, 1) => tile_of::<S, T, 3, 1>(s, image, place),
-            (3, 2, 1) => tile_of::<S, T, 3, 2>(s, image, place),
-            (5, 1, 1) => tile_of::<S, T, 5, 1>(s, image, place),
-            (5, 2, 1) => tile_of::<S, T, 5, 2>(s, image, place),
-            _ => tile_any::<S, T>(s, image, place),
+impl Place {
+    /// The tile `index` tiles of `columns` columns to the right.
+    #[inline(always)]
+    fn tile(&self, image: &Image<'_>, index: usize, columns: usize) -> Self {
+        let outputs = index * columns * image.channels;
+        Self {
+            x: self.x.wrapping_add(outputs * image.strides[1]),
+            out: self.out.wrapping_add(outputs),
+            residual: if self.residual.is_null() { self.residual } else { self.residual.wrapping_add(outputs) },
+            ..*self
         }
     }
 }
 
-/// Kernel width and stride known.
+/// Tiles of `T` columns for a known kernel width and stride, side by side, all taps of a row inside the image, at least
+/// one vector of channels.
 ///
-/// # Safety
-/// As [`tile`].
-#[cfg_attr(target_arch = "wasm32", inline(never))]
-#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-unsafe fn tile_of<S: Simd, const T: usize, const KW: usize, const STRIDE: usize>(
-    s: S,
-    image: &Image<'_>,
+/// Whoever makes one promises that the image has all inputs and outputs that `place` and its sizes lead to, and that
+/// nobody else uses these outputs.
+struct Tiles<'a, const T: usize, const KW: usize, const STRIDE: usize> {
+    image: &'a Image<'a>,
     place: Place,
-) {
-    let channels = image.channels;
-    // SAFETY: promised by the caller.
-    unsafe {
-        each_vector(s, image, place, |s, x, w, acc: &mut [S::F32; T], lanes| {
-            for kh in 0..place.taps[0] {
-                let mut weights = [s.splat(0.0); KW];
-                let w = w.add(kh * KW * channels);
-                for (kw, weight) in weights.iter_mut().enumerate() {
-                    *weight = load(s, w.add(kw * channels), lanes);
-                }
-                let mut x = x.add(kh * place.row_step);
-                for j in 0..(T - 1) * STRIDE + KW {
-                    let value = load(s, x, lanes);
-                    x = x.wrapping_add(channels);
-                    for (t, acc) in acc.iter_mut().enumerate() {
-                        if j >= t * STRIDE && j - t * STRIDE < KW {
-                            *acc = s.mul_add(value, weights[j - t * STRIDE], *acc);
+    tiles: usize,
+}
+
+impl<const T: usize, const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, T, KW, STRIDE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let image = self.image;
+        let channels = image.channels;
+        for tile in 0..self.tiles {
+            let place = self.place.tile(image, tile, T);
+            let mut c = 0;
+            loop {
+                // SAFETY: the contract of the type, and c + LANES <= channels.
+                unsafe {
+                    let mut acc = [s.load_ptr(image.bias.as_ptr().add(c)); T];
+                    for kh in 0..place.taps[0] {
+                        let mut weights = [s.splat(0.0); KW];
+                        let w = place.w.add(kh * KW * channels + c);
+                        for (kw, weight) in weights.iter_mut().enumerate() {
+                            *weight = s.load_ptr(w.add(kw * channels));
+                        }
+                        let mut x = place.x.wrapping_add(kh * place.row_step + c);
+                        for j in 0..(T - 1) * STRIDE + KW {
+                            let value = s.load_ptr(x);
+                            x = x.wrapping_add(channels);
+                            for (t, acc) in acc.iter_mut().enumerate() {
+                                if j >= t * STRIDE && j - t * STRIDE < KW {
+                                    *acc = s.mul_add(value, weights[j - t * STRIDE], *acc);
+                                }
+                            }
                         }
                     }
+                    finish(s, image, &place, &mut acc, c, S::LANES);
                 }
+                if c + S::LANES == channels {
+                    break;
+                }
+                c = (c + S::LANES).min(channels - S::LANES);
             }
-        });
+        }
     }
 }
 
-/// Any kernel width, stride, dilation, and any clipping.
-///
-/// # Safety
-/// As [`tile`].
-#[cfg_attr(target_arch = "wasm32", inline(never))]
-#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-unsafe fn tile_any<S: Simd, const T: usize>(s: S, image: &Image<'_>, place: Place) {
-    let channels = image.channels;
-    let [step, tap_step] = [image.strides[1] * channels, image.dilations[1] * channels];
-    // SAFETY: promised by the caller.
-    unsafe {
-        each_vector(s, image, place, |s, x, w, acc: &mut [S::F32; T], lanes| {
-            for kh in 0..place.taps[0] {
-                let w = w.add(kh * image.kernel[1] * channels);
-                let x = x.wrapping_add(kh * place.row_step);
-                for kw in 0..place.taps[1] {
-                    let weight = load(s, w.add(kw * channels), lanes);
-                    let x = x.wrapping_add(kw * tap_step);
-                    for (t, acc) in acc.iter_mut().enumerate() {
-                        *acc = s.mul_add(load(s, x.add(t * step), lanes), weight, *acc);
+/// Tiles for any kernel width, stride, dilation, clipping and number of channels. Contract as for [`Tiles`].
+struct AnyTiles<'a, const T: usize> {
+    image: &'a Image<'a>,
+    place: Place,
+    tiles: usize,
+}
+
+impl<const T: usize> Kernel for AnyTiles<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let image = self.image;
+        let channels = image.channels;
+        let [step, tap_step] = [image.strides[1] * channels, image.dilations[1] * channels];
+        let lanes = S::LANES.min(channels);
+        for tile in 0..self.tiles {
+            let place = self.place.tile(image, tile, T);
+            let mut c = 0;
+            loop {
+                // SAFETY: the contract of the type, and c + lanes <= channels.
+                unsafe {
+                    let mut acc = [load(s, image.bias.as_ptr().add(c), lanes); T];
+                    for kh in 0..place.taps[0] {
+                        let w = place.w.add(kh * image.kernel[1] * channels + c);
+                        let x = place.x.wrapping_add(kh * place.row_step + c);
+                        for kw in 0..place.taps[1] {
+                            let weight = load(s, w.add(kw * channels), lanes);
+                            let x = x.wrapping_add(kw * tap_step);
+                            for (t, acc) in acc.iter_mut().enumerate() {
+                                *acc = s.mul_add(load(s, x.add(t * step), lanes), weight, *acc);
+                            }
+                        }
                     }
+                    finish(s, image, &place, &mut acc, c, lanes);
                 }
+                if c + lanes == channels {
+                    break;
+                }
+                c = (c + lanes).min(channels - lanes);
             }
-        });
+        }
     }
 }
 
@@ -323,62 +353,39 @@ unsafe fn tile_any<S: Simd, const T: usize>(s: S, image: &Image<'_>, place: Plac
 #[inline(always)]
 unsafe fn load<S: Simd>(s: S, p: *const f32, lanes: usize) -> S::F32 {
     // SAFETY: promised by the caller.
-    unsafe {
-        if lanes == S::LANES { s.load_ptr(p) } else { s.load_partial(core::slice::from_raw_parts(p, lanes)) }
-    }
+    unsafe { if lanes == S::LANES { s.load_ptr(p) } else { s.load_partial(core::slice::from_raw_parts(p, lanes)) } }
 }
 
-/// Walks the channels: `sum(s, x, w, acc, lanes)` adds to `acc`, everything else happens here.
+/// Residual, bounds, store.
 ///
 /// # Safety
-/// As [`tile`].
+/// `lanes` outputs (and elements of the residual) from channel `c` of `T` columns must be there.
 #[inline(always)]
-unsafe fn each_vector<S: Simd, const T: usize>(
+unsafe fn finish<S: Simd, const T: usize>(
     s: S,
     image: &Image<'_>,
-    place: Place,
-    sum: impl Fn(S, *const f32, *const f32, &mut [S::F32; T], usize),
+    place: &Place,
+    acc: &mut [S::F32; T],
+    c: usize,
+    lanes: usize,
 ) {
-    let channels = image.channels;
-    let clamp = split_activation(image.activation).0;
-    let finish = |acc: &mut [S::F32; T], c: usize, lanes: usize| {
-        for (t, acc) in acc.iter_mut().enumerate() {
-            let at = t * channels + c;
-            // SAFETY: promised by the caller.
-            unsafe {
-                if !place.residual.is_null() {
-                    *acc = s.add(*acc, load(s, place.residual.add(at), lanes));
-                }
-                if let Some((lo, hi)) = clamp {
-                    let (lo, hi) = (s.splat(lo), s.splat(hi));
-                    let raised = s.select(s.lt(*acc, lo), lo, *acc);
-                    *acc = s.select(s.lt(hi, raised), hi, raised);
-                }
-                let out = place.out.add(at);
-                if lanes == S::LANES {
-                    s.store_ptr(out, *acc);
-                } else {
-                    s.store_partial(core::slice::from_raw_parts_mut(out, lanes), *acc);
-                }
+    let bounds = split_activation(image.activation).0;
+    for (t, acc) in acc.iter_mut().enumerate() {
+        let at = t * image.channels + c;
+        // SAFETY: promised by the caller.
+        unsafe {
+            if !place.residual.is_null() {
+                *acc = s.add(*acc, load(s, place.residual.add(at), lanes));
+            }
+            if let Some(bounds) = bounds {
+                *acc = clamp(s, *acc, bounds);
+            }
+            let out = place.out.add(at);
+            if lanes == S::LANES {
+                s.store_ptr(out, *acc);
+            } else {
+                s.store_partial(core::slice::from_raw_parts_mut(out, lanes), *acc);
             }
         }
-    };
-    // Two loops, so that in the first one the number of lanes is a constant.
-    if channels >= S::LANES {
-        let mut c = 0;
-        loop {
-            // SAFETY: c + LANES <= channels.
-            let mut acc = [unsafe { s.load_ptr(image.bias.as_ptr().add(c)) }; T];
-            sum(s, place.x.wrapping_add(c), place.w.wrapping_add(c), &mut acc, S::LANES);
-            finish(&mut acc, c, S::LANES);
-            if c + S::LANES == channels {
-                break;
-            }
-            c = (c + S::LANES).min(channels - S::LANES);
-        }
-    } else {
-        let mut acc = [s.load_partial(image.bias); T];
-        sum(s, place.x, place.w, &mut acc, channels);
-        finish(&mut acc, 0, channels);
     }
 }

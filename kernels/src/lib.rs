@@ -6,6 +6,7 @@
 //! [`reference`](mod@reference) that tests and benches compare it with.
 
 pub mod conv;
+pub mod conv_transpose;
 mod depthwise;
 pub mod epilogue;
 pub mod error;

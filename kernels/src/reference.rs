@@ -2,4 +2,5 @@
 //!
 //! Each is the textbook loop over `ndarray` views, accumulating in `f64`, with no regard to speed.
 
+pub mod gemm;
 pub mod movement;

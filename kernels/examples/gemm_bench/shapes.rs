@@ -1,53 +1,143 @@
 //! What is measured: matrix shapes of BERT and of 1x1 convolutions, layers of ResNet-50 and MobileNetV2.
 
+use weblane_kernels::conv::{Conv, ConvInput, ConvParams, Layout};
 use weblane_kernels::epilogue::{Activation, Epilogue};
-use weblane_kernels::gemm::{Matrix, PackedB, Rhs, gemm};
+use weblane_kernels::gemm::{Batched, Matrix, PackedB, Rhs, gemm, gemm_batched};
 use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
 
 /// One measured call.
-pub type Run = Box<dyn FnMut(&Cx<'_>)>;
+pub(crate) type Run = Box<dyn FnMut(&Cx<'_>)>;
 
 /// One line of the table.
-pub struct Work {
+pub(crate) struct Work {
     /// What it is.
-    pub name: String,
+    pub(crate) name: String,
     /// Floating-point operations of one run: two per multiply-add.
-    pub flops: f64,
+    pub(crate) flops: f64,
     /// Packs the weights for an instruction set and returns the run.
-    pub prepare: Box<dyn Fn(Isa) -> Run>,
+    pub(crate) prepare: Box<dyn Fn(Isa) -> Run>,
 }
 
+/// `m`, `k`, `n`.
+const PRODUCTS: [[usize; 3]; 11] = [
+    [1024, 1024, 1024],
+    [128, 768, 768],
+    [128, 768, 3072],
+    [128, 3072, 768],
+    [128, 384, 1536],
+    [3136, 64, 64],
+    [784, 192, 64],
+    [12544, 32, 16],
+    [49, 320, 1280],
+    [7, 512, 100],
+    [1, 1024, 1000],
+];
+
+/// Input size, channels in and out, groups, kernel, stride.
+const CONVOLUTIONS: [[usize; 6]; 15] = [
+    // ResNet-50
+    [224, 3, 64, 1, 7, 2],
+    [56, 64, 64, 1, 3, 1],
+    [28, 128, 128, 1, 3, 1],
+    [14, 256, 256, 1, 3, 1],
+    [7, 512, 512, 1, 3, 1],
+    [56, 256, 512, 1, 1, 2],
+    [14, 1024, 256, 1, 1, 1],
+    // MobileNetV2
+    [224, 3, 32, 1, 3, 2],
+    [112, 32, 16, 1, 1, 1],
+    [56, 24, 144, 1, 1, 1],
+    [112, 32, 32, 32, 3, 1],
+    [112, 96, 96, 96, 3, 2],
+    [28, 192, 192, 192, 3, 1],
+    [14, 384, 384, 384, 3, 1],
+    [7, 960, 960, 960, 3, 1],
+];
+
 /// Everything that is measured.
-pub fn works() -> Vec<Work> {
-    let mut works = Vec::new();
-    for (m, k, n) in [
-        (1024, 1024, 1024),
-        (128, 768, 768),
-        (128, 768, 3072),
-        (128, 3072, 768),
-        (128, 384, 1536),
-        (3136, 64, 64),
-        (784, 192, 64),
-        (12544, 32, 16),
-        (49, 320, 1280),
-        (7, 512, 100),
-        (1, 1024, 1000),
-    ] {
-        works.push(Work {
-            name: format!("gemm {m} x {k} x {n}"),
-            flops: 2.0 * (m * k * n) as f64,
-            prepare: Box::new(move |isa| {
-                let (a, b) = (vec![0.5; m * k], vec![0.25; k * n]);
-                let b = PackedB::new(isa, Matrix::new(&b, k, n)).expect("sizes fit");
-                let bias = vec![1.0; n];
-                let mut c = vec![0.0; m * n];
-                Box::new(move |cx| {
-                    let epilogue = Epilogue { bias: Some(&bias), residual: None, activation: Activation::Relu };
-                    gemm(cx, Matrix::new(&a, m, k), Rhs::Packed(&b), &epilogue, &mut c, n).expect("sizes fit");
-                })
-            }),
-        });
-    }
+pub(crate) fn works() -> Vec<Work> {
+    let mut works: Vec<Work> = PRODUCTS.into_iter().map(product).collect();
+    works.push(attention());
+    works.extend(CONVOLUTIONS.into_iter().map(convolution));
     works
+}
+
+fn product([m, k, n]: [usize; 3]) -> Work {
+    Work {
+        name: format!("gemm {m} x {k} x {n}"),
+        flops: 2.0 * (m * k * n) as f64,
+        prepare: Box::new(move |isa| {
+            let (a, b) = (vec![0.5; m * k], vec![0.25; k * n]);
+            let b = PackedB::new(isa, Matrix::new(&b, k, n)).expect("sizes fit");
+            let bias = vec![1.0; n];
+            let mut c = vec![0.0; m * n];
+            Box::new(move |cx| {
+                let epilogue = Epilogue { bias: Some(&bias), residual: None, activation: Activation::Relu };
+                gemm(cx, Matrix::new(&a, m, k), Rhs::Packed(&b), &epilogue, &mut c, n).expect("sizes fit");
+            })
+        }),
+    }
+}
+
+/// Scores of 12 heads, 128 tokens, 32 dimensions: queries times transposed keys.
+fn attention() -> Work {
+    let (heads, tokens, dims) = (12, 128, 32);
+    Work {
+        name: "scores 12 x 128 x 32 x 128".into(),
+        flops: 2.0 * (heads * tokens * dims * tokens) as f64,
+        prepare: Box::new(move |_| {
+            let (q, k) = (vec![0.5; heads * tokens * dims], vec![0.25; heads * tokens * dims]);
+            let mut c = vec![0.0; heads * tokens * tokens];
+            Box::new(move |cx| {
+                let g = Batched {
+                    batch_dims: &[heads],
+                    m: tokens,
+                    n: tokens,
+                    k: dims,
+                    a: &q,
+                    a_batch_strides: &[dims],
+                    a_strides: [heads * dims, 1],
+                    b: &k,
+                    b_batch_strides: &[dims],
+                    b_strides: [1, heads * dims],
+                    c_batch_strides: &[tokens * tokens],
+                    ldc: tokens,
+                    bias: None,
+                    activation: Activation::Identity,
+                };
+                gemm_batched(cx, &g, &mut c).expect("sizes fit");
+            })
+        }),
+    }
+}
+
+fn convolution([size, in_channels, out_channels, groups, kernel, stride]: [usize; 6]) -> Work {
+    let pad = kernel / 2;
+    let params = ConvParams {
+        in_channels,
+        out_channels,
+        groups,
+        kernel: [1, kernel, kernel],
+        strides: [1, stride, stride],
+        dilations: [1; 3],
+    };
+    let input = ConvInput { batch: 1, spatial: [1, size, size], pads_begin: [0, pad, pad], pads_end: [0, pad, pad] };
+    let side = (size + 2 * pad - kernel) / stride + 1;
+    let per_output = in_channels / groups * kernel * kernel;
+    Work {
+        name: format!("conv {size}^2 {in_channels}>{out_channels}/{groups} {kernel}x{kernel} s{stride}"),
+        flops: 2.0 * (side * side * out_channels * per_output) as f64,
+        prepare: Box::new(move |isa| {
+            let weights = vec![0.25; out_channels * per_output];
+            let bias = vec![1.0; out_channels];
+            let conv = Conv::new(isa, params.clone(), &weights, Some(&bias)).expect("sizes fit");
+            let x = vec![0.5; size * size * in_channels];
+            let mut out = vec![0.0; side * side * out_channels];
+            let input = input.clone();
+            Box::new(move |cx| {
+                conv.run(cx, &input, Layout::Nhwc, &x, None, Activation::Relu, &mut out).expect("sizes fit");
+            })
+        }),
+    }
 }

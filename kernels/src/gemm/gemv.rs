@@ -10,7 +10,7 @@
 //!     c[q] = sum of lanes
 //! ```
 
-use super::{Matrix, OutPtr, Rhs, part, split_activation, table};
+use super::{Activate, Matrix, OutPtr, Rhs, clamp, part, split_activation, table};
 use crate::epilogue::Epilogue;
 use crate::par::Cx;
 use crate::simd::{Kernel, Simd, dispatch};
@@ -97,9 +97,8 @@ fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, 
                 let x = s.splat(x);
                 for (v, acc) in acc.iter_mut().enumerate() {
                     // SAFETY: (v / nrv) * nr * k + p * nr + (v % nrv) * LANES + LANES <= group * k.
-                    let y = unsafe {
-                        s.load_ptr(panels.as_ptr().add((v / nrv) * nr * k + p * nr + (v % nrv) * S::LANES))
-                    };
+                    let y =
+                        unsafe { s.load_ptr(panels.as_ptr().add((v / nrv) * nr * k + p * nr + (v % nrv) * S::LANES)) };
                     *acc = s.mul_add(x, y, *acc);
                 }
             }
@@ -206,7 +205,7 @@ fn transposed<S: Simd>(s: S, a: &[f32], b: &Matrix<'_>, columns: Range<usize>, o
 /// Bias, residual and activation of finished sums.
 #[inline(always)]
 fn finish<S: Simd>(s: S, epilogue: &Epilogue<'_>, columns: Range<usize>, out: &mut [f32]) {
-    let (clamp, after) = split_activation(epilogue.activation);
+    let (bounds, after) = split_activation(epilogue.activation);
     for (at, out) in out.chunks_mut(S::LANES).enumerate() {
         let j = columns.start + at * S::LANES;
         let mut x = s.load_partial(out);
@@ -216,14 +215,12 @@ fn finish<S: Simd>(s: S, epilogue: &Epilogue<'_>, columns: Range<usize>, out: &m
         if let Some(residual) = epilogue.residual {
             x = s.add(x, s.load_partial(&residual[j..j + out.len()]));
         }
-        if let Some((lo, hi)) = clamp {
-            let raised = s.select(s.lt(x, s.splat(lo)), s.splat(lo), x);
-            x = s.select(s.lt(s.splat(hi), raised), s.splat(hi), raised);
+        if let Some(bounds) = bounds {
+            x = clamp(s, x, bounds);
         }
         s.store_partial(out, x);
     }
     if let Some(activation) = after {
-        // SAFETY: one row of the whole slice.
-        unsafe { super::activate(s, activation, out.as_mut_ptr(), 1, out.len(), 0) };
+        Activate { activation, c: out.as_mut_ptr(), rows: 1, cols: out.len(), ld: 0 }.run(s);
     }
 }

@@ -31,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::par::Cx;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
-use tile::{Finish, Operands};
+use tile::{Finish, Operands, Strip};
 
 /// A matrix in memory: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -56,13 +56,7 @@ impl<'a> Matrix<'a> {
 
     /// The same memory read as `cols` x `rows`.
     pub fn transposed(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
     /// Refuses data that is too short for shape and strides.
@@ -250,13 +244,8 @@ pub fn gemm_batched(cx: &Cx<'_>, g: &Batched<'_>, c: &mut [f32]) -> Result<()> {
     }
 
     let count = dims.iter().product();
-    let matrix = |data, rows, cols, [row_stride, col_stride]: [usize; 2]| Matrix {
-        data,
-        rows,
-        cols,
-        row_stride,
-        col_stride,
-    };
+    let matrix =
+        |data, rows, cols, [row_stride, col_stride]: [usize; 2]| Matrix { data, rows, cols, row_stride, col_stride };
     // One B for all and As one after the other: one tall product.
     let stacked = g.b_batch_strides.iter().zip(dims).all(|(&stride, &size)| stride == 0 || size == 1)
         && is_stacked(dims, g.a_batch_strides, m, g.a_strides[0])
@@ -464,7 +453,8 @@ pub(crate) fn run<'a, A: Lhs>(
     // Whole cache lines, so that the rows of A start at one too.
     let b_len = if pack_b { (grid.panels.div_ceil(grid.panel_blocks) * nr * k).next_multiple_of(16) } else { 0 };
     let per_problem = grid.row_blocks * grid.panel_blocks;
-    let tasks = per_problem.checked_mul(problems).ok_or_else(|| Error::new("too many products for the address space"))?;
+    let tasks =
+        per_problem.checked_mul(problems).ok_or_else(|| Error::new("too many products for the address space"))?;
     let cost = (2 * m as u64).saturating_mul(n as u64).saturating_mul(k as u64).saturating_mul(problems as u64);
     cx.for_each_scratch(tasks, cost, b_len + a_len, &|task, scratch| {
         let problem = problem(task / per_problem);
@@ -494,28 +484,26 @@ pub(crate) fn run<'a, A: Lhs>(
                     (a_scratch.as_ptr(), lda)
                 }
             };
-            dispatch(
-                isa,
-                Pass {
-                    a,
-                    lda,
-                    b,
-                    b_first,
-                    c: problem.c,
-                    ldc: problem.ldc,
-                    bias: problem.bias.filter(|_| last),
-                    residual: problem.residual.filter(|_| last).map_or(core::ptr::null(), <[f32]>::as_ptr),
-                    clamp: clamp.filter(|_| last),
-                    after: after.filter(|_| last),
-                    grid: &grid,
-                    tiles: tiles.clone(),
-                    panels: panels.clone(),
-                    n,
-                    k,
-                    pc,
-                    depth,
-                },
-            );
+            Pass {
+                a,
+                lda,
+                b,
+                b_first,
+                c: problem.c,
+                ldc: problem.ldc,
+                bias: problem.bias.filter(|_| last),
+                residual: problem.residual.filter(|_| last),
+                clamp: clamp.filter(|_| last),
+                after: after.filter(|_| last),
+                grid: &grid,
+                tiles: tiles.clone(),
+                panels: panels.clone(),
+                n,
+                k,
+                pc,
+                depth,
+            }
+            .run(isa);
             pc += depth;
             if last {
                 break;
@@ -543,7 +531,7 @@ struct Pass<'a> {
     c: OutPtr,
     ldc: usize,
     bias: Option<&'a [f32]>,
-    residual: *const f32,
+    residual: Option<&'a [f32]>,
     clamp: Option<(f32, f32)>,
     after: Option<Activation>,
     grid: &'a Grid,
@@ -555,62 +543,53 @@ struct Pass<'a> {
     depth: usize,
 }
 
-impl Kernel for Pass<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // The shapes of the table; the comparisons are constant, so that each instruction set has its own only.
-        macro_rules! shapes {
-            ($($mr:literal x $nrv:literal),*) => {
-                $(if const { table::tile(S::ISA).mr == $mr && table::tile(S::ISA).nrv == $nrv } {
-                    return self.nest::<S, $mr, $nrv>(s);
-                })*
-            };
-        }
-        shapes!(4 x 2, 6 x 2, 8 x 2, 12 x 2, 14 x 2);
-        unreachable!("no microkernel of the shape in the table for {:?}", S::ISA)
-    }
-}
-
 impl Pass<'_> {
-    #[inline(always)]
-    fn nest<S: Simd, const MR: usize, const NRV: usize>(self, s: S) {
-        let Self { a, lda, b, ldc, grid, n, k, pc, depth, residual, .. } = self;
-        let nr = NRV * S::LANES;
+    fn run(self, isa: Isa) {
+        let Self { a, lda, b, ldc, grid, n, k, pc, depth, .. } = self;
+        let nr = table::panel_width(isa);
         let rows = grid.row(self.tiles.start)..grid.row(self.tiles.end);
+        // Tall tiles come first: at most two strips of one height each.
+        let border = grid.tall.clamp(self.tiles.start, self.tiles.end);
+        let strips = [(self.tiles.start..border, grid.height + 1), (border..self.tiles.end, grid.height)];
         for panel in self.panels {
             let j = panel * nr;
             let cols = nr.min(n - j);
-            let width = cols.next_multiple_of(S::LANES);
+            let width = cols.next_multiple_of(isa.lanes());
             // All panels before this one are of full width.
             let b = &b[(panel - self.b_first) * nr * k + pc * width..][..depth * width];
-            let finish = Finish {
-                accumulate: pc > 0,
-                bias: self.bias.map_or(core::ptr::null(), |bias| bias[j..j + cols].as_ptr()),
-                residual,
-                clamp: self.clamp,
-            };
-            for tile in self.tiles.clone() {
-                let i = grid.row(tile);
-                let h = grid.row(tile + 1) - i;
-                let residual = if residual.is_null() { residual } else { residual.wrapping_add(i * ldc + j) };
-                let operands = Operands {
-                    k: depth,
-                    a: a.wrapping_add((i - rows.start) * lda),
-                    lda,
-                    b: b.as_ptr(),
-                    ldb: width,
-                    c: self.c.at(i * ldc + j),
-                    ldc,
+            let bias = self.bias.map_or(core::ptr::null(), |bias| bias[j..j + cols].as_ptr());
+            for (tiles, height) in &strips {
+                if tiles.is_empty() {
+                    continue;
+                }
+                let i = grid.row(tiles.start);
+                let strip = Strip {
+                    height: *height,
+                    tiles: tiles.len(),
+                    cols,
+                    operands: Operands {
+                        k: depth,
+                        a: a.wrapping_add((i - rows.start) * lda),
+                        lda,
+                        b: b.as_ptr(),
+                        ldb: width,
+                        c: self.c.at(i * ldc + j),
+                        ldc,
+                    },
+                    finish: Finish {
+                        accumulate: pc > 0,
+                        bias,
+                        residual: self.residual.map_or(core::ptr::null(), |residual| residual[i * ldc + j..].as_ptr()),
+                        clamp: self.clamp,
+                    },
                 };
                 // SAFETY: the block lies inside m x n, for which A, B, C, bias and residual were checked; tasks have
                 // disjoint blocks of C.
-                unsafe { tile::tile::<S, MR, NRV>(s, h, cols, &operands, &Finish { residual, ..finish }) };
+                unsafe { strip.run(isa) };
             }
             if let Some(activation) = self.after {
-                // SAFETY: as above.
-                unsafe { activate(s, activation, self.c.at(rows.start * ldc + j), rows.len(), cols, ldc) };
+                let c = self.c.at(rows.start * ldc + j);
+                dispatch(isa, Activate { activation, c, rows: rows.len(), cols, ld: ldc });
             }
         }
     }
@@ -632,31 +611,43 @@ pub(crate) fn split_activation(activation: Activation) -> (Option<(f32, f32)>, O
 
 /// Applies an activation to `rows` rows of `cols` elements, `ld` apart.
 ///
-/// # Safety
-/// They must be there, and nobody else may touch them.
-#[cfg_attr(target_arch = "wasm32", inline(never))]
-#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-pub(crate) unsafe fn activate<S: Simd>(
-    s: S,
-    activation: Activation,
-    c: *mut f32,
-    rows: usize,
-    cols: usize,
-    ld: usize,
-) {
-    for i in 0..rows {
-        // SAFETY: promised by the caller.
-        let mut rest = unsafe { core::slice::from_raw_parts_mut(c.add(i * ld), cols) };
-        while rest.len() >= S::LANES {
-            let (head, tail) = rest.split_at_mut(S::LANES);
-            s.store(head, activation.apply(s, s.load(head)));
-            rest = tail;
-        }
-        if !rest.is_empty() {
-            let x = s.load_partial(rest);
-            s.store_partial(rest, activation.apply(s, x));
+/// Whoever makes one promises that they are there and that nobody else uses them.
+pub(crate) struct Activate {
+    pub(crate) activation: Activation,
+    pub(crate) c: *mut f32,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) ld: usize,
+}
+
+impl Kernel for Activate {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { activation, c, rows, cols, ld } = self;
+        for i in 0..rows {
+            // SAFETY: the contract of the type.
+            let mut rest = unsafe { core::slice::from_raw_parts_mut(c.add(i * ld), cols) };
+            while rest.len() >= S::LANES {
+                let (head, tail) = rest.split_at_mut(S::LANES);
+                s.store(head, activation.apply(s, s.load(head)));
+                rest = tail;
+            }
+            if !rest.is_empty() {
+                let x = s.load_partial(rest);
+                s.store_partial(rest, activation.apply(s, x));
+            }
         }
     }
+}
+
+/// Bounds in registers; NaN passes both comparisons, which are false for it.
+#[inline(always)]
+pub(crate) fn clamp<S: Simd>(s: S, x: S::F32, (lo, hi): (f32, f32)) -> S::F32 {
+    let (lo, hi) = (s.splat(lo), s.splat(hi));
+    let raised = s.select(s.lt(x, lo), lo, x);
+    s.select(s.lt(hi, raised), hi, raised)
 }
 
 #[cfg(test)]

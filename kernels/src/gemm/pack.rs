@@ -40,9 +40,7 @@ impl Aligned {
     pub(crate) fn zeros(len: usize) -> Result<Self> {
         let count = len.div_ceil(16);
         let mut lines = Vec::new();
-        lines
-            .try_reserve_exact(count)
-            .map_err(|_| Error::new(format!("no memory for {len} packed weights")))?;
+        lines.try_reserve_exact(count).map_err(|_| Error::new(format!("no memory for {len} packed weights")))?;
         lines.resize(count, Line([0.0; 16]));
         Ok(Self { lines, len })
     }

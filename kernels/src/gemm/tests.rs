@@ -8,10 +8,8 @@ use ndarray::ArrayView2;
 fn check(m: usize, n: usize, k: usize) {
     let (a, b) = (integers(m * k, 1), integers(k * n, 2));
     let (bias, residual) = (integers(n, 3), integers(m * (n + 3), 4));
-    let sums = reference::gemm::gemm(
-        ArrayView2::from_shape((m, k), &a).unwrap(),
-        ArrayView2::from_shape((k, n), &b).unwrap(),
-    );
+    let sums =
+        reference::gemm::gemm(ArrayView2::from_shape((m, k), &a).unwrap(), ArrayView2::from_shape((k, n), &b).unwrap());
     let transposed = |x: &[f32], rows: usize, cols: usize| -> Vec<f32> {
         (0..rows * cols).map(|i| x[i % rows * cols + i / rows]).collect()
     };
@@ -56,7 +54,8 @@ fn check(m: usize, n: usize, k: usize) {
                                 }
                             };
                             assert_eq!(
-                                got, want,
+                                got,
+                                want,
                                 "{:?} {m}x{n}x{k} at {i},{j}: lhs {l} rhs {r} epilogue {e}",
                                 cx.isa()
                             );
@@ -131,15 +130,6 @@ fn nan_and_infinity_propagate() {
 /// Functions that are applied in a second sweep give what applying them to the finished product gives.
 #[test]
 fn costly_activations() {
-    struct Apply<'a>(Activation, &'a mut [f32]);
-    impl Kernel for Apply<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) {
-            // SAFETY: one row of the whole slice.
-            unsafe { activate(s, self.0, self.1.as_mut_ptr(), 1, self.1.len(), 0) }
-        }
-    }
     each_context(|cx| {
         for (m, n, k) in [(1, 37, 9), (15, 37, 300)] {
             let (a, b) = (integers(m * k, 1), integers(k * n, 2));
@@ -152,7 +142,8 @@ fn costly_activations() {
                     c
                 };
                 let mut want = run(Activation::Identity);
-                dispatch(cx.isa(), Apply(activation, &mut want));
+                let (c, cols) = (want.as_mut_ptr(), want.len());
+                dispatch(cx.isa(), Activate { activation, c, rows: 1, cols, ld: 0 });
                 let got = run(activation);
                 for (got, want) in got.iter().zip(&want) {
                     assert!((got - want).abs() <= 1e-6 * want.abs(), "{activation:?}: {got} {want}");
@@ -238,7 +229,13 @@ fn batched() {
 fn rounding_and_threads() {
     for isa in Isa::available() {
         for (m, n, k) in [(1, 700, 900), (61, 210, 700), (200, 96, 96)] {
-            let float = |len, seed| integers(len, seed).iter().enumerate().map(|(i, x)| x * 0.37 + (i % 7) as f32 * 0.11).collect::<Vec<_>>();
+            let float = |len, seed| {
+                integers(len, seed)
+                    .iter()
+                    .enumerate()
+                    .map(|(i, x)| x * 0.37 + (i % 7) as f32 * 0.11)
+                    .collect::<Vec<_>>()
+            };
             let (a, b): (Vec<f32>, Vec<f32>) = (float(m * k, 8), float(k * n, 9));
             let want = reference::gemm::gemm(
                 ArrayView2::from_shape((m, k), &a).unwrap(),

@@ -10,11 +10,12 @@
 //! ```
 //!
 //! A is read where it lies: H rows, each contiguous along k. What is not contiguous (transposed A, convolution patches)
-//! is first gathered into such rows, which is a plain copy; the classic interleaved panel of A would need a
-//! transposition and measured no faster, since broadcasts come from the first-level cache either way.
+//! is first gathered into such rows, which is a plain copy, where the classic interleaved panel of A would need a
+//! transposition; broadcasts come from the first-level cache either way.
 
-use super::table::{MAX_MR, MAX_NRV};
-use crate::simd::Simd;
+use super::table::{self, MAX_MR, MAX_NRV};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use core::mem::MaybeUninit;
 
 /// What happens to the accumulators; pointers are at the tile's first column, null where absent.
 #[derive(Clone, Copy)]
@@ -50,13 +51,9 @@ pub(super) struct Operands {
 
 /// `H` rows by `NV` vectors of C.
 ///
-/// Never inlined on wasm, where optimising compilers choke on huge functions; inlined natively, where only the outermost
-/// function of a dispatch has the target features.
-///
 /// # Safety
 /// A: `H` rows of `k`; B: `k` rows of `NV` vectors; C (and the residual): `H` rows of `NV` vectors; bias: `NV` vectors.
-#[cfg_attr(target_arch = "wasm32", inline(never))]
-#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+#[inline(always)]
 unsafe fn full<S: Simd, const H: usize, const NV: usize>(s: S, o: &Operands, f: &Finish) {
     let lanes = S::LANES;
     let mut acc = [[s.splat(0.0); NV]; H];
@@ -108,13 +105,10 @@ unsafe fn full<S: Simd, const H: usize, const NV: usize>(s: S, o: &Operands, f: 
                 }
             }
         }
-        if let Some((lo, hi)) = f.clamp {
-            let (lo, hi) = (s.splat(lo), s.splat(hi));
+        if let Some(bounds) = f.clamp {
             for row in &mut acc {
                 for x in row {
-                    // Comparisons with NaN are false: NaN passes both.
-                    let raised = s.select(s.lt(*x, lo), lo, *x);
-                    *x = s.select(s.lt(hi, raised), hi, raised);
+                    *x = super::clamp(s, *x, bounds);
                 }
             }
         }
@@ -156,48 +150,120 @@ unsafe fn step<S: Simd, const H: usize, const NV: usize>(
 /// Most elements of a tile of any instruction set: AVX-512 has 16 lanes.
 const MAX_TILE: usize = MAX_MR * MAX_NRV * 16;
 
-/// A tile of `h` rows and `cols` columns, where `cols` need not fill its vectors.
-///
+/// Tiles of one height, one below the other, times one panel of B.
+#[derive(Clone, Copy)]
+pub(super) struct Strip {
+    /// Rows of each tile.
+    pub(super) height: usize,
+    /// Number of tiles.
+    pub(super) tiles: usize,
+    /// Columns; they need not fill the panel's vectors.
+    pub(super) cols: usize,
+    /// The first tile.
+    pub(super) operands: Operands,
+    /// The first tile.
+    pub(super) finish: Finish,
+}
+
+impl Strip {
+    /// Computes it with the vectors of `isa`.
+    ///
+    /// # Safety
+    /// A: `tiles * height` rows of `k`; B: `k` rows of `cols` rounded up to vectors; C and residual: `tiles * height`
+    /// rows of `cols`, which nobody else uses; bias: `cols`. `height` and `cols` are at most what the table says.
+    pub(super) unsafe fn run(self, isa: Isa) {
+        let vectors = self.cols.div_ceil(isa.lanes());
+        macro_rules! heights {
+            ($nv:literal: $($h:literal)*) => {
+                match self.height {
+                    $($h => dispatch(isa, Tiles::<$h, $nv>(self)),)*
+                    height => unreachable!("tile height {height}"),
+                }
+            };
+        }
+        const { assert!(MAX_MR == 14 && MAX_NRV == 2) };
+        match vectors {
+            1 => heights!(1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+            2 => heights!(2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+            vectors => unreachable!("tile width {vectors}"),
+        }
+    }
+}
+
+/// A [`Strip`] of tiles of `H` rows and `NV` vectors; [`Strip::run`]'s contract holds for whoever makes one.
+struct Tiles<const H: usize, const NV: usize>(Strip);
+
+impl<const H: usize, const NV: usize> Kernel for Tiles<H, NV> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // Constant: tiles that the table does not use leave no code.
+        if const { H <= table::tile(S::ISA).mr && NV <= table::tile(S::ISA).nrv } {
+            // SAFETY: the contract of `Strip::run`.
+            unsafe { strip::<S, H, NV>(s, &self.0) }
+        } else {
+            unreachable!("no microkernel of {H} rows and {NV} vectors for {:?}", S::ISA)
+        }
+    }
+}
+
 /// A partial tile goes through a buffer of full width, so that the microkernel knows whole vectors only.
 ///
+/// Never inlined on wasm, where optimising compilers choke on huge functions; inlined natively, where only the outermost
+/// function of a dispatch has the target features.
+///
 /// # Safety
-/// As [`full`], but C, residual and bias need only have `cols` columns. `1 <= h <= MAX_MR` and
-/// `1 <= cols <= MAX_NRV * LANES`; `o.b` has `cols` rounded up to vectors.
-#[inline(always)]
-pub(super) unsafe fn tile<S: Simd, const MR: usize, const NRV: usize>(
-    s: S,
-    h: usize,
-    cols: usize,
-    o: &Operands,
-    f: &Finish,
-) {
-    let nv = cols.div_ceil(S::LANES);
-    if nv * S::LANES == cols {
-        // SAFETY: promised by the caller.
-        return unsafe { select::<S, MR, NRV>(s, h, nv, o, f) };
-    }
-    let width = nv * S::LANES;
-    let mut c = [0.0f32; MAX_TILE];
-    let mut residual = [0.0f32; MAX_TILE];
-    let mut bias = [0.0f32; MAX_NRV * 16];
-    let mut edge = Operands { c: c.as_mut_ptr(), ldc: width, ..*o };
-    let mut finish = *f;
-    // SAFETY: h * width <= MAX_TILE elements in the buffers; outside, `cols` columns as the caller promises.
+/// As [`Strip::run`].
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+unsafe fn strip<S: Simd, const H: usize, const NV: usize>(s: S, strip: &Strip) {
+    let Strip { tiles, cols, operands, finish, .. } = *strip;
+    let width = NV * S::LANES;
+    let edge = cols != width;
+    // Zeros, since the lanes beyond the last column are computed too. Filled only if needed: a tile of a product with
+    // small k takes less time than the filling.
+    let mut c = MaybeUninit::<[f32; MAX_TILE]>::uninit();
+    let mut residual = MaybeUninit::<[f32; MAX_TILE]>::uninit();
+    let mut bias = MaybeUninit::<[f32; MAX_NRV * 16]>::uninit();
+    // SAFETY: H * width <= MAX_TILE elements in the buffers; outside, `cols` columns as the caller promises.
     unsafe {
-        if f.accumulate {
-            copy_rows(o.c, o.ldc, edge.c, width, h, cols);
+        if edge {
+            c.as_mut_ptr().cast::<f32>().write_bytes(0, H * width);
+            residual.as_mut_ptr().cast::<f32>().write_bytes(0, H * width);
+            bias.as_mut_ptr().cast::<f32>().write_bytes(0, width);
+            if !finish.bias.is_null() {
+                copy_rows(finish.bias, 0, bias.as_mut_ptr().cast(), 0, 1, cols);
+            }
         }
-        if !f.residual.is_null() {
-            copy_rows(f.residual, o.ldc, residual.as_mut_ptr(), width, h, cols);
-            finish.residual = residual.as_ptr();
+        for tile in 0..tiles {
+            let mut o = operands;
+            o.a = o.a.wrapping_add(tile * H * o.lda);
+            o.c = o.c.wrapping_add(tile * H * o.ldc);
+            let mut f = finish;
+            if !f.residual.is_null() {
+                f.residual = f.residual.wrapping_add(tile * H * o.ldc);
+            }
+            let out = o.c;
+            if edge {
+                if f.accumulate {
+                    copy_rows(out, o.ldc, c.as_mut_ptr().cast(), width, H, cols);
+                }
+                if !f.residual.is_null() {
+                    copy_rows(f.residual, o.ldc, residual.as_mut_ptr().cast(), width, H, cols);
+                    f.residual = residual.as_ptr().cast();
+                }
+                if !f.bias.is_null() {
+                    f.bias = bias.as_ptr().cast();
+                }
+                o.c = c.as_mut_ptr().cast();
+                o.ldc = width;
+            }
+            full::<S, H, NV>(s, &o, &f);
+            if edge {
+                copy_rows(o.c, width, out, operands.ldc, H, cols);
+            }
         }
-        if !f.bias.is_null() {
-            copy_rows(f.bias, 0, bias.as_mut_ptr(), 0, 1, cols);
-            finish.bias = bias.as_ptr();
-        }
-        edge.c = c.as_mut_ptr();
-        select::<S, MR, NRV>(s, h, nv, &edge, &finish);
-        copy_rows(edge.c, width, o.c, o.ldc, h, cols);
     }
 }
 
@@ -210,29 +276,5 @@ unsafe fn copy_rows(src: *const f32, lds: usize, dst: *mut f32, ldd: usize, rows
             // SAFETY: promised by the caller.
             unsafe { *dst.add(i * ldd + j) = *src.add(i * lds + j) };
         }
-    }
-}
-
-/// Calls the microkernel of `h` rows and `nv` vectors.
-///
-/// # Safety
-/// As [`full`].
-#[inline(always)]
-unsafe fn select<S: Simd, const MR: usize, const NRV: usize>(s: S, h: usize, nv: usize, o: &Operands, f: &Finish) {
-    const { assert!(MR <= MAX_MR && NRV <= MAX_NRV && MAX_MR == 14 && MAX_NRV == 2) };
-    macro_rules! heights {
-        ($nv:literal: $($h:literal)*) => {
-            match h {
-                // The comparisons are constant: heights above MR leave no code.
-                $($h => if const { $h <= MR && $nv <= NRV } { unsafe { full::<S, $h, $nv>(s, o, f) } },)*
-                _ => unreachable!("tile height {h}"),
-            }
-        };
-    }
-    // SAFETY: promised by the caller.
-    match nv {
-        1 => heights!(1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
-        2 => heights!(2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
-        _ => unreachable!("tile width {nv}"),
     }
 }

@@ -1,6 +1,7 @@
 //! Matrix products and convolutions.
 
 use crate::conv::{ConvInput, ConvParams};
+use crate::conv_transpose::ConvTransposeInput;
 use ndarray::{Array2, ArrayView2};
 
 /// `a b`, summed in `f64`.
@@ -32,12 +33,53 @@ pub fn conv(params: &ConvParams, input: &ConvInput, out: [usize; 3], x: &[f32], 
                         continue;
                     }
                     for c in 0..ipg {
-                        let xi = index(&[b, from[0], from[1], from[2]], &input.spatial) * in_channels + o / opg * ipg + c;
+                        let xi =
+                            index(&[b, from[0], from[1], from[2]], &input.spatial) * in_channels + o / opg * ipg + c;
                         let wi = index(&[o * ipg + c, tap[0], tap[1], tap[2]], kernel);
                         sum += f64::from(x[xi]) * f64::from(w[wi]);
                     }
                 }
                 y.push(sum);
+            }
+        }
+    }
+    y
+}
+
+/// Transposed convolution of a channels-last tensor `[batch, d, h, w, in]` with weights `[in, out / groups, kd, kh, kw]`,
+/// as the ONNX operator `ConvTranspose` defines it: every input is scattered. Returns `[batch, od, oh, ow, out]`.
+pub fn conv_transpose(
+    params: &ConvParams,
+    input: &ConvTransposeInput,
+    out: [usize; 3],
+    x: &[f32],
+    w: &[f32],
+    bias: &[f32],
+) -> Vec<f64> {
+    let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = params;
+    let (ipg, opg) = (in_channels / groups, out_channels / groups);
+    let pixels = input.batch * out.iter().product::<usize>();
+    let mut y: Vec<f64> = (0..pixels).flat_map(|_| bias.iter().map(|&b| f64::from(b))).collect();
+    for b in 0..input.batch {
+        for at in boxed(input.spatial) {
+            for tap in boxed(*kernel) {
+                let mut to = [0; 3];
+                let inside = (0..3).all(|d| {
+                    let p = (at[d] * strides[d] + tap[d] * dilations[d]).checked_sub(input.pads_begin[d]);
+                    to[d] = p.unwrap_or(usize::MAX);
+                    to[d] < out[d]
+                });
+                if !inside {
+                    continue;
+                }
+                for c in 0..*in_channels {
+                    for o in 0..opg {
+                        let xi = index(&[b, at[0], at[1], at[2]], &input.spatial) * in_channels + c;
+                        let wi = index(&[c * opg + o, tap[0], tap[1], tap[2]], kernel);
+                        let yi = index(&[b, to[0], to[1], to[2]], &out) * out_channels + c / ipg * opg + o;
+                        y[yi] += f64::from(x[xi]) * f64::from(w[wi]);
+                    }
+                }
             }
         }
     }
