@@ -45,6 +45,8 @@ const server = await serve(
     "/cases/": resolve(HERE, "cases"),
     "/package/": resolve(options.package),
     "/target/": resolve(ROOT, "target"),
+    // Pictures and speech that are not part of the project; cases that want them skip where they are missing.
+    "/samples/": process.env.WEBLANE_SAMPLES ?? resolve(ROOT, "../shared/samples"),
   },
   { isolated: options.mode === "isolated" },
 );
