@@ -5,9 +5,11 @@
 //! place where one is chosen. Work is spread over threads by [`par::Cx`], and each kernel has a naive counterpart in
 //! [`reference`](mod@reference) that tests and benches compare it with.
 
+pub mod attention;
 pub mod conv;
 pub mod conv_transpose;
 mod depthwise;
+pub mod elementwise;
 pub mod epilogue;
 pub mod error;
 pub mod finish;
