@@ -45,12 +45,17 @@ pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding
     let operands = operand_facts(node, facts).map_err(place)?;
     let results = node.op.infer(&Infer { inputs: &operands, outputs: node.outputs.len() }).map_err(place)?;
     if results.len() != node.outputs.len() {
-        return Err(place(Error::internal(format!("{} results were inferred for {}", results.len(), node.outputs.len()))));
+        return Err(place(Error::internal(format!(
+            "{} results were inferred for {}",
+            results.len(),
+            node.outputs.len()
+        ))));
     }
     if results.iter().all(|f| f.tensor().is_some()) || !node.op.is_deterministic() {
         return Ok(results);
     }
-    let Some(constants) = operands.iter().map(|o| o.as_ref().map(Fact::tensor)).map(transpose).collect::<Option<Vec<_>>>()
+    let Some(constants) =
+        operands.iter().map(|o| o.as_ref().map(Fact::tensor)).map(transpose).collect::<Option<Vec<_>>>()
     else {
         return Ok(results);
     };

@@ -92,7 +92,8 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
     let dynamic = dynamic_values(graph, inputs, &facts, &nodes);
     let buffers = Buffers::assign(graph, &facts, &nodes, &dynamic)?;
 
-    let mut planned = Values { graph, facts: &facts, dynamic: &dynamic, buffers: &buffers, index: vec![], values: vec![] };
+    let mut planned =
+        Values { graph, facts: &facts, dynamic: &dynamic, buffers: &buffers, index: vec![], values: vec![] };
     planned.index = vec![None; graph.values.len()];
     let mut steps = Vec::with_capacity(nodes.len());
     for (position, &i) in nodes.iter().enumerate() {
@@ -178,9 +179,8 @@ fn dynamic_values(graph: &Graph, inputs: &[Fact], facts: &[Option<Fact>], nodes:
     }
     for &i in nodes {
         let node = &graph.nodes[i];
-        let unknown = |id: &ValueId| {
-            facts[id.index()].as_ref().is_none_or(|f| f.dims().is_none() || f.dtype == DType::String)
-        };
+        let unknown =
+            |id: &ValueId| facts[id.index()].as_ref().is_none_or(|f| f.dims().is_none() || f.dtype == DType::String);
         if node.operands().any(|id| of[id.index()].is_some()) || node.outputs.iter().any(unknown) {
             for id in &node.outputs {
                 of[id.index()] = number();

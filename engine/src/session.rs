@@ -8,7 +8,7 @@ use crate::graph::{Graph, ValueId};
 use crate::import::import;
 use crate::onnx::{Limits, Model, Reader};
 use crate::ops::PackCache;
-use crate::optimize::optimize;
+use crate::optimize::{optimize, promote_half};
 use crate::plan::{Plan, plan};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::collections::BTreeMap;
@@ -182,6 +182,7 @@ impl Session {
         let (graph, output_facts) = pool.run(isa, |cx| -> Result<_> {
             let facts = analyze(&graph, &declared, cx, Folding { max_bytes: 0 })?;
             let output_facts: Vec<_> = graph.outputs.iter().map(|o| facts[o.index()].clone()).collect();
+            let graph = promote_half(graph, &facts)?;
             let graph = match options.optimize {
                 Optimize::None => graph,
                 Optimize::All => optimize(graph, &declared, cx)?,
@@ -401,11 +402,13 @@ impl Session {
 
     fn cached(&mut self, feeds: &[(&str, TensorView)]) -> Option<Arc<Plan>> {
         let fits = |c: &Cached| {
-            self.inputs.iter().zip(&c.shapes).all(|(info, dims)| {
-                feed(feeds, &info.name).is_ok_and(|view| view.dims == dims.as_slice())
-            }) && c.contents.iter().all(|(i, bytes)| {
-                feed(feeds, &self.inputs[*i].name).is_ok_and(|view| view.bytes() == bytes.as_slice())
-            })
+            self.inputs
+                .iter()
+                .zip(&c.shapes)
+                .all(|(info, dims)| feed(feeds, &info.name).is_ok_and(|view| view.dims == dims.as_slice()))
+                && c.contents.iter().all(|(i, bytes)| {
+                    feed(feeds, &self.inputs[*i].name).is_ok_and(|view| view.bytes() == bytes.as_slice())
+                })
         };
         let at = self.plans.iter().position(fits)?;
         self.plans[at..].rotate_left(1);
@@ -442,9 +445,11 @@ impl Session {
 }
 
 fn feed<'a, 'b>(feeds: &'b [(&str, TensorView<'a>)], name: &str) -> Result<&'b TensorView<'a>> {
-    feeds.iter().find(|(n, _)| *n == name).map(|(_, v)| v).ok_or_else(|| {
-        Error::new(ErrorCode::MissingInput, format!("the input \"{name}\" is missing"))
-    })
+    feeds
+        .iter()
+        .find(|(n, _)| *n == name)
+        .map(|(_, v)| v)
+        .ok_or_else(|| Error::new(ErrorCode::MissingInput, format!("the input \"{name}\" is missing")))
 }
 
 fn count_operators(graph: &crate::onnx::Graph) -> BTreeMap<String, usize> {

@@ -32,7 +32,12 @@ pub fn promote_half(mut graph: Graph, facts: &[Option<Fact>]) -> Result<Graph> {
                 None => {
                     let name = format!("{}/float32", graph.value(*id).name);
                     let wide = graph.add_value(name.clone());
-                    nodes.push(Node { name, op: Cast::to(DType::F32).into(), inputs: vec![Some(*id)], outputs: vec![wide] });
+                    nodes.push(Node {
+                        name,
+                        op: Cast { to: DType::F32 }.into(),
+                        inputs: vec![Some(*id)],
+                        outputs: vec![wide],
+                    });
                     widened.insert(*id, wide);
                     wide
                 }
@@ -43,7 +48,7 @@ pub fn promote_half(mut graph: Graph, facts: &[Option<Fact>]) -> Result<Graph> {
             let Some(dtype) = half(*id) else { continue };
             let name = format!("{}/{dtype}", graph.value(*id).name);
             let wide = graph.add_value(format!("{}/float32", graph.value(*id).name));
-            narrow.push(Node { name, op: Cast::to(dtype).into(), inputs: vec![Some(wide)], outputs: vec![*id] });
+            narrow.push(Node { name, op: Cast { to: dtype }.into(), inputs: vec![Some(wide)], outputs: vec![*id] });
             *id = wide;
         }
         nodes.push(node);
@@ -59,9 +64,9 @@ pub(super) fn drop_round_trips(graph: &mut Graph) {
     let mut swaps = Vec::new();
     for node in &graph.nodes {
         let (Some(cast), Some(Some(half))) = (node.op.get::<Cast>(), node.inputs.first()) else { continue };
-        let narrowing = producers[half.index()].map(|p| &graph.nodes[p]).filter(|p| {
-            cast.target() == DType::F32 && p.op.get::<Cast>().is_some_and(|c| is_half(c.target()))
-        });
+        let narrowing = producers[half.index()]
+            .map(|p| &graph.nodes[p])
+            .filter(|p| cast.to == DType::F32 && p.op.get::<Cast>().is_some_and(|c| is_half(c.to)));
         if let Some(Some(wide)) = narrowing.and_then(|p| p.inputs.first()) {
             swaps.push((node.outputs[0], *wide));
         }

@@ -7,9 +7,13 @@ use crate::graph::Graph;
 use weblane_kernels::par::Cx;
 
 mod fold;
+mod half;
+mod layout;
 mod pattern;
 #[cfg(test)]
 mod testing;
+
+pub use half::promote_half;
 
 /// What a pass may use.
 #[derive(Debug)]
@@ -31,8 +35,12 @@ impl Pass<'_> {
 /// graph's inputs.
 pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass { cx, inputs };
+    half::drop_round_trips(&mut graph);
     fold::run(&mut graph, &pass)?;
     graph.sort()?;
+    // Last, so that every pass before it sees the layout of the model.
+    layout::run(&mut graph, &pass)?;
+    fold::run(&mut graph, &pass)?;
     graph.remove_dead_nodes();
     graph.remove_dead_constants();
     Ok(graph)

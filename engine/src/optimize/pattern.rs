@@ -330,11 +330,19 @@ pub(super) enum Operand {
     Value(ValueId),
     /// A new constant.
     Constant(Tensor),
+    /// An optional one that is left out.
+    Absent,
 }
 
 impl From<ValueId> for Operand {
     fn from(id: ValueId) -> Self {
         Operand::Value(id)
+    }
+}
+
+impl From<Option<ValueId>> for Operand {
+    fn from(id: Option<ValueId>) -> Self {
+        id.map_or(Operand::Absent, Operand::Value)
     }
 }
 
@@ -391,10 +399,11 @@ fn apply(graph: &mut Graph, replacement: Replacement) {
     let name = graph.nodes[replacement.root].name.clone();
     let mut inputs = Vec::with_capacity(replacement.operands.len());
     for operand in replacement.operands {
-        inputs.push(Some(match operand {
-            Operand::Value(id) => id,
-            Operand::Constant(tensor) => graph.add_constant(format!("{name}/constant"), tensor),
-        }));
+        inputs.push(match operand {
+            Operand::Value(id) => Some(id),
+            Operand::Constant(tensor) => Some(graph.add_constant(format!("{name}/constant"), tensor)),
+            Operand::Absent => None,
+        });
     }
     let outputs = vec![graph.nodes[replacement.root].outputs[0]];
     graph.nodes[replacement.root] = Node { name, op: replacement.op, inputs, outputs };

@@ -1,0 +1,109 @@
+//! Common subexpressions: of nodes with equal operators and operands the first one is kept. Exporters repeat shape
+//! arithmetic, masks and small constants for every layer.
+
+use super::Pass;
+use crate::error::Result;
+use crate::graph::{Graph, Node, ValueId};
+use crate::ops::constant::ConstantOfShape;
+use crate::tensor::{DType, Dims, Tensor};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Constants above this many bytes are not compared.
+const MAX_CONSTANT: usize = 4096;
+
+/// Merges equal constants and equal nodes.
+pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
+    // A value that stands for an equal one, by index.
+    let mut same: Vec<ValueId> = (0..graph.values.len() as u32).map(ValueId).collect();
+    let mut constants: HashMap<(DType, Dims, &[u8]), ValueId> = HashMap::new();
+    for (i, value) in graph.values.iter().enumerate() {
+        if let Some(t) = value.constant.as_ref().filter(|t| is_small(t)) {
+            same[i] = *constants.entry((t.dtype(), t.dims().into(), t.bytes())).or_insert(same[i]);
+        }
+    }
+    let mut nodes: HashMap<(String, Vec<Option<ValueId>>), usize> = HashMap::new();
+    let mut kept: Vec<Node> = Vec::with_capacity(graph.nodes.len());
+    for mut node in std::mem::take(&mut graph.nodes) {
+        for id in node.inputs.iter_mut().flatten() {
+            *id = same[id.index()];
+        }
+        // What an output of the graph gets must be computed under its own name.
+        let is_output = node.outputs.iter().any(|o| graph.outputs.contains(o));
+        if let Some(operator) = identity_of(&node) {
+            let key = (operator, node.inputs.clone());
+            match nodes.get(&key).map(|&k: &usize| &kept[k]).filter(|k| k.outputs.len() == node.outputs.len()) {
+                Some(first) if !is_output => {
+                    for (mine, its) in node.outputs.iter().zip(&first.outputs) {
+                        same[mine.index()] = *its;
+                    }
+                    continue;
+                }
+                Some(_) => {}
+                None => {
+                    nodes.insert(key, kept.len());
+                }
+            }
+        }
+        kept.push(node);
+    }
+    graph.nodes = kept;
+    Ok(())
+}
+
+fn is_small(t: &Arc<Tensor>) -> bool {
+    t.dtype() != DType::String && t.bytes().len() <= MAX_CONSTANT
+}
+
+/// A text that is equal for equal operators only; `None` if there is no such text.
+fn identity_of(node: &Node) -> Option<String> {
+    if !node.op.is_deterministic() {
+        return None;
+    }
+    if let Some(fill) = node.op.get::<ConstantOfShape>() {
+        return Some(format!("ConstantOfShape {:?} {:?}", fill.value.dtype(), fill.value.bytes()));
+    }
+    // The attributes as they print themselves; floats print all their digits, but tensors do not print their elements.
+    // Two operators of one name in different domains are different types.
+    let text = format!("{} {:?}", node.op.name(), node.op);
+    (!text.contains("AlignedBytes") && !text.contains("Graph")).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Net, int};
+    use super::*;
+
+    #[test]
+    fn equal_chains_become_one() {
+        let mut n = Net::new(14);
+        let x = n.input("x", &[2, 3]);
+        let chain = |n: &mut Net, to: i64| {
+            let two = n.scalar(2.0);
+            let y = n.op("Softmax", &[x]);
+            let y = n.op("Add", &[y, two]);
+            n.op_with("Softmax", &[y], &[("axis", int(to))])
+        };
+        let (a, b, c) = (chain(&mut n, 1), chain(&mut n, 1), chain(&mut n, 0));
+        let y = n.op("Sub", &[a, b]);
+        let y = n.op("Mul", &[y, c]);
+        n.output(y);
+        // The last steps differ in their axis.
+        assert_eq!(n.passed(run), ["Softmax", "Add", "Softmax", "Softmax", "Sub", "Mul"]);
+    }
+
+    #[test]
+    fn outputs_and_constants_that_differ_stay() {
+        let mut n = Net::new(14);
+        let x = n.input("x", &[2, 3]);
+        let (one, two) = (n.scalar(1.0), n.constant(&[1], &[1.0]));
+        let y = n.op("Add", &[x, one]);
+        let z = n.op("Add", &[x, one]);
+        let w = n.op("Add", &[x, two]);
+        let w = n.op("Mul", &[w, z]);
+        for id in [y, z, w] {
+            n.output(id);
+        }
+        assert_eq!(n.passed(run).len(), 4);
+    }
+}

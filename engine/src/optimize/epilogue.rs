@@ -1,0 +1,182 @@
+//! Epilogues: what follows a product element by element is computed while the product is in registers.
+//!
+//! ```text
+//! MatMul + bias [n]                  -> MatMul with bias
+//! Conv or MatMul + other             -> with residual, if `other` has the shape of the result for sure
+//! activation(Conv, MatMul or Gemm)   -> with activation
+//! ```
+//!
+//! Kernels compute `activation(product + bias + residual)`, so nothing is added after an activation.
+
+use super::Pass;
+use super::activation::activation_of;
+use super::pattern::{Operand, Replacement, View, rewrite};
+use crate::error::Result;
+use crate::fact::Fact;
+use crate::graph::{Graph, Node, ValueId};
+use crate::ops::Op;
+use crate::ops::conv::Conv;
+use crate::ops::gemm::Gemm;
+use crate::ops::matmul::MatMul;
+use weblane_kernels::epilogue::Activation;
+
+/// Moves additions and activations into the products before them.
+pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
+    rewrite(graph, pass, |view, i| {
+        Ok(match view.graph.nodes[i].op.name() {
+            "Add" => add(view, i),
+            _ => activate(view, i),
+        })
+    })
+    .map(drop)
+}
+
+/// The node that computes a `float32` value which has one reader and is no output.
+fn only_product<'a>(view: &View<'a>, id: ValueId) -> Option<(usize, &'a Node)> {
+    view.producer(id).filter(|(_, n)| view.uses(id) == 1 && n.outputs.len() == 1 && view.is_f32(id))
+}
+
+fn operands(node: &Node) -> Vec<Operand> {
+    node.inputs.iter().map(|&id| id.into()).collect()
+}
+
+fn activate(view: &View, i: usize) -> Option<Replacement> {
+    let (x, activation) = activation_of(view, &view.graph.nodes[i])?;
+    let (p, product) = only_product(view, x)?;
+    let plain = Activation::Identity;
+    let op: Op = if let Some(conv) = product.op.get::<Conv>().filter(|c| c.activation == plain) {
+        Conv { activation, ..conv.clone() }.into()
+    } else if let Some(matmul) = product.op.get::<MatMul>().filter(|m| m.activation == plain) {
+        MatMul { activation, ..matmul.clone() }.into()
+    } else if let Some(gemm) = product.op.get::<Gemm>().filter(|g| g.activation == plain) {
+        Gemm { activation, ..gemm.clone() }.into()
+    } else {
+        return None;
+    };
+    Some(Replacement { root: i, nodes: vec![i, p], op, operands: operands(product) })
+}
+
+fn add(view: &View, i: usize) -> Option<Replacement> {
+    let &[Some(a), Some(b)] = view.graph.nodes[i].inputs.as_slice() else { return None };
+    // Of two products the later one takes the sum: the other is ready when it begins.
+    let position = |id: ValueId| view.producer(id).map(|(p, _)| p);
+    let order = if position(a) > position(b) { [(a, b), (b, a)] } else { [(b, a), (a, b)] };
+    order
+        .into_iter()
+        .find_map(|(x, other)| add_bias(view, i, x, other))
+        .or_else(|| order.into_iter().find_map(|(x, other)| add_residual(view, i, x, other)))
+}
+
+fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacement> {
+    let (p, product) = only_product(view, x)?;
+    let matmul = product.op.get::<MatMul>().filter(|m| !m.bias && m.activation == Activation::Identity)?;
+    let rank_of_b = view.fact(product.inputs.get(1).copied().flatten()?).and_then(Fact::rank)?;
+    let shape = view.fact(x)?.shape.as_ref()?;
+    let n = shape.last()?.known()?;
+    let dims = view.fact(bias).filter(|_| view.is_f32(bias))?.dims()?;
+    // [n], or with leading ones that add no axis to the result.
+    let (last, leading) = dims.split_last()?;
+    if rank_of_b < 2 || *last != n || dims.len() > shape.len() || leading.iter().any(|&d| d != 1) {
+        return None;
+    }
+    let mut operands = operands(product);
+    operands.insert(2, bias.into());
+    let op = MatMul { bias: true, ..matmul.clone() };
+    Some(Replacement { root: i, nodes: vec![i, p], op: op.into(), operands })
+}
+
+fn add_residual(view: &View, i: usize, x: ValueId, residual: ValueId) -> Option<Replacement> {
+    let (p, product) = only_product(view, x)?;
+    if x == residual || !view.same_shape(x, residual) || !view.is_f32(residual) {
+        return None;
+    }
+    let plain = Activation::Identity;
+    let op: Op = if let Some(conv) = product.op.get::<Conv>().filter(|c| c.activation == plain && !c.residual) {
+        Conv { residual: true, ..conv.clone() }.into()
+    } else if let Some(matmul) = product.op.get::<MatMul>().filter(|m| m.activation == plain && !m.residual) {
+        MatMul { residual: true, ..matmul.clone() }.into()
+    } else {
+        return None;
+    };
+    let mut operands = operands(product);
+    operands.push(residual.into());
+    Some(Replacement { root: i, nodes: vec![i, p], op, operands })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Net, ints, names};
+    use super::*;
+
+    #[test]
+    fn bias_residual_and_activation_of_a_matrix_product() {
+        // The bias stands first, as PyTorch writes it, or last.
+        for bias_first in [true, false] {
+            let mut n = Net::new(14);
+            let x = n.symbolic("x", &["batch", "tokens", "6"]);
+            let r = n.symbolic("r", &["batch", "tokens", "5"]);
+            let (w, b) = (n.weights(&[6, 5]), n.weights(&[5]));
+            let y = n.op("MatMul", &[x, w]);
+            let y = if bias_first { n.op("Add", &[b, y]) } else { n.op("Add", &[y, b]) };
+            let y = n.op("Add", &[y, r]);
+            let y = n.op("Relu", &[y]);
+            n.output(y);
+            assert_eq!(n.passed(run), ["MatMul"]);
+        }
+    }
+
+    #[test]
+    fn residual_block_of_convolutions() {
+        let mut n = Net::new(14);
+        let x = n.input("x", &[1, 4, 5, 5]);
+        let pads = [("pads", ints(&[1, 1, 1, 1]))];
+        let (w, b) = (n.weights(&[4, 4, 3, 3]), n.weights(&[4]));
+        let y = n.op_with("Conv", &[x, w, b], &pads);
+        let y = n.op("Relu", &[y]);
+        let w = n.weights(&[4, 4, 3, 3]);
+        let y = n.op_with("Conv", &[y, w], &pads);
+        let short = n.op_with("Conv", &[x, w], &pads);
+        let y = n.op("Add", &[y, short]);
+        let y = n.op("Relu", &[y]);
+        n.output(y);
+        let graph = n.apply(run);
+        n.check(&graph);
+        assert_eq!(names(&graph), ["Conv", "Conv", "Conv"]);
+        let last = graph.nodes[2].op.get::<Conv>().unwrap();
+        assert!(last.residual && last.activation == Activation::Relu);
+    }
+
+    #[test]
+    fn outputs_keep_their_values() {
+        let mut n = Net::new(14);
+        let x = n.input("x", &[2, 6]);
+        let w = n.weights(&[6, 5]);
+        let y = n.op("Gemm", &[x, w]);
+        let z = n.op("Tanh", &[y]);
+        n.output(y);
+        n.output(z);
+        assert_eq!(n.passed(run), ["Gemm", "Tanh"]);
+    }
+
+    #[test]
+    fn stays_where_shapes_or_order_forbid() {
+        let build = |r: &[&str], relu_first: bool| {
+            let mut n = Net::new(14);
+            let x = n.symbolic("x", &["batch", "tokens", "6"]);
+            let r = n.symbolic("r", r);
+            let w = n.weights(&[6, 5]);
+            let mut y = n.op("MatMul", &[x, w]);
+            if relu_first {
+                y = n.op("Relu", &[y]);
+            }
+            let y = n.op("Add", &[y, r]);
+            n.output(y);
+            n.passed(run)
+        };
+        assert_eq!(build(&["batch", "tokens", "5"], false), ["MatMul"]);
+        assert_eq!(build(&["batch", "tokens", "5"], true), ["MatMul", "Add"]);
+        assert_eq!(build(&["batch", "1", "5"], false), ["MatMul", "Add"]);
+        assert_eq!(build(&["tokens", "5"], false), ["MatMul", "Add"]);
+        assert_eq!(build(&["2", "batch", "tokens", "5"], false), ["MatMul", "Add"]);
+    }
+}

@@ -1,0 +1,231 @@
+//! Nodes that change nothing, or nothing that matters, go: casts to the same type, transposes and reshapes to the same
+//! shape, slices of everything, sums with 0 and products with 1, `Expand` before an operator that broadcasts anyway.
+//! Two transposes in a row become one.
+
+use super::Pass;
+use super::pattern::View;
+use crate::error::Result;
+use crate::fact::{Dim, Fact, Shape, broadcast};
+use crate::graph::{Graph, Node, ValueId};
+use crate::ops::transpose::Transpose;
+
+/// Removes what does nothing.
+pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
+    // One simplification may make way for another.
+    for _ in 0..4 {
+        let facts = pass.facts(graph)?;
+        let mut changed = drop_noops(graph, &facts);
+        changed |= join_transposes(graph, &facts);
+        changed |= drop_expands(graph, &facts);
+        graph.remove_dead_nodes();
+        if !changed {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The operand that result 0 equals.
+fn noop(view: &View, node: &Node) -> Option<ValueId> {
+    let x = node.inputs.first().copied().flatten()?;
+    let y = *node.outputs.first()?;
+    if node.outputs[1..].iter().any(|&o| view.uses(o) > 0) {
+        return None;
+    }
+    let (fx, fy) = (view.fact(x)?, view.fact(y)?);
+    if fx.dtype != fy.dtype {
+        return None;
+    }
+    let scalar = |k: usize, value: f32| {
+        let id = node.inputs.get(k).copied().flatten()?;
+        view.scalar(id).filter(|&v| v == value)
+    };
+    let other = || node.inputs.get(1).copied().flatten();
+    match node.op.name() {
+        // What a cast to the same type may change is its rounding, which has happened already.
+        "Identity" | "Cast" | "CastLike" => Some(x),
+        // A dropout whose mask nobody reads; training mode is no operator of the engine.
+        "Transpose" => {
+            let perm = node.op.get::<Transpose>()?.permutation(fx.rank()?).ok()?;
+            perm.iter().enumerate().all(|(i, &p)| i == p).then_some(x)
+        }
+        "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Expand" => view.same_shape(x, y).then_some(x),
+        "Concat" if node.operands().count() == 1 => Some(x),
+        "Slice" => {
+            let steps = match node.inputs.get(4).copied().flatten() {
+                None => true,
+                Some(steps) => view.fact(steps).and_then(Fact::i64s).is_some_and(|s| s.iter().all(|&s| s == 1)),
+            };
+            (steps && view.same_shape(x, y)).then_some(x)
+        }
+        "Add" | "Sub" if scalar(1, 0.0).is_some() => view.same_rank(x, y).then_some(x),
+        "Mul" | "Div" | "Pow" if scalar(1, 1.0).is_some() => view.same_rank(x, y).then_some(x),
+        "Add" if scalar(0, 0.0).is_some() => other().filter(|&o| view.same_rank(o, y)),
+        "Mul" if scalar(0, 1.0).is_some() => other().filter(|&o| view.same_rank(o, y)),
+        _ => None,
+    }
+}
+
+fn drop_noops(graph: &mut Graph, facts: &[Option<Fact>]) -> bool {
+    let view = View::new(graph, facts);
+    let mut same: Vec<ValueId> = (0..graph.values.len() as u32).map(ValueId).collect();
+    let mut changed = false;
+    // In order, so that what a no-op reads is resolved already.
+    for node in &graph.nodes {
+        if let Some(x) = noop(&view, node)
+            && !graph.outputs.contains(&node.outputs[0])
+        {
+            same[node.outputs[0].index()] = same[x.index()];
+            changed = true;
+        }
+    }
+    for id in graph.nodes.iter_mut().flat_map(|n| n.inputs.iter_mut().flatten()) {
+        *id = same[id.index()];
+    }
+    changed
+}
+
+fn join_transposes(graph: &mut Graph, facts: &[Option<Fact>]) -> bool {
+    let view = View::new(graph, facts);
+    let mut joined = Vec::new();
+    for (i, node) in graph.nodes.iter().enumerate() {
+        let of = |node: &Node| {
+            let x = node.inputs.first().copied().flatten()?;
+            let perm = node.op.get::<Transpose>()?.permutation(view.fact(x)?.rank()?).ok()?;
+            Some((x, perm))
+        };
+        let Some((middle, second)) = of(node) else { continue };
+        let Some((x, first)) = view.producer(middle).and_then(|(_, n)| of(n)) else { continue };
+        let perm: Vec<usize> = second.iter().map(|&p| first[p]).collect();
+        joined.push((i, x, Transpose::new(&perm)));
+    }
+    let changed = !joined.is_empty();
+    for (i, x, op) in joined {
+        graph.nodes[i].op = op.into();
+        graph.nodes[i].inputs[0] = Some(x);
+    }
+    changed
+}
+
+/// Operators whose operands broadcast against each other as in NumPy.
+const BROADCASTING: &[&str] = &[
+    "Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater",
+    "GreaterOrEqual", "Min", "Max",
+];
+
+/// `f(Expand(x, ..), y)` is `f(x, y)` where y already has all the sizes; a cast may stand in between.
+fn drop_expands(graph: &mut Graph, facts: &[Option<Fact>]) -> bool {
+    let view = View::new(graph, facts);
+    let mut swaps: Vec<(usize, usize, ValueId)> = Vec::new();
+    for (i, node) in graph.nodes.iter().enumerate() {
+        if !BROADCASTING.contains(&node.op.name()) || swaps.iter().any(|s| s.0 == i) {
+            continue;
+        }
+        for (k, id) in node.inputs.iter().enumerate() {
+            let Some((at, slot, x)) = id.and_then(|id| expanded(&view, i, k, id)) else { continue };
+            let shape_of = |id: ValueId| view.fact(id).and_then(|f| f.shape.clone());
+            let others = node.inputs.iter().enumerate().filter(|(j, _)| *j != k).filter_map(|(_, id)| *id);
+            let sizes: Option<Vec<Shape>> = others.chain([x]).map(shape_of).collect();
+            let (Some(sizes), Some(want)) = (sizes, shape_of(node.outputs[0])) else { continue };
+            let have = sizes.iter().try_fold(Shape::new(), |a, b| broadcast(&a, b).ok());
+            // Sizes must be sure: a name against a number may turn out to be 1.
+            if have.is_some_and(|have| have == want && !have.contains(&Dim::Unknown)) && sure(&sizes, &want) {
+                swaps.push((at, slot, x));
+                break;
+            }
+        }
+    }
+    let changed = !swaps.is_empty();
+    for (i, k, x) in swaps {
+        graph.nodes[i].inputs[k] = Some(x);
+    }
+    changed
+}
+
+/// Whether some operand has each size of the result in so many words.
+fn sure(sizes: &[Shape], want: &Shape) -> bool {
+    (0..want.len()).all(|back| {
+        let size = &want[want.len() - 1 - back];
+        *size == Dim::Known(1) || sizes.iter().any(|s| s.len() > back && s[s.len() - 1 - back] == *size)
+    })
+}
+
+/// For operand `k` of node `i`, if it is an `Expand` of x or a cast of one: which operand of which node may read x.
+fn expanded(view: &View, i: usize, k: usize, id: ValueId) -> Option<(usize, usize, ValueId)> {
+    let source = |node: &Node| node.inputs.first().copied().flatten();
+    let (p, node) = view.producer(id)?;
+    match node.op.name() {
+        "Expand" => Some((i, k, source(node)?)),
+        "Cast" if view.uses(id) == 1 => {
+            let (_, expand) = view.producer(source(node)?)?;
+            (expand.op.name() == "Expand").then_some((p, 0, source(expand)?))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Net, int, ints};
+    use super::*;
+
+    #[test]
+    fn what_does_nothing_goes() {
+        let mut n = Net::new(14);
+        let x = n.symbolic("x", &["batch", "4"]);
+        let y = n.op("Sigmoid", &[x]);
+        let y = n.op_with("Cast", &[y], &[("to", int(1))]);
+        let y = n.op_with("Transpose", &[y], &[("perm", ints(&[1, 0]))]);
+        let y = n.op_with("Transpose", &[y], &[("perm", ints(&[1, 0]))]);
+        let y = n.op_with("Concat", &[y], &[("axis", int(0))]);
+        let shape = n.op("Shape", &[x]);
+        let y = n.op("Reshape", &[y, shape]);
+        let (zero, one) = (n.scalar(0.0), n.scalar(1.0));
+        let y = n.op("Add", &[zero, y]);
+        let y = n.op("Div", &[y, one]);
+        let y = n.op("Relu", &[y]);
+        n.output(y);
+        assert_eq!(n.passed(run), ["Sigmoid", "Relu"]);
+    }
+
+    #[test]
+    fn what_does_something_stays() {
+        let mut n = Net::new(14);
+        let x = n.input("x", &[4, 4]);
+        // Backwards, one more axis, an output of the graph, another type.
+        let [starts, ends, axes, steps] = [[-1], [-5], [0], [-1]].map(|v| n.i64s(&v));
+        let y = n.op("Slice", &[x, starts, ends, axes, steps]);
+        let zero = n.constant(&[1, 1, 1], &[0.0]);
+        let y = n.op("Add", &[y, zero]);
+        let y = n.op_with("Cast", &[y], &[("to", int(11))]);
+        let y = n.op_with("Cast", &[y], &[("to", int(1))]);
+        let y = n.op_with("Cast", &[y], &[("to", int(1))]);
+        n.output(y);
+        assert_eq!(n.passed(run), ["Slice", "Add", "Cast", "Cast", "Cast"]);
+    }
+
+    #[test]
+    fn expand_before_a_broadcast() {
+        let build = |dims: &[&str]| {
+            let mut n = Net::new(14);
+            let scores = n.symbolic("scores", &["batch", "2", "tokens", "tokens"]);
+            let mask = n.symbolic("mask", dims);
+            let shape = n.op("Shape", &[scores]);
+            let y = n.op("Expand", &[mask, shape]);
+            let y = n.op_with("Cast", &[y], &[("to", int(9))]);
+            let low = n.scalar(-9.0);
+            let y = n.op("Where", &[y, low, scores]);
+            n.output(y);
+            n.passed(run)
+        };
+        assert_eq!(build(&["batch", "1", "1", "tokens"]), ["Cast", "Where"]);
+        // The expansion makes the result larger.
+        let mut n = Net::new(14);
+        let x = n.input("x", &[1, 3]);
+        let shape = n.i64s(&[2, 3]);
+        let y = n.op("Expand", &[x, shape]);
+        let y = n.op("Add", &[y, x]);
+        n.output(y);
+        assert_eq!(n.passed(run), ["Expand", "Add"]);
+    }
+}
