@@ -4,3 +4,11 @@
 
 pub mod gemm;
 pub mod movement;
+mod norm;
+pub use norm::{normalize, softmax};
+mod pool;
+pub use pool::pool;
+mod reduce;
+pub use reduce::reduce;
+mod attention;
+pub use attention::attention;

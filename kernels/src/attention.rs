@@ -1,0 +1,500 @@
+//! Scaled dot-product attention without the matrix of all scores (Dao et al., "FlashAttention", 2022; the running
+//! softmax is Milakov and Gimelshein, 2018).
+//!
+//! ```text
+//! for each (batch, head, block of queries), in parallel
+//!     m = -inf, l = 0, o = 0                                   one per query
+//!     for each block of keys that any of the queries may see
+//!         s = q k^T * scale, capped, + mask; -inf where not seen
+//!         m' = max(m, max s);  p = exp(s - m')
+//!         l = l * exp(m - m') + sum p;  o = o * exp(m - m') + p v;  m = m'
+//!     y = o / l                                                0 for a query that sees nothing
+//! ```
+//!
+//! Both products run on one small tile of 4 rows by 2 vectors. The block of keys is transposed into scratch first, which
+//! a block of 32 queries pays back; for fewer than 4 queries (a decoder's step) rows of keys are read as they lie.
+
+use crate::error::{Error, Result};
+use crate::math;
+use crate::par::{Cx, DisjointMut};
+use crate::simd::{Kernel, Simd, dispatch};
+use crate::softmax::{map_row, row_exp_sum, row_max};
+use core::ops::Range;
+
+/// Queries of a task.
+const QUERIES: usize = 32;
+/// Keys that are scored at a time.
+const KEYS: usize = 128;
+
+/// `[batch, head, position, element]` with contiguous elements; strides of the first three.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads<'a> {
+    /// The elements.
+    pub data: &'a [f32],
+    /// Elements from batch to batch, head to head, position to position.
+    pub strides: [usize; 3],
+}
+
+/// Added to the scores: `[batch, head, query, key]` with contiguous keys; a stride of 0 broadcasts.
+#[derive(Clone, Copy, Debug)]
+pub struct Mask<'a> {
+    /// The elements; minus infinity hides a key.
+    pub data: &'a [f32],
+    /// Elements from batch to batch, head to head, query to query.
+    pub strides: [usize; 3],
+    /// Keys that it covers; those behind are hidden.
+    pub keys: usize,
+}
+
+/// Which keys query `i` of batch `b` may see.
+pub type Visible<'a> = &'a (dyn Fn(usize, usize) -> Range<usize> + Sync);
+
+/// One attention.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// Number of batches.
+    pub batch: usize,
+    /// Heads of q and of the result.
+    pub heads: usize,
+    /// Heads of k and v; each serves `heads / kv_heads` neighbouring heads of q.
+    pub kv_heads: usize,
+    /// Number of queries.
+    pub queries: usize,
+    /// Number of keys.
+    pub keys: usize,
+    /// Elements of a query and a key.
+    pub size: usize,
+    /// Elements of a value.
+    pub value_size: usize,
+    /// Queries.
+    pub q: Heads<'a>,
+    /// Keys.
+    pub k: Heads<'a>,
+    /// Values.
+    pub v: Heads<'a>,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Scores become `cap * tanh(score / cap)` if it is not 0.
+    pub cap: f32,
+    /// Added to the scores.
+    pub mask: Option<Mask<'a>>,
+    /// Which keys a query may see; all of them if absent.
+    pub visible: Option<Visible<'a>>,
+    /// Strides of the result: batch, head, position.
+    pub y_strides: [usize; 3],
+}
+
+/// Elements that a view of these sizes and strides reaches, or `None` if that overflows.
+fn reach(sizes: [usize; 3], strides: [usize; 3], inner: usize) -> Option<usize> {
+    if sizes.contains(&0) || inner == 0 {
+        return Some(0);
+    }
+    let steps = sizes.iter().zip(strides).map(|(n, s)| (n - 1).checked_mul(s));
+    steps.into_iter().try_fold(inner, |sum, s| sum.checked_add(s?))
+}
+
+impl Attention<'_> {
+    fn check(&self, y: usize) -> Result<()> {
+        let a = self;
+        if a.kv_heads == 0 || a.heads % a.kv_heads != 0 {
+            return Err(Error::new(format!("{} heads of queries cannot share {} of keys", a.heads, a.kv_heads)));
+        }
+        let mask = a.mask.map(|m| (m.data.len(), reach([a.batch, a.heads, a.queries], m.strides, m.keys)));
+        let views = [
+            ("q", a.q.data.len(), reach([a.batch, a.heads, a.queries], a.q.strides, a.size)),
+            ("k", a.k.data.len(), reach([a.batch, a.kv_heads, a.keys], a.k.strides, a.size)),
+            ("v", a.v.data.len(), reach([a.batch, a.kv_heads, a.keys], a.v.strides, a.value_size)),
+            ("y", y, reach([a.batch, a.heads, a.queries], a.y_strides, a.value_size)),
+            ("mask", mask.map_or(0, |m| m.0), mask.map_or(Some(0), |m| m.1)),
+        ];
+        match views.iter().find(|(_, have, want)| want.is_none_or(|w| w > *have)) {
+            Some((name, have, _)) => Err(Error::new(format!("{name} has {have} elements, fewer than its shape wants"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Computes `y = softmax(scale q k^T + mask) v`.
+///
+/// # Errors
+/// If a slice is too short for its strides, or the numbers of heads do not fit.
+pub fn attention(cx: &Cx, a: &Attention, y: &mut [f32]) -> Result<()> {
+    a.check(y.len())?;
+    // The parts that tasks write must not overlap: every (batch, head, query) needs its own value.
+    let rows = [a.batch, a.heads, a.queries];
+    let mut order = [0, 1, 2];
+    order.sort_unstable_by_key(|&i| a.y_strides[i]);
+    let mut extent = a.value_size;
+    for i in order.into_iter().filter(|&i| rows[i] > 1) {
+        if a.y_strides[i] < extent {
+            return Err(Error::new(format!("strides {:?} make results overlap", a.y_strides)));
+        }
+        extent = a.y_strides[i] * rows[i];
+    }
+    if rows.contains(&0) || a.value_size == 0 {
+        return Ok(());
+    }
+    let lanes = cx.isa().lanes();
+    let width = a.value_size.next_multiple_of(lanes);
+    let cost = 4 * (a.batch * a.heads * a.queries * a.keys) as u64 * (a.size + a.value_size).max(1) as u64;
+    let blocks = a.queries.div_ceil(QUERIES);
+    let scratch = QUERIES * (a.size + KEYS + width + 2) + KEYS * (a.size + width);
+    let out = DisjointMut::new(y);
+    cx.for_each_scratch(a.batch * a.heads * blocks, cost, scratch, &|task, scratch| {
+        let (block, head) = (task % blocks, task / blocks % a.heads);
+        let batch = task / blocks / a.heads;
+        let first = block * QUERIES;
+        let rows = QUERIES.min(a.queries - first);
+        dispatch(cx.isa(), Block { a, batch, head, first, rows, width, scratch });
+        for i in 0..rows {
+            let at = batch * a.y_strides[0] + head * a.y_strides[1] + (first + i) * a.y_strides[2];
+            // SAFETY: results do not overlap, and each belongs to one task.
+            let y = unsafe { out.range(at, a.value_size) };
+            y.copy_from_slice(&scratch[i * width..][..a.value_size]);
+        }
+    });
+    Ok(())
+}
+
+/// One task; leaves its results in the first `rows * width` elements of the scratch.
+struct Block<'a> {
+    a: &'a Attention<'a>,
+    batch: usize,
+    head: usize,
+    first: usize,
+    rows: usize,
+    width: usize,
+    scratch: &'a mut [f32],
+}
+
+impl Kernel for Block<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Block { a, batch, head, first, rows, width, scratch } = self;
+        let kv_head = head / (a.heads / a.kv_heads);
+        let (o, rest) = scratch.split_at_mut(QUERIES * width);
+        let (q, rest) = rest.split_at_mut(QUERIES * a.size);
+        let (scores, rest) = rest.split_at_mut(QUERIES * KEYS);
+        let (max, rest) = rest.split_at_mut(QUERIES);
+        let (sum, rest) = rest.split_at_mut(QUERIES);
+        let (kt, vs) = rest.split_at_mut(KEYS * a.size);
+        o[..rows * width].fill(0.0);
+        max.fill(f32::NEG_INFINITY);
+        sum.fill(0.0);
+        for i in 0..rows {
+            let at = batch * a.q.strides[0] + head * a.q.strides[1] + (first + i) * a.q.strides[2];
+            let to = &mut q[i * a.size..][..a.size];
+            to.copy_from_slice(&a.q.data[at..][..a.size]);
+            // Exact for powers of two; else the scores are as close as if they were scaled themselves.
+            map_row(s, to, |v| s.mul(v, s.splat(a.scale)));
+        }
+        let all = 0..a.keys;
+        let seen = |i: usize| match a.visible {
+            None => all.clone(),
+            Some(f) => {
+                let r = f(batch, first + i);
+                r.start.min(a.keys)..r.end.min(a.keys)
+            }
+        };
+        let limit = a.mask.map_or(a.keys, |m| m.keys.min(a.keys));
+        let begin = (0..rows).map(|i| seen(i).start).min().unwrap_or(0);
+        let end = (0..rows).map(|i| seen(i).end).max().unwrap_or(0).min(limit);
+        let mut at = begin;
+        while at < end {
+            let count = KEYS.min(end - at);
+            let keys = &a.k.data[batch * a.k.strides[0] + kv_head * a.k.strides[1] + at * a.k.strides[2]..];
+            let values = &a.v.data[batch * a.v.strides[0] + kv_head * a.v.strides[1] + at * a.v.strides[2]..];
+            if rows < 4 {
+                for i in 0..rows {
+                    for j in 0..count {
+                        let key = &keys[j * a.k.strides[2]..][..a.size];
+                        scores[i * KEYS + j] = dot(s, &q[i * a.size..][..a.size], key);
+                    }
+                }
+            } else {
+                let padded = count.next_multiple_of(2 * S::LANES).min(KEYS);
+                for j in 0..count {
+                    let key = &keys[j * a.k.strides[2]..][..a.size];
+                    for (e, &v) in key.iter().enumerate() {
+                        kt[e * KEYS + j] = v;
+                    }
+                }
+                for e in 0..a.size {
+                    kt[e * KEYS + count..e * KEYS + padded].fill(0.0);
+                }
+                product(s, rows, padded, a.size, (q, a.size), (kt, KEYS), (scores, KEYS), false);
+            }
+            for i in 0..rows {
+                let row = &mut scores[i * KEYS..][..count];
+                if a.cap != 0.0 {
+                    let (cap, inverse) = (s.splat(a.cap), s.splat(1.0 / a.cap));
+                    map_row(s, row, |v| s.mul(cap, math::tanh(s, s.mul(v, inverse))));
+                }
+                if let Some(m) = a.mask {
+                    let from = batch * m.strides[0] + head * m.strides[1] + (first + i) * m.strides[2] + at;
+                    add_mask(s, row, &m.data[from..][..count]);
+                }
+                if a.visible.is_some() {
+                    let r = seen(i);
+                    let hidden = |j: usize| j.saturating_sub(at).min(count);
+                    row[..hidden(r.start)].fill(f32::NEG_INFINITY);
+                    row[hidden(r.end).max(hidden(r.start))..].fill(f32::NEG_INFINITY);
+                }
+                let old = max[i];
+                let highest = row_max(s, row);
+                let new = if highest > old || highest.is_nan() { highest } else { old };
+                if new == f32::NEG_INFINITY {
+                    // Nothing to see yet; differences of infinities would be NaN.
+                    row.fill(0.0);
+                    continue;
+                }
+                let total = row_exp_sum(s, row, new, true);
+                // exp(-inf) is 0: the first block that shows something starts from nothing.
+                let keep = (old - new).exp();
+                if keep != 1.0 {
+                    map_row(s, &mut o[i * width..][..width], |v| s.mul(v, s.splat(keep)));
+                }
+                sum[i] = sum[i] * keep + total;
+                max[i] = new;
+            }
+            if width == a.value_size {
+                product(s, rows, width, count, (scores, KEYS), (values, a.v.strides[2]), (o, width), true);
+            } else {
+                for j in 0..count {
+                    let (to, rest) = vs[j * width..][..width].split_at_mut(a.value_size);
+                    to.copy_from_slice(&values[j * a.v.strides[2]..][..a.value_size]);
+                    rest.fill(0.0);
+                }
+                product(s, rows, width, count, (scores, KEYS), (vs, width), (o, width), true);
+            }
+            at += count;
+        }
+        for i in 0..rows {
+            let scale = if sum[i] == 0.0 { 0.0 } else { 1.0 / sum[i] };
+            map_row(s, &mut o[i * width..][..width], |v| s.mul(v, s.splat(scale)));
+        }
+    }
+}
+
+/// `row += mask`, and exactly minus infinity where the mask is, whatever stood there.
+#[inline(always)]
+fn add_mask<S: Simd>(s: S, row: &mut [f32], mask: &[f32]) {
+    let hidden = s.splat(f32::NEG_INFINITY);
+    let mut j = 0;
+    while j < row.len() {
+        let end = (j + S::LANES).min(row.len());
+        let whole = end - j == S::LANES;
+        let (x, m) = if whole {
+            (s.load(&row[j..]), s.load(&mask[j..]))
+        } else {
+            (s.load_partial(&row[j..end]), s.load_partial(&mask[j..end]))
+        };
+        let x = s.select(s.eq(m, hidden), hidden, s.add(x, m));
+        if whole {
+            s.store(&mut row[j..], x)
+        } else {
+            s.store_partial(&mut row[j..end], x)
+        }
+        j = end;
+    }
+}
+
+/// `sum a b`.
+#[inline(always)]
+fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    let mut acc = [s.splat(0.0); 2];
+    let n = a.len().min(b.len());
+    let mut i = 0;
+    while i + 2 * S::LANES <= n {
+        acc[0] = s.mul_add(s.load(&a[i..]), s.load(&b[i..]), acc[0]);
+        acc[1] = s.mul_add(s.load(&a[i + S::LANES..]), s.load(&b[i + S::LANES..]), acc[1]);
+        i += 2 * S::LANES;
+    }
+    while i < n {
+        let end = (i + S::LANES).min(n);
+        acc[0] = s.mul_add(s.load_partial(&a[i..end]), s.load_partial(&b[i..end]), acc[0]);
+        i = end;
+    }
+    s.reduce_add(s.add(acc[0], acc[1]))
+}
+
+/// `c (+)= a b` for `rows` rows and whole vectors of columns; each operand with its row stride.
+#[inline(always)]
+fn product<S: Simd>(
+    s: S,
+    rows: usize,
+    cols: usize,
+    k: usize,
+    (a, lda): (&[f32], usize),
+    (b, ldb): (&[f32], usize),
+    (c, ldc): (&mut [f32], usize),
+    accumulate: bool,
+) {
+    if rows == 0 || cols == 0 {
+        return;
+    }
+    assert!(cols % S::LANES == 0 && (rows - 1) * ldc + cols <= c.len());
+    assert!(k == 0 || ((rows - 1) * lda + k <= a.len() && (k - 1) * ldb + cols <= b.len()));
+    let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
+    let mut j = 0;
+    while j < cols {
+        let wide = cols - j >= 2 * S::LANES;
+        let mut i = 0;
+        while i < rows {
+            let tall = rows - i >= 4;
+            // SAFETY: the assertions cover all rows and columns of all operands.
+            unsafe {
+                let (a, b, c) = (a.add(i * lda), b.add(j), c.add(i * ldc + j));
+                match (tall, wide) {
+                    (true, true) => tile::<S, 4, 2>(s, k, a, lda, b, ldb, c, ldc, accumulate),
+                    (true, false) => tile::<S, 4, 1>(s, k, a, lda, b, ldb, c, ldc, accumulate),
+                    (false, true) => tile::<S, 1, 2>(s, k, a, lda, b, ldb, c, ldc, accumulate),
+                    (false, false) => tile::<S, 1, 1>(s, k, a, lda, b, ldb, c, ldc, accumulate),
+                }
+            }
+            i += if tall { 4 } else { 1 };
+        }
+        j += if wide { 2 } else { 1 } * S::LANES;
+    }
+}
+
+/// `M` rows by `N` vectors of a product.
+///
+/// # Safety
+/// `a` has `M` rows of `k`, `b` has `k` rows of `N` vectors, `c` has `M` rows of `N` vectors.
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+unsafe fn tile<S: Simd, const M: usize, const N: usize>(
+    s: S,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    ldb: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    let mut acc = [[s.splat(0.0); N]; M];
+    // SAFETY: promised by the caller.
+    unsafe {
+        if accumulate {
+            for (i, row) in acc.iter_mut().enumerate() {
+                for (v, x) in row.iter_mut().enumerate() {
+                    *x = s.load_ptr(c.add(i * ldc + v * S::LANES));
+                }
+            }
+        }
+        for p in 0..k {
+            let mut bv = [s.splat(0.0); N];
+            for (v, x) in bv.iter_mut().enumerate() {
+                *x = s.load_ptr(b.add(p * ldb + v * S::LANES));
+            }
+            for (i, row) in acc.iter_mut().enumerate() {
+                let av = s.splat_ptr(a.add(i * lda + p));
+                for (x, bv) in row.iter_mut().zip(bv) {
+                    *x = s.mul_add(av, bv, *x);
+                }
+            }
+        }
+        for (i, row) in acc.iter().enumerate() {
+            for (v, x) in row.iter().enumerate() {
+                s.store_ptr(c.add(i * ldc + v * S::LANES), *x);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference;
+    use crate::testing::{each_context, integers};
+
+    fn close(got: &[f32], want: &[f64], what: &str) {
+        for (i, (g, w)) in got.iter().zip(want).enumerate() {
+            assert!((f64::from(*g) - w).abs() <= 2e-5 * (1.0 + w.abs()), "{what} at {i}: {g} for {w}");
+        }
+    }
+
+    #[test]
+    fn every_size_matches_the_reference() {
+        each_context(|cx| {
+            for (heads, kv_heads, queries, keys, size, value_size) in [
+                (1, 1, 1, 1, 1, 1),
+                (2, 1, 3, 5, 4, 4),
+                (2, 2, 4, 7, 8, 3),
+                (4, 2, 33, 130, 16, 20),
+                (1, 1, 5, 300, 7, 32),
+                (2, 2, 65, 64, 32, 32),
+                (1, 1, 2, 0, 4, 4),
+            ] {
+                let batch = 2;
+                let q = integers(batch * heads * queries * size, 1);
+                let k = integers(batch * kv_heads * keys * size, 2);
+                let v = integers(batch * kv_heads * keys * value_size, 3);
+                let mut mask = integers(queries * keys, 4);
+                mask.iter_mut().step_by(3).for_each(|m| *m = f32::NEG_INFINITY);
+                let causal = |_: usize, i: usize| 0..i + 2;
+                for (masked, hides, cap) in
+                    [(false, false, 0.0), (true, false, 0.0), (false, true, 5.0), (true, true, 3.0)]
+                {
+                    let a = Attention {
+                        batch,
+                        heads,
+                        kv_heads,
+                        queries,
+                        keys,
+                        size,
+                        value_size,
+                        q: Heads { data: &q, strides: [heads * queries * size, queries * size, size] },
+                        k: Heads { data: &k, strides: [kv_heads * keys * size, keys * size, size] },
+                        v: Heads { data: &v, strides: [kv_heads * keys * value_size, keys * value_size, value_size] },
+                        scale: 0.3,
+                        cap,
+                        mask: masked.then_some(Mask { data: &mask, strides: [0, 0, keys], keys }),
+                        visible: if hides { Some(&causal) } else { None },
+                        // Heads inside: the layout of the layer that follows.
+                        y_strides: [queries * heads * value_size, value_size, heads * value_size],
+                    };
+                    let want = reference::attention(&a);
+                    let mut y = vec![0.0; batch * heads * queries * value_size];
+                    attention(cx, &a, &mut y).unwrap();
+                    close(&y, &want, &format!("{heads} {queries}x{keys} {size} {value_size} {masked} {hides} {cap}"));
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn a_query_that_sees_nothing_gives_zeros() {
+        each_context(|cx| {
+            let x = [1.0, 2.0, 3.0, 4.0];
+            let heads = Heads { data: &x, strides: [4, 4, 2] };
+            let mask = [f32::NEG_INFINITY, f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY];
+            let a = Attention {
+                batch: 1,
+                heads: 1,
+                kv_heads: 1,
+                queries: 2,
+                keys: 2,
+                size: 2,
+                value_size: 2,
+                q: heads,
+                k: heads,
+                v: heads,
+                scale: 1.0,
+                cap: 0.0,
+                mask: Some(Mask { data: &mask, strides: [0, 0, 2], keys: 2 }),
+                visible: None,
+                y_strides: [4, 4, 2],
+            };
+            let mut y = [9.0; 4];
+            attention(cx, &a, &mut y).unwrap();
+            assert_eq!(y, [0.0, 0.0, 1.0, 2.0]);
+            assert!(attention(cx, &Attention { y_strides: [4, 4, 1], ..a }, &mut y).is_err(), "overlapping results");
+            assert!(attention(cx, &Attention { keys: 3, ..a }, &mut y).is_err(), "too few keys");
+        });
+    }
+}
