@@ -9,6 +9,7 @@ pub mod attention;
 pub mod conv;
 pub mod conv_transpose;
 mod depthwise;
+pub mod convert;
 pub mod elementwise;
 pub mod epilogue;
 pub mod error;

@@ -213,6 +213,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_i32(self, x: &[i32]) -> Self::I32;
     /// Writes `LANES` elements. Panics if `x` is shorter.
     fn store_i32(self, x: &mut [i32], v: Self::I32);
+    /// The first `LANES` elements of `x`, zero-extended. Panics if there are fewer.
+    fn load_u16(self, x: &[u16]) -> Self::I32;
+    /// Writes `LANES` elements, each of which must be in `0..=65535`. Panics if `x` is shorter.
+    fn store_u16(self, x: &mut [u16], v: Self::I32);
     /// `a + b`, wrapping.
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a - b`, wrapping.

@@ -52,6 +52,18 @@ impl Simd for Neon {
         // SAFETY: checked above.
         unsafe { vst1q_s32(x.as_mut_ptr(), v) }
     }
+    #[inline(always)]
+    fn load_u16(self, x: &[u16]) -> Self::I32 {
+        assert!(x.len() >= 4);
+        // SAFETY: checked above.
+        unsafe { vreinterpretq_s32_u32(vmovl_u16(vld1_u16(x.as_ptr()))) }
+    }
+    #[inline(always)]
+    fn store_u16(self, x: &mut [u16], v: Self::I32) {
+        assert!(x.len() >= 4);
+        // SAFETY: checked above.
+        unsafe { vst1_u16(x.as_mut_ptr(), vmovn_u32(vreinterpretq_u32_s32(v))) }
+    }
     // Shifts by a vector (negative counts shift right): immediates cannot depend on a constant parameter, and the
     // compiler turns the constant vector into one.
     #[inline(always)]

@@ -171,6 +171,14 @@ impl Simd for Scalar {
         x[0] = v;
     }
     #[inline(always)]
+    fn load_u16(self, x: &[u16]) -> i32 {
+        i32::from(x[0])
+    }
+    #[inline(always)]
+    fn store_u16(self, x: &mut [u16], v: i32) {
+        x[0] = v as u16;
+    }
+    #[inline(always)]
     fn add_i32(self, a: i32, b: i32) -> i32 {
         a.wrapping_add(b)
     }

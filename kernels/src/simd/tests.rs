@@ -190,6 +190,13 @@ impl Kernel for Methods {
         let ints: Vec<i32> = (0..n as i32).map(|i| i * 7 - 3).collect();
         assert_eq!(geti(s.load_i32(&ints))[..n], ints, "{name} load_i32");
 
+        let shorts: Vec<u16> = [0, 1, 0x7fff, 0x8000, 0xffff].into_iter().cycle().take(n).collect();
+        let wide = s.load_u16(&shorts);
+        assert!(geti(wide).iter().zip(&shorts).all(|(&w, &x)| w == i32::from(x)), "{name} load_u16");
+        let mut back = vec![7; n + 1];
+        s.store_u16(&mut back, wide);
+        assert_eq!((&back[..n], back[n]), (&shorts[..], 7), "{name} store_u16");
+
         // Parts: what is missing reads as zero, and nothing beyond the end is touched.
         for len in 0..=n + 2 {
             let x: Vec<f32> = (1..=len).map(|i| i as f32).collect();

@@ -59,6 +59,18 @@ macro_rules! implement {
                 unsafe { v128_store(x.as_mut_ptr().cast(), v) }
             }
             #[inline(always)]
+            fn load_u16(self, x: &[u16]) -> Self::I32 {
+                assert!(x.len() >= 4);
+                // SAFETY: checked above.
+                unsafe { i32x4_load_extend_u16x4(x.as_ptr()) }
+            }
+            #[inline(always)]
+            fn store_u16(self, x: &mut [u16], v: Self::I32) {
+                assert!(x.len() >= 4);
+                // SAFETY: checked above.
+                unsafe { v128_store64_lane::<0>(u16x8_narrow_i32x4(v, v), x.as_mut_ptr().cast()) }
+            }
+            #[inline(always)]
             fn shl_i32<const BITS: u32>(self, a: v128) -> v128 {
                 i32x4_shl(a, BITS)
             }

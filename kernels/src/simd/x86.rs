@@ -93,6 +93,18 @@ macro_rules! impl_128 {
                 unsafe { _mm_storeu_si128(x.as_mut_ptr().cast(), v) }
             }
             #[inline(always)]
+            fn load_u16(self, x: &[u16]) -> Self::I32 {
+                assert!(x.len() >= 4);
+                // SAFETY: checked above; `self` proves the features.
+                unsafe { _mm_cvtepu16_epi32(_mm_loadl_epi64(x.as_ptr().cast())) }
+            }
+            #[inline(always)]
+            fn store_u16(self, x: &mut [u16], v: Self::I32) {
+                assert!(x.len() >= 4);
+                // SAFETY: checked above; `self` proves the features.
+                unsafe { _mm_storel_epi64(x.as_mut_ptr().cast(), _mm_packus_epi32(v, v)) }
+            }
+            #[inline(always)]
             fn shl_i32<const BITS: u32>(self, a: __m128i) -> __m128i {
                 // SAFETY: `self` proves the features.
                 unsafe { _mm_sll_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
@@ -226,6 +238,21 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), v) }
     }
     #[inline(always)]
+    fn load_u16(self, x: &[u16]) -> Self::I32 {
+        assert!(x.len() >= 8);
+        // SAFETY: checked above; `self` proves the features.
+        unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_u16(self, x: &mut [u16], v: Self::I32) {
+        assert!(x.len() >= 8);
+        // SAFETY: checked above; `self` proves the features.
+        unsafe {
+            let (low, high) = (_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+            _mm_storeu_si128(x.as_mut_ptr().cast(), _mm_packus_epi32(low, high))
+        }
+    }
+    #[inline(always)]
     fn shl_i32<const BITS: u32>(self, a: __m256i) -> __m256i {
         // SAFETY: `self` proves the features.
         unsafe { _mm256_sll_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
@@ -347,6 +374,18 @@ impl Simd for Avx512 {
         assert!(x.len() >= 16);
         // SAFETY: checked above; `self` proves the features.
         unsafe { _mm512_storeu_si512(x.as_mut_ptr().cast(), v) }
+    }
+    #[inline(always)]
+    fn load_u16(self, x: &[u16]) -> Self::I32 {
+        assert!(x.len() >= 16);
+        // SAFETY: checked above; `self` proves the features.
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_u16(self, x: &mut [u16], v: Self::I32) {
+        assert!(x.len() >= 16);
+        // SAFETY: checked above; `self` proves the features.
+        unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(v)) }
     }
     #[inline(always)]
     fn shl_i32<const BITS: u32>(self, a: __m512i) -> __m512i {
