@@ -135,6 +135,13 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+impl From<weblane_kernels::error::Error> for Error {
+    /// What a kernel refuses are sizes that do not fit together.
+    fn from(e: weblane_kernels::error::Error) -> Self {
+        Error::shape(e.to_string())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
