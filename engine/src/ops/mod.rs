@@ -14,6 +14,8 @@ use weblane_kernels::par::Cx;
 
 mod attributes;
 mod prepare;
+mod sizes;
+pub mod spatial;
 #[cfg(test)]
 pub(crate) mod testing;
 pub use attributes::Attributes;
@@ -239,7 +241,32 @@ macro_rules! ops {
 }
 
 ops! {
+    activate
+    attention
+    batch_norm
+    cast
+    concat
+    constant
+    conv
+    conv_transpose
+    expand
+    gather
+    gemm
     identity
+    matmul
+    norm
+    pad
+    pool
+    range
+    reduce
+    reshape
+    rnn
+    shape
+    slice
+    softmax
+    split
+    transpose
+    where_
 }
 
 /// The registration for a node, if there is one.

@@ -42,18 +42,39 @@ fn patterns() -> Vec<(Pattern, Activation)> {
     ]);
     let gelu_tanh = product(x, op("Tanh", [inner]) + 1.0, 0.5);
     let silu = x * op("Sigmoid", [x.clone()]);
+    // Howard et al., "Searching for MobileNetV3", 2019: x relu6(x + 3) / 6.
+    let relu6 = |x: Pattern| {
+        let clip = op_if(&["Clip", "Min"], [x.clone()], |view, node| {
+            matches!(activation_of(view, node), Some((_, Activation::Clip { lo: 0.0, hi: 6.0 })))
+        });
+        let positive = any([op("Relu", [x.clone()]), either("Max", x, 0.0)]);
+        any([clip, either("Min", positive, 6.0)])
+    };
+    let clipped = relu6(x + 3.0);
+    let sixth = 1.0 / 6.0;
+    let hard_sigmoid = any([&clipped / 6.0, &clipped * sixth]);
     let hard = op_if(&["HardSigmoid"], [x.clone()], |view, node| {
         matches!(activation_of(view, node), Some((_, Activation::HardSigmoid { alpha, beta }))
             if (alpha - 1.0 / 6.0).abs() < 1e-5 && (beta - 0.5).abs() < 1e-6)
     });
-    let relu6 = op_if(&["Clip", "Min", "Max"], [], |_, _| false);
-    drop(relu6);
+    let hard_swish = any([
+        x * any([hard, hard_sigmoid.clone()]),
+        x * &clipped / 6.0,
+        product(x, &clipped, sixth),
+        (x / 6.0) * &clipped,
+    ]);
     vec![
         (gelu, Activation::Gelu),
         (gelu_tanh, Activation::GeluTanh),
         (silu, Activation::Silu),
-        (x * hard, Activation::HardSwish),
+        (hard_swish, Activation::HardSwish),
+        (hard_sigmoid, Activation::HardSigmoid { alpha: sixth, beta: 0.5 }),
     ]
+}
+
+/// A symmetric operator of two operands, in either order.
+fn either(name: &'static str, x: Pattern, number: f32) -> Pattern {
+    any([op(name, [x.clone(), number.into()]), op(name, [number.into(), x])])
 }
 
 /// The operand and the function, if the node is a pointwise function that epilogues know.
@@ -65,7 +86,15 @@ pub(super) fn activation_of(view: &View, node: &Node) -> Option<(ValueId, Activa
     if let Some(a) = node.op.get::<Activate>() {
         return Some((x, a.activation));
     }
+    // A constant of higher rank than x would add axes to the result.
+    let bound = |k: usize, default: f32| match node.inputs.get(k).copied().flatten() {
+        None => Some(default),
+        Some(id) => view.scalar(id),
+    };
     let activation = match node.op.name() {
+        "Clip" if node.inputs.len() > 1 => {
+            Activation::Clip { lo: bound(1, f32::NEG_INFINITY)?, hi: bound(2, f32::INFINITY)? }
+        }
         "Relu" => Activation::Relu,
         "Sigmoid" => Activation::Sigmoid,
         "Tanh" => Activation::Tanh,

@@ -9,7 +9,7 @@ use super::Pass;
 use super::pattern::{Match, Operand, Pattern, View, any, constant, op, op_if, rewrite, square, var};
 use crate::error::Result;
 use crate::fact::axis_index;
-use crate::graph::{Graph, Node, ValueId};
+use crate::graph::{Graph, Node};
 use crate::ops::norm::LayerNormalization;
 use crate::ops::reduce::Reduce;
 use crate::tensor::Tensor;

@@ -6,10 +6,16 @@ use crate::fact::Fact;
 use crate::graph::Graph;
 use weblane_kernels::par::Cx;
 
+mod activation;
+mod affine;
+mod cse;
+mod epilogue;
 mod fold;
 mod half;
+mod layer_norm;
 mod layout;
 mod pattern;
+mod simplify;
 #[cfg(test)]
 mod testing;
 
@@ -37,6 +43,15 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass { cx, inputs };
     half::drop_round_trips(&mut graph);
     fold::run(&mut graph, &pass)?;
+    // What does nothing hides patterns, and copies of a chain look like other readers of it.
+    cse::run(&mut graph, &pass)?;
+    simplify::run(&mut graph, &pass)?;
+    // Into weights first: it leaves nothing to compute.
+    affine::run(&mut graph, &pass)?;
+    // Many nodes into one, then that one into the product before it.
+    layer_norm::run(&mut graph, &pass)?;
+    activation::run(&mut graph, &pass)?;
+    epilogue::run(&mut graph, &pass)?;
     graph.sort()?;
     // Last, so that every pass before it sees the layout of the model.
     layout::run(&mut graph, &pass)?;
