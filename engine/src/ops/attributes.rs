@@ -124,6 +124,11 @@ impl Attributes {
         }
     }
 
+    /// The attribute as it stands in the file, for kinds that hardly any operator has.
+    pub fn raw(&mut self, name: &str) -> Option<AttributeValue> {
+        self.attributes.remove(name)
+    }
+
     /// The attribute as an element type in ONNX's numbering, if the node has it.
     pub fn dtype(&mut self, name: &str) -> Result<Option<DType>> {
         let code = self.int(name)?;
