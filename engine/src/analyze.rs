@@ -43,7 +43,7 @@ pub fn analyze(graph: &Graph, inputs: &[Fact], cx: &Cx, folding: Folding) -> Res
 pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding) -> Result<Vec<Fact>> {
     let place = |e| node.error(e);
     let operands = operand_facts(node, facts).map_err(place)?;
-    let results = node.op.infer(&Infer { inputs: &operands, outputs: node.outputs.len() }).map_err(place)?;
+    let results = node.op.infer(&Infer { inputs: &operands, outputs: node.outputs.len(), cx }).map_err(place)?;
     if results.len() != node.outputs.len() {
         return Err(place(Error::internal(format!(
             "{} results were inferred for {}",

@@ -122,12 +122,15 @@ impl Memory {
                 continue;
             };
             let mut fact = Fact::new(view.dtype, view.dims);
-            if decides.contains(&k) {
-                fact.content = Content::Tensor(Arc::new(view.to_tensor()?));
+            if decides.contains(&k) || step.node.op.shapes_by_running() {
+                fact.content = Content::Tensor(match step.inputs[k].map(|v| &plan.values[v].place) {
+                    Some(Place::Constant(t)) => t.clone(),
+                    _ => Arc::new(view.to_tensor()?),
+                });
             }
             facts.push(Some(fact));
         }
-        let results = step.node.op.infer(&Infer { inputs: &facts, outputs: step.outputs.len() })?;
+        let results = step.node.op.infer(&Infer { inputs: &facts, outputs: step.outputs.len(), cx })?;
         let tensors = evaluate(&step.node, &results, &views, cx)?;
         drop(views);
         for (&v, tensor) in step.outputs.iter().zip(tensors) {

@@ -16,11 +16,11 @@
 
 use crate::analyze::{Folding, analyze, operand_facts};
 use crate::error::{Error, Result};
-use crate::fact::Fact;
+use crate::fact::{Content, Fact};
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::{Compute, PackCache, Prepare};
 use crate::storage::ALIGN;
-use crate::tensor::{DType, Dims, Tensor, byte_count};
+use crate::tensor::{DType, Dims, Tensor, TensorView, byte_count};
 use std::ops::Range;
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
@@ -133,11 +133,29 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
     })
 }
 
+/// Makes the plan for certain inputs. The elements of those that decide shapes become part of it; the second result
+/// names them.
+pub fn plan_for(graph: &Graph, inputs: &[TensorView], cache: &PackCache, cx: &Cx) -> Result<(Plan, Vec<usize>)> {
+    let mut facts: Vec<Fact> = inputs.iter().map(|v| Fact::new(v.dtype, v.dims)).collect();
+    let mut fixed = Vec::new();
+    loop {
+        let made = plan(graph, &facts, cache, cx)?;
+        let fresh: Vec<_> = made.shape_inputs.iter().copied().filter(|i| facts[*i].tensor().is_none()).collect();
+        if fresh.is_empty() {
+            return Ok((made, fixed));
+        }
+        for i in fresh {
+            facts[i].content = Content::Tensor(Arc::new(inputs[i].to_tensor()?));
+            fixed.push(i);
+        }
+    }
+}
+
 fn prepare(node: &Node, facts: &[Option<Fact>], cache: &PackCache, cx: &Cx) -> Result<Option<Arc<dyn Compute>>> {
     let inputs = operand_facts(node, facts)?;
     let outputs: Option<Vec<Fact>> = node.outputs.iter().map(|o| facts[o.index()].clone()).collect();
     let outputs = outputs.ok_or_else(|| Error::internal("a result has no fact"))?;
-    node.op.prepare(&Prepare { isa: cx.isa(), inputs: &inputs, outputs: &outputs, cache })
+    node.op.prepare(&Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache })
 }
 
 fn is_constant(facts: &[Option<Fact>], id: ValueId) -> bool {

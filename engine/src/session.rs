@@ -3,13 +3,13 @@
 use crate::analyze::{Folding, analyze};
 use crate::error::{Error, ErrorCode, Result};
 use crate::execute::Memory;
-use crate::fact::{Content, Dim, Fact, Shape};
+use crate::fact::{Dim, Fact, Shape};
 use crate::graph::{Graph, ValueId};
 use crate::import::import;
 use crate::onnx::{Limits, Model, Reader};
 use crate::ops::PackCache;
 use crate::optimize::{optimize, promote_half};
-use crate::plan::{Plan, plan};
+use crate::plan::{Plan, plan_for};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -417,23 +417,10 @@ impl Session {
 
     fn new_plan(&mut self, feeds: &[(&str, TensorView)]) -> Result<Arc<Plan>> {
         let views = self.inputs.iter().map(|info| feed(feeds, &info.name)).collect::<Result<Vec<_>>>()?;
-        let mut facts: Vec<Fact> = views.iter().map(|v| Fact::new(v.dtype, v.dims)).collect();
-        let mut contents = Vec::new();
+        let values: Vec<TensorView> = views.iter().map(|v| **v).collect();
         let (graph, packed) = (&self.graph, &self.packed);
-        let made = self.pool.run(self.options.isa, |cx| -> Result<Plan> {
-            loop {
-                let made = plan(graph, &facts, packed, cx)?;
-                let fresh: Vec<_> =
-                    made.shape_inputs.iter().copied().filter(|i| facts[*i].tensor().is_none()).collect();
-                if fresh.is_empty() {
-                    return Ok(made);
-                }
-                for i in fresh {
-                    facts[i].content = Content::Tensor(Arc::new(views[i].to_tensor()?));
-                    contents.push((i, views[i].bytes().to_vec()));
-                }
-            }
-        })?;
+        let (made, fixed) = self.pool.run(self.options.isa, |cx| plan_for(graph, &values, packed, cx))?;
+        let contents = fixed.into_iter().map(|i| (i, views[i].bytes().to_vec())).collect();
         let made = Arc::new(made);
         if self.plans.len() == KEPT_PLANS {
             self.plans.remove(0);

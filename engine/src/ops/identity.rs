@@ -3,7 +3,7 @@
 use super::{Attributes, Infer, Io, Op, Operator, Registration};
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
-use crate::tensor::DType;
+use crate::tensor::{DType, TensorMut, TensorView};
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.

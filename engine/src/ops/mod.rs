@@ -13,6 +13,7 @@ use std::sync::Arc;
 use weblane_kernels::par::Cx;
 
 mod attributes;
+pub mod body;
 mod prepare;
 mod sizes;
 pub mod spatial;
@@ -28,6 +29,8 @@ pub struct Infer<'a> {
     pub inputs: &'a [Option<Fact>],
     /// How many results the node has.
     pub outputs: usize,
+    /// For what has to be computed to be known, such as constants in bodies.
+    pub cx: &'a Cx<'a>,
 }
 
 impl Infer<'_> {
@@ -138,6 +141,12 @@ pub trait Operator: Any + Debug + Send + Sync {
         None
     }
 
+    /// Whether the shapes of results are known only by computing them, as for a loop. `infer` computes the results then,
+    /// if all operands are constants.
+    fn shapes_by_running(&self) -> bool {
+        false
+    }
+
     /// Operands whose elements, not only shapes, decide the shapes of the results.
     fn shape_operands(&self) -> &'static [usize] {
         &[]
@@ -241,10 +250,11 @@ macro_rules! ops {
 }
 
 ops! {
-    activate
     attention
     batch_norm
+    binary
     cast
+    clip
     concat
     constant
     conv
@@ -253,6 +263,8 @@ ops! {
     gather
     gemm
     identity
+    if_
+    loop_
     matmul
     norm
     pad
@@ -260,12 +272,14 @@ ops! {
     range
     reduce
     reshape
+    scan
     rnn
     shape
     slice
     softmax
     split
     transpose
+    unary
     where_
 }
 

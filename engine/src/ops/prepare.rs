@@ -40,6 +40,8 @@ pub trait Compute: Debug + Send + Sync {
 pub struct Prepare<'a> {
     /// The instruction set that the session runs on.
     pub isa: Isa,
+    /// For work at preparation: plans of bodies, constant folding in them.
+    pub cx: &'a Cx<'a>,
     /// One entry per operand; `None` where an optional one was left out.
     pub inputs: &'a [Option<Fact>],
     /// One entry per result.

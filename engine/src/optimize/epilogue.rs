@@ -9,7 +9,7 @@
 //! Kernels compute `activation(product + bias + residual)`, so nothing is added after an activation.
 
 use super::Pass;
-use super::activation::activation_of;
+use super::activation::{activation_of, compose};
 use super::pattern::{Operand, Replacement, View, rewrite};
 use crate::error::Result;
 use crate::fact::Fact;
@@ -43,13 +43,12 @@ fn operands(node: &Node) -> Vec<Operand> {
 fn activate(view: &View, i: usize) -> Option<Replacement> {
     let (x, activation) = activation_of(view, &view.graph.nodes[i])?;
     let (p, product) = only_product(view, x)?;
-    let plain = Activation::Identity;
-    let op: Op = if let Some(conv) = product.op.get::<Conv>().filter(|c| c.activation == plain) {
-        Conv { activation, ..conv.clone() }.into()
-    } else if let Some(matmul) = product.op.get::<MatMul>().filter(|m| m.activation == plain) {
-        MatMul { activation, ..matmul.clone() }.into()
-    } else if let Some(gemm) = product.op.get::<Gemm>().filter(|g| g.activation == plain) {
-        Gemm { activation, ..gemm.clone() }.into()
+    let op: Op = if let Some(conv) = product.op.get::<Conv>() {
+        Conv { activation: compose(conv.activation, activation)?, ..conv.clone() }.into()
+    } else if let Some(matmul) = product.op.get::<MatMul>() {
+        MatMul { activation: compose(matmul.activation, activation)?, ..matmul.clone() }.into()
+    } else if let Some(gemm) = product.op.get::<Gemm>() {
+        Gemm { activation: compose(gemm.activation, activation)?, ..gemm.clone() }.into()
     } else {
         return None;
     };

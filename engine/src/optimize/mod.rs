@@ -8,6 +8,7 @@ use weblane_kernels::par::Cx;
 
 mod activation;
 mod affine;
+mod bodies;
 mod cse;
 mod epilogue;
 mod fold;
@@ -43,6 +44,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass { cx, inputs };
     half::drop_round_trips(&mut graph);
     fold::run(&mut graph, &pass)?;
+    bodies::run(&mut graph, &pass)?;
     // What does nothing hides patterns, and copies of a chain look like other readers of it.
     cse::run(&mut graph, &pass)?;
     simplify::run(&mut graph, &pass)?;

@@ -332,6 +332,8 @@ pub(super) enum Operand {
     Constant(Tensor),
     /// An optional one that is left out.
     Absent,
+    /// The result of a new node.
+    Computed(Op, Vec<Operand>),
 }
 
 impl From<ValueId> for Operand {
@@ -391,20 +393,34 @@ pub(super) fn rewrite(
             apply(graph, replacement);
         }
         graph.remove_dead_nodes();
+        graph.sort()?;
     }
     Ok(changed)
 }
 
 fn apply(graph: &mut Graph, replacement: Replacement) {
     let name = graph.nodes[replacement.root].name.clone();
-    let mut inputs = Vec::with_capacity(replacement.operands.len());
-    for operand in replacement.operands {
-        inputs.push(match operand {
+    let inputs = operands(graph, &name, replacement.operands);
+    let outputs = vec![graph.nodes[replacement.root].outputs[0]];
+    graph.nodes[replacement.root] = Node { name, op: replacement.op, inputs, outputs };
+}
+
+/// Makes what does not exist yet; new nodes stand at the end until the graph is sorted.
+fn operands(graph: &mut Graph, name: &str, operands: Vec<Operand>) -> Vec<Option<ValueId>> {
+    let mut ids = Vec::with_capacity(operands.len());
+    for operand in operands {
+        ids.push(match operand {
             Operand::Value(id) => Some(id),
             Operand::Constant(tensor) => Some(graph.add_constant(format!("{name}/constant"), tensor)),
             Operand::Absent => None,
+            Operand::Computed(op, inner) => {
+                let inputs = self::operands(graph, name, inner);
+                let name = format!("{name}/{}", op.name());
+                let output = graph.add_value(name.clone());
+                graph.nodes.push(Node { name, op, inputs, outputs: vec![output] });
+                Some(output)
+            }
         });
     }
-    let outputs = vec![graph.nodes[replacement.root].outputs[0]];
-    graph.nodes[replacement.root] = Node { name, op: replacement.op, inputs, outputs };
+    ids
 }

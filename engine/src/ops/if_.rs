@@ -1,0 +1,125 @@
+//! If: one of two bodies.
+
+use super::body::{PlannedBody, either, infer_outputs, run_once};
+use super::identity::copy_view;
+use super::{Attributes, Compute, Infer, Io, Op, Operator, Prepare, Registration};
+use crate::error::{Error, Result};
+use crate::fact::Fact;
+use crate::graph::Graph;
+use crate::tensor::{DType, TensorView};
+use std::sync::Arc;
+use weblane_kernels::par::Cx;
+
+/// The operators of this file.
+pub const OPERATORS: &[Registration] = &[Registration::onnx("If", 1, parse)];
+
+/// `then()` if operand 0 is true, `otherwise()` if not.
+///
+/// Operands after the first are the outer values that the bodies read; they are the inputs of both bodies.
+#[derive(Clone, Debug)]
+pub struct If {
+    /// Runs on true.
+    pub then: Graph,
+    /// Runs on false.
+    pub otherwise: Graph,
+}
+
+fn parse(a: &mut Attributes) -> Result<Op> {
+    let (then, otherwise) = (a.graph("then_branch")?, a.graph("else_branch")?);
+    if then.outputs.len() != otherwise.outputs.len() {
+        return Err(Error::invalid_model(format!(
+            "then_branch has {} outputs, else_branch {}",
+            then.outputs.len(),
+            otherwise.outputs.len()
+        )));
+    }
+    Ok(If { then, otherwise }.into())
+}
+
+fn truth(view: &TensorView) -> Result<bool> {
+    match view.bytes() {
+        [b] if view.dtype == DType::Bool => Ok(*b != 0),
+        _ => Err(Error::shape(format!("the condition is {} {:?}; one truth value was wanted", view.dtype, view.dims))),
+    }
+}
+
+impl If {
+    /// The body for a condition.
+    pub fn body(&self, condition: bool) -> &Graph {
+        if condition { &self.then } else { &self.otherwise }
+    }
+}
+
+impl Operator for If {
+    fn name(&self) -> &'static str {
+        "If"
+    }
+
+    fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
+        let condition = cx.input(0)?;
+        if condition.dtype != DType::Bool {
+            return Err(Error::dtype(format!("the condition is {}; bool was wanted", condition.dtype)));
+        }
+        let captures: Option<Vec<Fact>> = cx.inputs[1..].iter().cloned().collect();
+        let captures = captures.ok_or_else(|| Error::internal("a captured value is missing"))?;
+        match condition.tensor() {
+            Some(t) => cx.results(infer_outputs(self.body(truth(&t.view())?), &captures, cx.cx)?),
+            None => {
+                let a = infer_outputs(&self.then, &captures, cx.cx)?;
+                let b = infer_outputs(&self.otherwise, &captures, cx.cx)?;
+                cx.results(a.iter().zip(&b).map(|(a, b)| either(a, b)).collect::<Result<_>>()?)
+            }
+        }
+    }
+
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+        let body = self.body(truth(&io.input(0)?)?);
+        let captures: Vec<TensorView> = (1..io.inputs.len()).map(|i| io.input(i)).collect::<Result<_>>()?;
+        for (i, tensor) in run_once(body, &captures, cx)?.iter().enumerate().take(io.outputs.len()) {
+            copy_view(&tensor.view(), io.output(i)?)?;
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, cx: &Prepare) -> Result<Option<Arc<dyn Compute>>> {
+        let captures: Option<Vec<Fact>> = cx.inputs[1..].iter().cloned().collect();
+        let captures = captures.ok_or_else(|| Error::internal("a captured value is missing"))?;
+        let plan = |body| PlannedBody::new(body, &captures, cx.cache, cx.cx).map(Some);
+        let fixed = cx.constant(0).map(|t| truth(&t.view())).transpose()?;
+        Ok(Some(Arc::new(Prepared {
+            then: if fixed == Some(false) { None } else { plan(&self.then)? },
+            otherwise: if fixed == Some(true) { None } else { plan(&self.otherwise)? },
+        })))
+    }
+
+    fn takes_half(&self) -> bool {
+        true
+    }
+
+    fn shape_operands(&self) -> &'static [usize] {
+        &[0]
+    }
+}
+
+#[derive(Debug)]
+struct Prepared {
+    then: Option<PlannedBody>,
+    otherwise: Option<PlannedBody>,
+}
+
+impl Compute for Prepared {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+        let body = if truth(&io.input(0)?)? { &self.then } else { &self.otherwise };
+        let body = body.as_ref().ok_or_else(|| Error::internal("the condition was constant and is another now"))?;
+        let inputs = io.inputs;
+        let captures = inputs[1..].iter().copied().flatten();
+        body.run(captures, cx, |i, view| match io.outputs.get_mut(i) {
+            Some(output) => copy_view(&view, output),
+            None => Ok(()),
+        })
+    }
+
+    fn kernel(&self) -> &str {
+        "body"
+    }
+}
