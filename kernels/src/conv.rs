@@ -398,9 +398,33 @@ impl Kernel for Gather<'_> {
         let (taps, run) = if merged { (kw, kw * p.depth) } else { (1, p.depth) };
         let runs = ks.start / run..ks.end.div_ceil(run);
         let runs_per_row = kw / taps;
+        // From the first tap of a patch to the start of each run, if there are few, for patches without padding.
+        let mut jumps = [0; MAX_JUMPS];
+        let few = runs.len() <= MAX_JUMPS;
+        for (jump, r) in jumps.iter_mut().zip(runs.clone()) {
+            let (tap, line) = (r % runs_per_row * taps, r / runs_per_row);
+            let [dz, dy, dx] = p.dilations;
+            *jump = ((line / kh * dz * ih + line % kh * dy) * iw + tap * dx) * p.channels;
+        }
         let mut at = [rows.start / ow / oh / od, rows.start / ow / oh % od, rows.start / ow % oh, rows.start % ow];
+        let reach = [0, 1, 2].map(|d| (p.kernel[d] - 1) * p.dilations[d]);
         for row in dst.chunks_mut(ld).take(rows.len()) {
             let [b, z, y, x] = at;
+            let corner = [0, 1, 2].map(|d| (at[d + 1] * p.strides[d]).wrapping_sub(p.pads[d]));
+            let inside = (0..3).all(|d| corner[d] < p.spatial[d] && reach[d] < p.spatial[d] - corner[d]);
+            if few && inside {
+                let start = (((b * id + corner[0]) * ih + corner[1]) * iw + corner[2]) * p.channels + p.first;
+                let mut to = 0;
+                let mut from = ks.start - runs.start * run;
+                for jump in &jumps[..runs.len()] {
+                    let len = (run - from).min(ks.len() - to);
+                    copy(s, &mut row[to..to + len], &p.x[start + jump + from..][..len]);
+                    to += len;
+                    from = 0;
+                }
+                step(&mut at, [od, oh, ow]);
+                continue;
+            }
             for r in runs.clone() {
                 // The part of this run that is asked for, counted from the run's first element.
                 let from = ks.start.max(r * run) - r * run;
@@ -438,12 +462,27 @@ impl Kernel for Gather<'_> {
                     fill(s, after);
                 }
             }
-            at[3] += 1;
-            for (d, size) in [(3, ow), (2, oh), (1, od)] {
-                if at[d] == size {
-                    at[d] = 0;
-                    at[d - 1] += 1;
-                }
+            step(&mut at, [od, oh, ow]);
+        }
+    }
+}
+
+/// Runs of a patch whose places are computed once per block.
+const MAX_JUMPS: usize = 64;
+
+/// The next pixel, `[batch, d, h, w]`.
+#[inline(always)]
+fn step(at: &mut [usize; 4], [d, h, w]: [usize; 3]) {
+    at[3] += 1;
+    if at[3] == w {
+        at[3] = 0;
+        at[2] += 1;
+        if at[2] == h {
+            at[2] = 0;
+            at[1] += 1;
+            if at[1] == d {
+                at[1] = 0;
+                at[0] += 1;
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for rows of the output                                 in parallel
-//!     for T columns at once                              inside the image: no checks; at its sides: one by one, clipped
+//!     for T columns at once                              at the sides of the image a pixel of zeros stands in
 //!         for vectors of channels
 //!             acc[0..T] = bias
 //!             for kh that fall into the image
@@ -14,7 +14,10 @@
 //!
 //! Columns are outside of channels, so that each of the `KH * ((T-1)*stride + KW)` pixels of a tile is read from end to
 //! end. Channels that do not fill the last vector are computed with a vector that ends with them and overlaps the one
-//! before, which stores the same values twice.
+//! before, which stores the same values twice; so do columns that do not fill the last tile.
+//!
+//! That is for widths 3 and 5 with strides 1 and 2; other kernels have a loop over taps instead, and columns at the sides
+//! one by one.
 
 use crate::conv::{ConvInput, ConvParams};
 use crate::epilogue::Activation;
@@ -31,6 +34,8 @@ pub(crate) struct Depthwise {
     weights: Aligned,
     /// Zeros if there is none.
     bias: Aligned,
+    /// A pixel of padding.
+    zeros: Aligned,
 }
 
 /// Output columns that are computed side by side.
@@ -55,11 +60,12 @@ impl Depthwise {
                 *x = weights[c * taps + tap];
             }
         }
-        let mut zeros = Aligned::zeros(channels)?;
+        let zeros = Aligned::zeros(channels)?;
+        let mut own_bias = zeros.clone();
         if let Some(bias) = bias {
-            zeros.as_mut_slice().copy_from_slice(bias);
+            own_bias.as_mut_slice().copy_from_slice(bias);
         }
-        Ok(Self { weights: packed, bias: zeros })
+        Ok(Self { weights: packed, bias: own_bias, zeros })
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -95,6 +101,7 @@ impl Depthwise {
             x,
             weights: self.weights.as_slice(),
             bias: self.bias.as_slice(),
+            zeros: self.zeros.as_slice(),
             residual,
             out: OutPtr(out.as_mut_ptr()),
             activation,
@@ -123,6 +130,7 @@ struct Image<'a> {
     x: &'a [f32],
     weights: &'a [f32],
     bias: &'a [f32],
+    zeros: &'a [f32],
     residual: Option<&'a [f32]>,
     out: OutPtr,
     activation: Activation,
@@ -188,40 +196,72 @@ impl Image<'_> {
                 residual: self.residual.map_or(core::ptr::null(), |residual| residual[at..].as_ptr()),
             }
         };
-        let inside = self.interior.clone();
-        for column in (0..inside.start).chain(inside.end..ow) {
-            let taps = clip(left(column), dilation, kw, self.width[0]);
-            dispatch(isa, AnyTiles::<1> { image: self, place: place(column, taps), tiles: 1 });
-        }
-        let mut column = inside.start;
-        for width in [COLUMNS, 2, 1] {
-            let tiles = (inside.end - column) / width;
-            if tiles > 0 {
-                let place = place(column, 0..kw);
-                match width {
-                    COLUMNS => self.tiles::<COLUMNS>(isa, place, tiles),
-                    2 => self.tiles::<2>(isa, place, tiles),
-                    _ => self.tiles::<1>(isa, place, tiles),
-                }
-                column += tiles * width;
+        let any = |columns: Range<usize>| {
+            for column in columns {
+                let taps = clip(left(column), dilation, kw, self.width[0]);
+                dispatch(isa, AnyTiles::<1> { image: self, place: place(column, taps), tiles: 1 });
             }
+        };
+        if ow < COLUMNS {
+            any(0..ow);
+        } else if self.known(isa) {
+            let inputs = (COLUMNS - 1) * stride + kw;
+            let clipped = |column: usize| left(column) < 0 || left(column) + inputs as isize > self.width[0] as isize;
+            let mut column = 0;
+            while column < ow {
+                // The last tile may overlap the one before and store some outputs a second time.
+                let at = column.min(ow - COLUMNS);
+                if clipped(at) {
+                    self.edge(isa, place(at, 0..kw), left(at));
+                    column = at + COLUMNS;
+                } else {
+                    let tiles = (column..ow).step_by(COLUMNS).take_while(|&at| at + COLUMNS <= ow && !clipped(at));
+                    let tiles = tiles.count().max(1);
+                    self.tiles(isa, place(at, 0..kw), tiles);
+                    column = at + tiles * COLUMNS;
+                }
+            }
+        } else {
+            let inside = self.interior.clone();
+            any(0..inside.start);
+            let tiles = inside.len() / COLUMNS;
+            if tiles > 0 {
+                let place = place(inside.start, 0..kw);
+                dispatch(isa, AnyTiles::<COLUMNS> { image: self, place, tiles });
+            }
+            any(inside.start + tiles * COLUMNS..ow);
         }
         if let Some(activation) = split_activation(self.activation).1 {
             dispatch(isa, Activate { activation, c: self.out.at(row * ow * c), rows: 1, cols: ow * c, ld: 0 });
         }
     }
 
-    /// Tiles of `T` columns, side by side, with all taps of a row inside the image.
-    fn tiles<const T: usize>(&self, isa: Isa, place: Place, tiles: usize) {
+    /// Whether there are [`Tiles`] for this kernel.
+    fn known(&self, isa: Isa) -> bool {
+        // They compute whole vectors only.
+        self.channels >= isa.lanes()
+            && matches!((self.kernel[1], self.strides[1], self.dilations[1]), (3 | 5, 1 | 2, 1))
+    }
+
+    /// Tiles side by side with all taps of a row inside the image.
+    fn tiles(&self, isa: Isa, place: Place, tiles: usize) {
         let image = self;
-        // The known widths compute whole vectors only.
-        let width = if self.channels < isa.lanes() { 0 } else { self.kernel[1] };
-        match (width, self.strides[1], self.dilations[1]) {
-            (3, 1, 1) => dispatch(isa, Tiles::<T, 3, 1> { image, place, tiles }),
-            (3, 2, 1) => dispatch(isa, Tiles::<T, 3, 2> { image, place, tiles }),
-            (5, 1, 1) => dispatch(isa, Tiles::<T, 5, 1> { image, place, tiles }),
-            (5, 2, 1) => dispatch(isa, Tiles::<T, 5, 2> { image, place, tiles }),
-            _ => dispatch(isa, AnyTiles::<T> { image, place, tiles }),
+        match (self.kernel[1], self.strides[1]) {
+            (3, 1) => dispatch(isa, Tiles::<3, 1> { image, place, tiles }),
+            (3, _) => dispatch(isa, Tiles::<3, 2> { image, place, tiles }),
+            (_, 1) => dispatch(isa, Tiles::<5, 1> { image, place, tiles }),
+            _ => dispatch(isa, Tiles::<5, 2> { image, place, tiles }),
+        }
+    }
+
+    /// A tile whose first input is column `left`, with taps outside of the image.
+    fn edge(&self, isa: Isa, place: Place, left: isize) {
+        let image = self;
+        match (self.kernel[1], self.strides[1]) {
+            (3, 1) => dispatch(isa, Edge::<3, 1> { image, place, left }),
+            (3, _) => dispatch(isa, Edge::<3, 2> { image, place, left }),
+            (_, 1) => dispatch(isa, Edge::<5, 1> { image, place, left }),
+            _ => dispatch(isa, Edge::<5, 2> { image, place, left }),
         }
     }
 }
@@ -248,18 +288,18 @@ impl Place {
     }
 }
 
-/// Tiles of `T` columns for a known kernel width and stride, side by side, all taps of a row inside the image, at least
+/// Tiles of [`COLUMNS`] for a known kernel width and stride, side by side, all taps of a row inside the image, at least
 /// one vector of channels.
 ///
 /// Whoever makes one promises that the image has all inputs and outputs that `place` and its sizes lead to, and that
 /// nobody else uses these outputs.
-struct Tiles<'a, const T: usize, const KW: usize, const STRIDE: usize> {
+struct Tiles<'a, const KW: usize, const STRIDE: usize> {
     image: &'a Image<'a>,
     place: Place,
     tiles: usize,
 }
 
-impl<const T: usize, const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, T, KW, STRIDE> {
+impl<const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, KW, STRIDE> {
     type Output = ();
 
     #[inline(always)]
@@ -267,27 +307,18 @@ impl<const T: usize, const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, 
         let image = self.image;
         let channels = image.channels;
         for tile in 0..self.tiles {
-            let place = self.place.tile(image, tile, T);
+            let place = self.place.tile(image, tile, COLUMNS);
             let mut c = 0;
             loop {
                 // SAFETY: the contract of the type, and c + LANES <= channels.
                 unsafe {
-                    let mut acc = [s.load_ptr(image.bias.as_ptr().add(c)); T];
+                    let mut acc = [s.load_ptr(image.bias.as_ptr().add(c)); COLUMNS];
                     for kh in 0..place.taps[0] {
-                        let mut weights = [s.splat(0.0); KW];
-                        let w = place.w.add(kh * KW * channels + c);
-                        for (kw, weight) in weights.iter_mut().enumerate() {
-                            *weight = s.load_ptr(w.add(kw * channels));
-                        }
                         let mut x = place.x.wrapping_add(kh * place.row_step + c);
-                        for j in 0..(T - 1) * STRIDE + KW {
-                            let value = s.load_ptr(x);
+                        let w = weights::<S, KW>(s, place.w.add(kh * KW * channels + c), channels);
+                        for j in 0..(COLUMNS - 1) * STRIDE + KW {
+                            add::<S, KW, STRIDE>(s, &mut acc, j, s.load_ptr(x), &w);
                             x = x.wrapping_add(channels);
-                            for (t, acc) in acc.iter_mut().enumerate() {
-                                if j >= t * STRIDE && j - t * STRIDE < KW {
-                                    *acc = s.mul_add(value, weights[j - t * STRIDE], *acc);
-                                }
-                            }
                         }
                     }
                     finish(s, image, &place, &mut acc, c, S::LANES);
@@ -297,6 +328,83 @@ impl<const T: usize, const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, 
                 }
                 c = (c + S::LANES).min(channels - S::LANES);
             }
+        }
+    }
+}
+
+/// One of [`Tiles`] with inputs left or right of the image, which are read from a pixel of zeros. Contract as there.
+struct Edge<'a, const KW: usize, const STRIDE: usize> {
+    image: &'a Image<'a>,
+    place: Place,
+    /// Column of the first input.
+    left: isize,
+}
+
+/// At least the inputs of a row that a tile has.
+const MAX_INPUTS: usize = (COLUMNS - 1) * 2 + 5;
+
+impl<const KW: usize, const STRIDE: usize> Kernel for Edge<'_, KW, STRIDE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { image, place, left } = self;
+        let channels = image.channels;
+        let mut x = [image.zeros.as_ptr(); MAX_INPUTS];
+        let mut row_step = [0; MAX_INPUTS];
+        for j in 0..(COLUMNS - 1) * STRIDE + KW {
+            if (0..image.width[0] as isize).contains(&(left + j as isize)) {
+                x[j] = place.x.wrapping_add(j * channels);
+                row_step[j] = place.row_step;
+            }
+        }
+        let mut c = 0;
+        loop {
+            // SAFETY: the contract of `Tiles`, and c + LANES <= channels.
+            unsafe {
+                let mut acc = [s.load_ptr(image.bias.as_ptr().add(c)); COLUMNS];
+                for kh in 0..place.taps[0] {
+                    let w = weights::<S, KW>(s, place.w.add(kh * KW * channels + c), channels);
+                    for j in 0..(COLUMNS - 1) * STRIDE + KW {
+                        add::<S, KW, STRIDE>(s, &mut acc, j, s.load_ptr(x[j].add(kh * row_step[j] + c)), &w);
+                    }
+                }
+                finish(s, image, &place, &mut acc, c, S::LANES);
+            }
+            if c + S::LANES == channels {
+                break;
+            }
+            c = (c + S::LANES).min(channels - S::LANES);
+        }
+    }
+}
+
+/// A row of weights for a vector of channels.
+///
+/// # Safety
+/// `KW` vectors, `channels` apart, must be readable.
+#[inline(always)]
+unsafe fn weights<S: Simd, const KW: usize>(s: S, w: *const f32, channels: usize) -> [S::F32; KW] {
+    let mut weights = [s.splat(0.0); KW];
+    for (kw, weight) in weights.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        *weight = unsafe { s.load_ptr(w.add(kw * channels)) };
+    }
+    weights
+}
+
+/// Adds input `j` of a row to all outputs that it hits.
+#[inline(always)]
+fn add<S: Simd, const KW: usize, const STRIDE: usize>(
+    s: S,
+    acc: &mut [S::F32; COLUMNS],
+    j: usize,
+    value: S::F32,
+    weights: &[S::F32; KW],
+) {
+    for (t, acc) in acc.iter_mut().enumerate() {
+        if j >= t * STRIDE && j - t * STRIDE < KW {
+            *acc = s.mul_add(value, weights[j - t * STRIDE], *acc);
         }
     }
 }

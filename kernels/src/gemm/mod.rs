@@ -364,7 +364,9 @@ impl<'a, A> Problem<'a, A> {
 /// A task should take this many floating-point operations at least: about 25 microseconds of one core's 128-bit vectors.
 const TASK_FLOPS: u64 = 1 << 20;
 /// More tasks than this would not balance better.
-const MAX_TASKS: u64 = 64;
+const MAX_TASKS: u64 = 32;
+/// Fewest columns of a block whose rows of A are gathered, which is done for each block anew.
+const MIN_GATHER_COLUMNS: usize = 128;
 /// Elements of B that a task packs at most, so that they stay in L2.
 const MAX_PACK: usize = 1 << 16;
 
@@ -380,7 +382,7 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(isa: Isa, problems: usize, m: usize, n: usize, k: usize, pack_b: bool) -> Self {
+    fn new(isa: Isa, problems: usize, m: usize, n: usize, k: usize, pack_b: bool, gather_a: bool) -> Self {
         let t = table::tile(isa);
         let nr = table::panel_width(isa);
         let (tiles, panels) = (m.div_ceil(t.mr), n.div_ceil(nr));
@@ -394,9 +396,9 @@ impl Grid {
         while ((row_blocks * panel_blocks) as u64) < want {
             let (rows, cols) = (m / row_blocks, panels / panel_blocks * nr);
             let can_rows = rows >= 4 * t.mr;
-            let can_cols = cols >= 4 * nr;
-            // A block costs the reading of its rows of A and columns of B: keep it square. Rows first if B is packed
-            // for each block of rows anew? No: that is paid per block of rows, so columns first there.
+            let can_cols = cols >= if gather_a { 2 * MIN_GATHER_COLUMNS.max(2 * nr) } else { 4 * nr };
+            // A block costs the reading of its rows of A and columns of B: keep it square. But if B is packed, each
+            // block of rows packs it anew: then cut columns first.
             if can_rows && (!can_cols || (rows >= cols && !pack_b)) {
                 row_blocks *= 2;
             } else if can_cols {
@@ -445,7 +447,7 @@ pub(crate) fn run<'a, A: Lhs>(
     let isa = cx.isa();
     let t = table::tile(isa);
     let nr = table::panel_width(isa);
-    let grid = Grid::new(isa, problems, m, n, k, pack_b);
+    let grid = Grid::new(isa, problems, m, n, k, pack_b, gather_a);
     let passes = k.div_ceil(t.kc).max(1);
     let kc = k.div_ceil(passes);
     let lda = leading_dimension(kc);
@@ -642,12 +644,10 @@ impl Kernel for Activate {
     }
 }
 
-/// Bounds in registers; NaN passes both comparisons, which are false for it.
+/// Bounds in registers; NaN passes both.
 #[inline(always)]
 pub(crate) fn clamp<S: Simd>(s: S, x: S::F32, (lo, hi): (f32, f32)) -> S::F32 {
-    let (lo, hi) = (s.splat(lo), s.splat(hi));
-    let raised = s.select(s.lt(x, lo), lo, x);
-    s.select(s.lt(hi, raised), hi, raised)
+    s.at_most(s.at_least(x, s.splat(lo)), s.splat(hi))
 }
 
 #[cfg(test)]

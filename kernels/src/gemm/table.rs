@@ -13,6 +13,9 @@ pub struct Tile {
     pub kc: usize,
     /// Rows of A per pass: `mc` x `kc` stay in the second-level cache.
     pub mc: usize,
+    /// Steps along k per turn of the innermost loop, 1 or 4. Where many rows make the turn long already, unrolling gives
+    /// the compiler room to load broadcasts long before their use, and it spills them.
+    pub unroll: usize,
 }
 
 /// Highest tile of any row of the table.
@@ -27,11 +30,13 @@ pub const MAX_NRV: usize = 2;
 /// AVX-512 for 12 x 2 and more of 32, NEON (32 registers) for 8 x 2.
 pub const fn tile(isa: Isa) -> Tile {
     match isa {
-        Isa::Scalar => Tile { mr: 4, nrv: 2, kc: 256, mc: 128 },
-        Isa::WasmSimd128 | Isa::WasmRelaxedSimd | Isa::Sse41 | Isa::Fma128 => Tile { mr: 4, nrv: 2, kc: 256, mc: 128 },
-        Isa::Neon => Tile { mr: 8, nrv: 2, kc: 256, mc: 128 },
-        Isa::Avx2 => Tile { mr: 6, nrv: 2, kc: 256, mc: 144 },
-        Isa::Avx512 => Tile { mr: 12, nrv: 2, kc: 256, mc: 192 },
+        Isa::Scalar => Tile { mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 },
+        Isa::WasmSimd128 | Isa::WasmRelaxedSimd | Isa::Sse41 | Isa::Fma128 => {
+            Tile { mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 }
+        }
+        Isa::Neon => Tile { mr: 8, nrv: 2, kc: 256, mc: 128, unroll: 4 },
+        Isa::Avx2 => Tile { mr: 6, nrv: 2, kc: 256, mc: 144, unroll: 4 },
+        Isa::Avx512 => Tile { mr: 12, nrv: 2, kc: 256, mc: 192, unroll: 1 },
     }
 }
 

@@ -66,13 +66,14 @@ unsafe fn full<S: Simd, const H: usize, const NV: usize>(s: S, o: &Operands, f: 
         let mut b = o.b;
         let ldb = o.ldb;
         let mut p = 0;
-        // Four steps per turn of the loop: the pointers move once, and addresses are constants apart.
-        while p + 4 <= o.k {
-            for u in 0..4 {
-                step(s, &mut acc, &rows, p + u, b);
-                b = b.add(ldb);
+        if const { table::tile(S::ISA).unroll == 4 } {
+            while p + 4 <= o.k {
+                for u in 0..4 {
+                    step(s, &mut acc, &rows, p + u, b);
+                    b = b.add(ldb);
+                }
+                p += 4;
             }
-            p += 4;
         }
         while p < o.k {
             step(s, &mut acc, &rows, p, b);

@@ -183,6 +183,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn min_fast(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// Larger of both; unspecified if either is NaN or for zeros of both signs.
     fn max_fast(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `lo` where `x < lo`, else `x`: a lower bound that lets NaN pass, at the cost of one instruction.
+    #[inline(always)]
+    fn at_least(self, x: Self::F32, lo: Self::F32) -> Self::F32 {
+        self.select(self.lt(x, lo), lo, x)
+    }
+    /// `hi` where `hi < x`, else `x`: an upper bound that lets NaN pass, at the cost of one instruction.
+    #[inline(always)]
+    fn at_most(self, x: Self::F32, hi: Self::F32) -> Self::F32 {
+        self.select(self.lt(hi, x), hi, x)
+    }
     /// Nearest integer, ties to even.
     fn round(self, a: Self::F32) -> Self::F32;
     /// Largest integer not above.

@@ -92,6 +92,8 @@ macro_rules! implement {
                 max(a: v128, b: v128) -> v128 = f32x4_max(a, b);
                 min_fast(a: v128, b: v128) -> v128 = $min_fast(a, b);
                 max_fast(a: v128, b: v128) -> v128 = $max_fast(a, b);
+                at_least(x: v128, lo: v128) -> v128 = f32x4_pmax(x, lo);
+                at_most(x: v128, hi: v128) -> v128 = f32x4_pmin(x, hi);
                 round(a: v128) -> v128 = f32x4_nearest(a);
                 floor(a: v128) -> v128 = f32x4_floor(a);
                 ceil(a: v128) -> v128 = f32x4_ceil(a);

@@ -129,6 +129,9 @@ macro_rules! impl_128 {
                     exact_max!(_mm_max_ps, _mm_or_ps, _mm_xor_ps, _mm_sub_ps, a, b);
                 min_fast(a: __m128, b: __m128) -> __m128 = _mm_min_ps(a, b);
                 max_fast(a: __m128, b: __m128) -> __m128 = _mm_max_ps(a, b);
+                // MAXPS and MINPS return the second operand if either is NaN.
+                at_least(x: __m128, lo: __m128) -> __m128 = _mm_max_ps(lo, x);
+                at_most(x: __m128, hi: __m128) -> __m128 = _mm_min_ps(hi, x);
                 round(a: __m128) -> __m128 = _mm_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
                 floor(a: __m128) -> __m128 = _mm_floor_ps(a);
                 ceil(a: __m128) -> __m128 = _mm_ceil_ps(a);
@@ -277,6 +280,9 @@ impl Simd for Avx2 {
             exact_max!(_mm256_max_ps, _mm256_or_ps, _mm256_xor_ps, _mm256_sub_ps, a, b);
         min_fast(a: __m256, b: __m256) -> __m256 = _mm256_min_ps(a, b);
         max_fast(a: __m256, b: __m256) -> __m256 = _mm256_max_ps(a, b);
+        // MAXPS and MINPS return the second operand if either is NaN.
+        at_least(x: __m256, lo: __m256) -> __m256 = _mm256_max_ps(lo, x);
+        at_most(x: __m256, hi: __m256) -> __m256 = _mm256_min_ps(hi, x);
         round(a: __m256) -> __m256 = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
         floor(a: __m256) -> __m256 = _mm256_floor_ps(a);
         ceil(a: __m256) -> __m256 = _mm256_ceil_ps(a);
@@ -412,6 +418,9 @@ impl Simd for Avx512 {
             exact_max!(_mm512_max_ps, _mm512_or_ps, _mm512_xor_ps, _mm512_sub_ps, a, b);
         min_fast(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
         max_fast(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
+        // MAXPS and MINPS return the second operand if either is NaN.
+        at_least(x: __m512, lo: __m512) -> __m512 = _mm512_max_ps(lo, x);
+        at_most(x: __m512, hi: __m512) -> __m512 = _mm512_min_ps(hi, x);
         round(a: __m512) -> __m512 = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
         floor(a: __m512) -> __m512 = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(a);
         ceil(a: __m512) -> __m512 = _mm512_roundscale_ps::<{ _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC }>(a);
