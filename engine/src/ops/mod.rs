@@ -253,13 +253,17 @@ ops! {
     attention
     batch_norm
     binary
+    bit_cast
     cast
+    center_crop_pad
     clip
     concat
     constant
     conv
     conv_transpose
+    det
     expand
+    eye_like
     gather
     gemm
     identity
@@ -272,15 +276,20 @@ ops! {
     range
     reduce
     reshape
-    scan
+    resize
+    reverse_sequence
     rnn
+    scan
     shape
     slice
     softmax
     split
+    tensor_scatter
     transpose
+    trilu
     unary
     where_
+    window
 }
 
 /// The registration for a node, if there is one.
