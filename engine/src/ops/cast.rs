@@ -1,13 +1,14 @@
 //! Cast and CastLike: other element types.
 
 use super::identity::copy;
-use super::sizes::sizes_fact;
+use super::sizes::{kernel_error, sizes_fact};
 use super::{Attributes, Infer, Io, Op, Operator, Registration};
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
 use crate::for_dtype;
 use crate::tensor::{DType, Element, TensorMut, TensorView};
 use half::{bf16, f16};
+use weblane_kernels::convert as halves;
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
@@ -53,8 +54,8 @@ impl Operator for Cast {
         cx.results(vec![cast_fact(cx.input(0)?, self.to)])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
-        cast(io)
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+        cast(cx, io)
     }
 
     fn takes_half(&self) -> bool {
@@ -82,8 +83,8 @@ impl Operator for CastLike {
         cx.results(vec![cast_fact(cx.input(0)?, cx.input(1)?.dtype)])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
-        cast(io)
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+        cast(cx, io)
     }
 
     fn takes_half(&self) -> bool {
@@ -91,12 +92,21 @@ impl Operator for CastLike {
     }
 }
 
-fn cast(io: &mut Io) -> Result<()> {
+fn cast(cx: &Cx, io: &mut Io) -> Result<()> {
     let x = io.input(0)?;
     if x.dtype == io.output(0)?.dtype {
         return copy(io);
     }
-    convert(x, io.output(0)?)
+    let y = io.output(0)?;
+    // What whole models in half precision go through.
+    match (x.dtype, y.dtype) {
+        (DType::F16, DType::F32) => halves::f16_to_f32(cx, x.as_slice()?, y.as_slice()?),
+        (DType::F32, DType::F16) => halves::f32_to_f16(cx, x.as_slice()?, y.as_slice()?),
+        (DType::Bf16, DType::F32) => halves::bf16_to_f32(cx, x.as_slice()?, y.as_slice()?),
+        (DType::F32, DType::Bf16) => halves::f32_to_bf16(cx, x.as_slice()?, y.as_slice()?),
+        _ => return convert(x, y),
+    }
+    .map_err(kernel_error)
 }
 
 /// Elements on their way through one of three wide types, so that the number of loops is the sum of the types on both
@@ -188,9 +198,7 @@ pub(crate) fn convert(x: TensorView, y: &mut TensorMut) -> Result<()> {
     match (from, to) {
         (DType::String, _) => return parse_numbers(x, y),
         (_, DType::String) => return format_numbers(x, y),
-        // The two directions that whole models go through.
-        (DType::F32, DType::F16) => return each(x.as_slice()?, y.as_slice()?, |v: f32| f16::from_f32(v)),
-        (DType::F16, DType::F32) => return each(x.as_slice()?, y.as_slice()?, |v: f16| v.to_f32()),
+        // Indices in models whose exporter could not decide.
         (DType::I64, DType::I32) => return each(x.as_slice()?, y.as_slice()?, |v: i64| v as i32),
         (DType::I32, DType::I64) => return each(x.as_slice()?, y.as_slice()?, |v: i32| i64::from(v)),
         _ => {}

@@ -1,19 +1,29 @@
 //! Range.
 
-use super::{Infer, Io, Operator, Registration, wrong_dtype};
+use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::Fact;
 use crate::for_dtype;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
-pub const OPERATORS: &[Registration] = &[Registration::onnx("Range", 11, |_| Ok(Range.into()))];
+pub const OPERATORS: &[Registration] = &[Registration::onnx("Range", 11, Range::parse)];
 
 /// `start, start + step, ..` up to before `limit`.
 #[derive(Clone, Debug)]
 pub struct Range;
+
+impl Range {
+    fn parse(a: &mut Attributes) -> Result<Op> {
+        // The type in which halves are summed; the casts that the importer puts around make it single precision.
+        match a.int_or("stash_type", DType::F32 as i64)? {
+            1 => Ok(Range.into()),
+            other => Err(Error::unsupported_attribute(format!("stash_type is {other}; 1 (float32) can be computed"))),
+        }
+    }
+}
 
 /// Number of elements: `max(ceil((limit - start) / step), 0)`.
 fn count(start: &Tensor, limit: &Tensor, step: &Tensor) -> Result<usize> {
@@ -35,7 +45,8 @@ fn count(start: &Tensor, limit: &Tensor, step: &Tensor) -> Result<usize> {
             if c == 0.0 {
                 return Err(zero());
             }
-            ((b - a) / c).ceil().max(0.0)
+            let n = ((b - a) / c).ceil();
+            if n < 0.0 { 0.0 } else { n }
         }
     };
     // NaN compares false.
