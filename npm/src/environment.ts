@@ -39,8 +39,8 @@ interface NodeModules {
     } | null;
   };
   "node:fs": { createReadStream(url: URL): AsyncIterable<Uint8Array>; statSync(url: URL): { size: number } };
+  "node:v8": { setFlagsFromString(flags: string): void };
   "node:url": { pathToFileURL(path: string): URL };
-  "node:os": { availableParallelism(): number };
 }
 
 /** A built-in module of Node.js, or `undefined` in a page. No import statement, since bundlers would follow it. */

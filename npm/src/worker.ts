@@ -43,6 +43,7 @@ const host = new Host({
 
   async instantiate(variant, url, threads): Promise<Wasm> {
     const glue = glueOf(variant);
+    if (variant.endsWith("_mt")) avoidBaselineCompiler();
     const module = await compile(new URL(url ?? BUILDS[variant].url));
     const { memory } = await instantiate(glue, module);
     if (glue.initThreadPool !== undefined && threads > 1) {
@@ -98,6 +99,18 @@ async function instantiate(glue: Glue, module: WebAssembly.Module): Promise<{ me
     // A refused WebAssembly.Memory is a RangeError.
     const code = error instanceof RangeError ? "out_of_memory" : "unsupported_platform";
     throw toWeblaneError(error, code, "the WebAssembly build could not be started: ");
+  }
+}
+
+/**
+ * The baseline compiler of V8 11 (Node.js 20) miscompiles the compare-and-exchange loop in which a thread waits to be
+ * woken: the word says that it was, and the loop goes on for ever. Seen in one start of three; never with the
+ * optimising compiler, nor in V8 15.
+ */
+function avoidBaselineCompiler(): void {
+  const { process } = globalThis as { process?: { versions?: { v8?: string } } };
+  if (Number.parseInt(process?.versions?.v8 ?? "", 10) < 12) {
+    nodeModule("node:v8")?.setFlagsFromString("--no-liftoff");
   }
 }
 

@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { describe, expect, test, vi } from "vitest";
 import type * as Weblane from "../src/index.js";
+import { identity, model } from "./onnx.js";
 
 const root = join(import.meta.dirname, "..");
 const dist = pathToFileURL(join(root, "dist/")).href;
@@ -51,6 +52,65 @@ describe.skipIf(!built)("the built package", () => {
     expect(nodes.length).toBeGreaterThan(3);
     await session.dispose();
     await expect(session.run({ input: one() })).rejects.toMatchObject({ code: "disposed" });
+  });
+
+  test("every tensor type comes back as it went", async () => {
+    const { Session, Tensor } = await load();
+    const tensors = {
+      float32: new Tensor("float32", [1.5, Number.NaN, -0]),
+      float16: new Tensor("float16", [1.5, -65504, 2 ** -24]),
+      float64: new Tensor("float64", [1e300]),
+      int8: new Tensor("int8", [-128, 127]),
+      uint8: new Tensor("uint8", [0, 255], [2, 1]),
+      int16: new Tensor("int16", [-32768]),
+      uint16: new Tensor("uint16", [65535]),
+      int32: new Tensor("int32", [-(2 ** 31)]),
+      uint32: new Tensor("uint32", [2 ** 32 - 1]),
+      int64: new Tensor("int64", [-(2n ** 63n), 2n ** 63n - 1n]),
+      uint64: new Tensor("uint64", [2n ** 64n - 1n]),
+      bool: new Tensor("bool", [true, false], [1, 2, 1]),
+      string: new Tensor("string", ["", "größer"]),
+      empty: new Tensor("float32", [], [0, 4]),
+      scalar: new Tensor("int64", [7], []),
+    };
+    const inputs = Object.entries(tensors).map(([name, { type, dims }]) => ({ name, type, dims: [...dims] }));
+    const session = await Session.load(identity(...inputs), { variant: "simd_st" });
+    expect(session.inputs).toEqual(inputs);
+    for (let round = 0; round < 2; round++) {
+      const results = await session.run(tensors);
+      for (const [name, sent] of Object.entries(tensors)) {
+        const { type, dims, data } = results[`${name}'`] as Weblane.Tensor;
+        expect([name, type, dims, data]).toEqual([name, sent.type, sent.dims, sent.data]);
+      }
+    }
+    await session.dispose();
+  });
+
+  test("symbolic dimensions bind to each other and may change from run to run", async () => {
+    const { Session } = await load();
+    const pair = ["a", "b"].map((name) => ({ name, type: "float32" as const, dims: ["n", 2] }));
+    const session = await Session.load(identity(...pair), { variant: "simd_st" });
+    for (const n of [1, 3, 1, 0, 5]) {
+      const { "a'": a } = await session.run({ a: new Float32Array(2 * n), b: new Float32Array(2 * n) });
+      expect(a?.dims).toEqual([n, 2]);
+    }
+    const unequal = session.run({ a: new Float32Array(2), b: new Float32Array(4) });
+    await expect(unequal).rejects.toMatchObject({ code: "shape_mismatch" });
+    await session.dispose();
+  });
+
+  test("all missing operators are named at once", async () => {
+    const { Session } = await load();
+    const x = { name: "x", type: "float32" as const, dims: [1] };
+    const nodes = ["Foo", "Bar", "Foo"].map((op, i) => ({
+      op,
+      inputs: [i ? `t${i - 1}` : "x"],
+      outputs: [`t${i}`],
+    }));
+    const loading = Session.load(model([x], nodes, [{ ...x, name: "t2" }]), { variant: "simd_st" });
+    const error = (await loading.catch((e: unknown) => e)) as Weblane.WeblaneError;
+    expect(error.code).toBe("unsupported_operator");
+    expect(error.message).toMatch(/Bar \(1 node\), Foo \(2 nodes\)/);
   });
 
   test("wrong files are named", async () => {
