@@ -17,6 +17,8 @@ export interface Platform {
   readonly relaxedSimd: boolean;
   /** Shared memory may be posted between workers. */
   readonly sharedMemory: boolean;
+  /** The page is cross-origin isolated, or there is no such thing here. */
+  readonly isolated: boolean;
   /** Logical processors. */
   readonly processors: number;
 }
@@ -57,6 +59,7 @@ export function detectPlatform(): Platform {
     simd: validates(SIMD_PROBE),
     relaxedSimd: validates(RELAXED_PROBE),
     sharedMemory: canShareMemory(),
+    isolated: globalThis.crossOriginIsolated !== false,
     processors: globalThis.navigator?.hardwareConcurrency ?? 1,
   };
 }
@@ -106,7 +109,10 @@ export function chooseVariant(platform: Platform, request: VariantRequest = {}):
     );
   }
   if (asked.endsWith("_mt") && !platform.sharedMemory) {
-    throw new WeblaneError("unsupported_platform", `variant ${asked} was asked for, but ${NOT_ISOLATED}`);
+    throw new WeblaneError(
+      "unsupported_platform",
+      `variant ${asked} was asked for, but ${notShared(platform)}`,
+    );
   }
   const [threads, threadsReason] = chooseThreads(platform, wanted, asked);
   if (asked !== "auto") {
@@ -123,13 +129,17 @@ export function chooseVariant(platform: Platform, request: VariantRequest = {}):
   };
 }
 
-const NOT_ISOLATED =
-  "memory cannot be shared between threads here: the page is not cross-origin isolated (serve it with the headers " +
-  "Cross-Origin-Opener-Policy: same-origin and Cross-Origin-Embedder-Policy: require-corp)";
+function notShared({ isolated }: Platform): string {
+  const why = isolated
+    ? "this browser has no shared memory for WebAssembly"
+    : "the page is not cross-origin isolated (serve it with the headers Cross-Origin-Opener-Policy: same-origin " +
+      "and Cross-Origin-Embedder-Policy: require-corp)";
+  return `memory cannot be shared between threads here: ${why}`;
+}
 
 function chooseThreads(platform: Platform, wanted: number, asked: Variant | "auto"): [number, string] {
   if (asked.endsWith("_st")) return [1, `the build ${asked} has one thread`];
-  if (!platform.sharedMemory) return [1, NOT_ISOLATED];
+  if (!platform.sharedMemory) return [1, notShared(platform)];
   if (wanted > 0) return [wanted, "this number was asked for"];
   const threads = Math.max(1, Math.min(platform.processors, DEFAULT_MAX_THREADS));
   return [

@@ -46,7 +46,7 @@ export class FakeEngine {
   readonly script: Script = { steps: 1, externals: [], files: {} };
   readonly log: string[] = [];
   readonly received = new Map<string, number[]>();
-  platform: Platform = { simd: true, relaxedSimd: true, sharedMemory: false, processors: 4 };
+  platform: Platform = { simd: true, relaxedSimd: true, sharedMemory: false, isolated: false, processors: 4 };
   terminated = 0;
   keptAlive = false;
   #events: PortEvents | undefined;

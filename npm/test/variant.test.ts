@@ -1,7 +1,13 @@
 import { expect, test } from "vitest";
 import { chooseVariant, detectPlatform, type Platform } from "../src/variant.js";
 
-const chrome: Platform = { simd: true, relaxedSimd: true, sharedMemory: true, processors: 16 };
+const chrome: Platform = {
+  simd: true,
+  relaxedSimd: true,
+  sharedMemory: true,
+  isolated: true,
+  processors: 16,
+};
 
 test("the best build for the platform is chosen", () => {
   const chosen = (platform: Partial<Platform>, request = {}) => {
@@ -22,9 +28,11 @@ test("the best build for the platform is chosen", () => {
 });
 
 test("reasons are sentences about what was found", () => {
-  const here = chooseVariant({ ...chrome, sharedMemory: false, relaxedSimd: false });
+  const here = chooseVariant({ ...chrome, sharedMemory: false, isolated: false, relaxedSimd: false });
   expect(here.variantReason).toContain("no relaxed SIMD");
   expect(here.threadsReason).toContain("Cross-Origin-Opener-Policy");
+  // WebKitGTK isolates pages but has no SharedArrayBuffer; headers would not help there.
+  expect(chooseVariant({ ...chrome, sharedMemory: false }).threadsReason).toContain("no shared memory");
 });
 
 test("what cannot run is refused", () => {
