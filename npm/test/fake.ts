@@ -45,7 +45,7 @@ export interface Script {
 export class FakeEngine {
   readonly script: Script = { steps: 1, externals: [], files: {} };
   readonly log: string[] = [];
-  readonly received = new Map<string, number[]>();
+  readonly received = new Map<string, Buffer>();
   platform: Platform = { simd: true, relaxedSimd: true, sharedMemory: false, isolated: false, processors: 4 };
   terminated = 0;
   keptAlive = false;
@@ -120,10 +120,10 @@ export class FakeEngine {
 
       push(bytes: Uint8Array) {
         if (bytes[0] === 0x3c) throw { code: "not_onnx", message: "these bytes are not a model" };
-        received.set("", [...(received.get("") ?? []), ...bytes]);
+        received.set("", Buffer.concat([received.get("") ?? Buffer.alloc(0), bytes]));
       }
       pushExternal(location: string, bytes: Uint8Array) {
-        received.set(location, [...(received.get(location) ?? []), ...bytes]);
+        received.set(location, Buffer.concat([received.get(location) ?? Buffer.alloc(0), bytes]));
       }
       externals() {
         return script.externals;

@@ -81,7 +81,7 @@ test("parts of buffers, as onnxruntime-web takes them", async () => {
   for (const [rest, want] of cases) {
     const engine = new FakeEngine();
     await create(engine, ...rest);
-    expect(engine.received.get("")).toEqual(want);
+    expect(engine.received.get("")).toEqual(Buffer.from(want));
   }
   expect(await error(create(new FakeEngine(), 1, 9))).toMatchObject({ code: "invalid_option" });
   expect(await error(create(new FakeEngine(), "x"))).toMatchObject({ code: "invalid_option" });
@@ -112,7 +112,10 @@ test("external data in onnxruntime-web's form", async () => {
   engine.script.externals = ["a.bin", "b.bin"];
   engine.script.files["http://h/b.bin"] = Uint8Array.of(5);
   await create(engine, { externalData: [{ path: "./a.bin", data: Uint8Array.of(4) }, "http://h/b.bin"] });
-  expect([engine.received.get("a.bin"), engine.received.get("b.bin")]).toEqual([[4], [5]]);
+  expect([engine.received.get("a.bin"), engine.received.get("b.bin")]).toEqual([
+    Buffer.from([4]),
+    Buffer.from([5]),
+  ]);
 });
 
 test("env is read when a session is created", async () => {
