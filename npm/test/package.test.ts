@@ -99,6 +99,37 @@ describe.skipIf(!built)("the built package", () => {
     await session.dispose();
   });
 
+  test.each(builds)("%s: a run stops in the middle, and the session goes on", async (variant) => {
+    const { Session } = await load();
+    const a = { name: "a", type: "float32" as const, dims: ["n", "n"] };
+    const nodes = Array.from({ length: 64 }, (_, i) => ({
+      op: "MatMul",
+      inputs: ["a", i ? `t${i - 1}` : "a"],
+      outputs: [`t${i}`],
+    }));
+    const session = await Session.load(model([a], nodes, [{ ...a, name: "t63" }]), { variant, threads: 2 });
+    const square = (n: number, value: number) => ({
+      a: { data: new Float32Array(n * n).fill(value), dims: [n, n] },
+    });
+    await expect(session.run(square(1024, 1), { timeout: 20 })).rejects.toMatchObject({ code: "timeout" });
+    const controller = new AbortController();
+    const seen: number[] = [];
+    const stopped = session.run(square(1024, 1), {
+      signal: controller.signal,
+      onProgress: ({ done, total }) => {
+        seen.push(done, total);
+        controller.abort();
+      },
+    });
+    await expect(stopped).rejects.toMatchObject({ code: "aborted" });
+    expect(seen[0]).toBeLessThan(64);
+    expect(seen[1]).toBe(64);
+    // A matrix of n ones per row, divided by n, is its own power.
+    const { t63 } = await session.run(square(8, 1 / 8));
+    expect(t63?.data).toEqual(new Float32Array(64).fill(1 / 8));
+    await session.dispose();
+  });
+
   test("all missing operators are named at once", async () => {
     const { Session } = await load();
     const x = { name: "x", type: "float32" as const, dims: [1] };
@@ -125,6 +156,22 @@ describe.skipIf(!built)("the built package", () => {
     for (const [source, code] of cases) {
       await expect(Session.load(source, { variant: "simd_st" })).rejects.toMatchObject({ code });
     }
+  });
+
+  test("a model cut anywhere is refused, and the runtime goes on", async () => {
+    const { Runtime, Session } = await load();
+    const runtime = await Runtime.create({ threads: 1 });
+    const model = readFileSync(digits);
+    for (let i = 0; i < 200; i++) {
+      const cut = Math.floor((model.length * i) / 200);
+      const error = await Session.load(model.subarray(0, cut), { runtime }).catch((e: unknown) => e);
+      expect((error as Weblane.WeblaneError).code, `cut at ${cut}`).toMatch(
+        /^(empty_model|truncated_model|invalid_model)$/,
+      );
+    }
+    const session = await Session.load(model, { runtime });
+    expect(session.inputs.length).toBe(1);
+    await runtime.dispose();
   });
 
   test("sessions share a runtime", async () => {
