@@ -21,8 +21,11 @@ pub mod naive;
 pub mod norm;
 pub mod par;
 pub mod pool;
+pub mod quant;
 pub mod reduce;
 pub mod reference;
+pub mod resize;
+pub mod rnn;
 pub mod simd;
 pub mod softmax;
 #[cfg(test)]

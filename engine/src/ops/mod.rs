@@ -273,6 +273,7 @@ ops! {
     norm
     pad
     pool
+    quantize
     range
     reduce
     reshape
