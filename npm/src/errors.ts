@@ -93,7 +93,15 @@ export function toWeblaneError(error: unknown, code: ErrorCode = "internal", con
   return new WeblaneError(code, context + text, { cause: error });
 }
 
-/** The error of an aborted operation; the signal's reason (an `AbortError` unless the caller gave one) is its cause. */
+/**
+ * The error of an aborted operation; the signal's reason (an `AbortError` unless the caller gave one) is its cause.
+ * A signal of `AbortSignal.timeout` gives `timeout`.
+ */
 export function abortError(signal: AbortSignal, what: string): WeblaneError {
+  if (signal.reason instanceof Error && signal.reason.name === "TimeoutError") {
+    return new WeblaneError("timeout", `${what} took longer than its signal allows`, {
+      cause: signal.reason,
+    });
+  }
   return new WeblaneError("aborted", `${what} was aborted`, { cause: signal.reason });
 }
