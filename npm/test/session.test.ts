@@ -97,13 +97,14 @@ test("abort and timeout stop a run, and the session goes on", async () => {
   expect((error as WeblaneError).cause).toMatchObject({ name: "AbortError" });
   expect(await codeOf(session.run(feeds(), { timeout: 5 }))).toBe("timeout");
   expect(await codeOf(session.run(feeds(), { signal: AbortSignal.abort() }))).toBe("aborted");
+  expect(await codeOf(session.run(feeds(), { signal: AbortSignal.timeout(5) }))).toBe("timeout");
   expect(await codeOf(session.run(feeds(), { timeout: -1 }))).toBe("invalid_option");
 
   engine.script.steps = 2;
   expect((await session.run(feeds())).y?.data).toEqual(x());
   // Each run that had begun was ended before the next one began.
   expect(engine.log.filter((l) => l === "begin" || l === "end").join(" ")).toBe(
-    "begin end begin end begin end",
+    "begin end begin end begin end begin end",
   );
 });
 
