@@ -384,7 +384,8 @@ struct Gather<'a> {
 impl Kernel for Gather<'_> {
     type Output = ();
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
         let Self { patches: p, rows, ks, dst, ld } = self;
         if ks.is_empty() {

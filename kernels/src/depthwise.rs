@@ -299,10 +299,12 @@ struct Tiles<'a, const KW: usize, const STRIDE: usize> {
     tiles: usize,
 }
 
+// The kernels below are not inlined on wasm: optimising compilers choke on huge functions.
 impl<const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, KW, STRIDE> {
     type Output = ();
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
         let image = self.image;
         let channels = image.channels;
@@ -346,7 +348,8 @@ const MAX_INPUTS: usize = (COLUMNS - 1) * 2 + 5;
 impl<const KW: usize, const STRIDE: usize> Kernel for Edge<'_, KW, STRIDE> {
     type Output = ();
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
         let Self { image, place, left } = self;
         let channels = image.channels;
@@ -419,7 +422,8 @@ struct AnyTiles<'a, const T: usize> {
 impl<const T: usize> Kernel for AnyTiles<'_, T> {
     type Output = ();
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
         let image = self.image;
         let channels = image.channels;

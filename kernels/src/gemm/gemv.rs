@@ -56,6 +56,7 @@ pub(super) fn gemv(cx: &Cx<'_>, a: &[f32], b: Rhs<'_>, epilogue: &Epilogue<'_>, 
     });
 }
 
+/// The loops are not inlined on wasm: optimising compilers choke on huge functions.
 struct Gemv<'a> {
     a: &'a [f32],
     b: Rhs<'a>,
@@ -80,7 +81,8 @@ impl Kernel for Gemv<'_> {
 }
 
 /// Panels of packed B.
-#[inline(always)]
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
 fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, out: &mut [f32]) {
     let k = a.len();
     let nrv = const { table::tile(S::ISA).nrv };
@@ -134,7 +136,8 @@ fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, 
 }
 
 /// Rows of B contiguous along n.
-#[inline(always)]
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
 fn row_major<S: Simd>(s: S, a: &[f32], b: &Matrix<'_>, columns: Range<usize>, out: &mut [f32]) {
     let mut j = columns.start;
     while j < columns.end {
@@ -167,7 +170,8 @@ fn row_major<S: Simd>(s: S, a: &[f32], b: &Matrix<'_>, columns: Range<usize>, ou
 }
 
 /// Columns of B contiguous along k.
-#[inline(always)]
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
 fn transposed<S: Simd>(s: S, a: &[f32], b: &Matrix<'_>, columns: Range<usize>, out: &mut [f32]) {
     let k = a.len();
     let whole = k - k % S::LANES;
@@ -203,7 +207,8 @@ fn transposed<S: Simd>(s: S, a: &[f32], b: &Matrix<'_>, columns: Range<usize>, o
 }
 
 /// Bias, residual and activation of finished sums.
-#[inline(always)]
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
 fn finish<S: Simd>(s: S, epilogue: &Epilogue<'_>, columns: Range<usize>, out: &mut [f32]) {
     let (bounds, after) = split_activation(epilogue.activation);
     for (at, out) in out.chunks_mut(S::LANES).enumerate() {

@@ -17,11 +17,12 @@ pub fn gemm(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Array2<f64> {
 pub fn conv(params: &ConvParams, input: &ConvInput, out: [usize; 3], x: &[f32], w: &[f32], bias: &[f32]) -> Vec<f64> {
     let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = params;
     let (ipg, opg) = (in_channels / groups, out_channels / groups);
+    assert_eq!(bias.len(), *out_channels);
     let mut y = Vec::new();
     for b in 0..input.batch {
         for at in boxed(out) {
-            for o in 0..*out_channels {
-                let mut sum = f64::from(bias[o]);
+            for (o, &bias) in bias.iter().enumerate() {
+                let mut sum = f64::from(bias);
                 for tap in boxed(*kernel) {
                     let mut from = [0; 3];
                     let inside = (0..3).all(|d| {
