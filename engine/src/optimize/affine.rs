@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::batch_norm::{BatchNormalization, fold_statistics};
 use crate::ops::conv::Conv;
+use crate::ops::conv_transpose::ConvTranspose;
 use crate::ops::gemm::Gemm;
 use crate::tensor::Tensor;
 use weblane_kernels::conv::Layout;
@@ -38,7 +39,10 @@ fn fold(view: &View, i: usize) -> Result<Option<Replacement>> {
         }
         let operands = if let Some(conv) = product.op.get::<Conv>() {
             let free = conv.activation == Activation::Identity && !conv.residual && conv.layout == Layout::Nchw;
-            if free { fold_conv(view, node, source, product)? } else { None }
+            if free { fold_conv(view, node, source, product, None)? } else { None }
+        } else if let Some(conv) = product.op.get::<ConvTranspose>() {
+            let free = conv.activation == Activation::Identity && conv.layout == Layout::Nchw;
+            if free { fold_conv(view, node, source, product, Some(conv.groups))? } else { None }
         } else if let Some(gemm) = product.op.get::<Gemm>() {
             let free = gemm.activation == Activation::Identity && gemm.alpha == 1.0 && gemm.beta == 1.0;
             if free { fold_gemm(view, node, source, product, gemm)? } else { None }
@@ -62,20 +66,31 @@ fn optional_f32<'a>(view: &View<'a>, node: &Node, k: usize) -> Option<Option<&'a
     }
 }
 
-fn fold_conv(view: &View, node: &Node, source: ValueId, conv: &Node) -> Result<Option<[Operand; 2]>> {
+/// `transposed` has the groups of a transposed convolution, whose weights are `[in, out / groups, kernel...]`.
+fn fold_conv(
+    view: &View,
+    node: &Node,
+    source: ValueId,
+    conv: &Node,
+    transposed: Option<usize>,
+) -> Result<Option<[Operand; 2]>> {
     let (Some(Some(w)), Some(bias)) = (optional_f32(view, conv, 1), optional_f32(view, conv, 2)) else {
         return Ok(None);
     };
-    let &[channels, ..] = w.dims() else { return Ok(None) };
-    if channels == 0 || bias.is_some_and(|b| b.len() != channels) {
+    let &[rows, cols, ref kernel @ ..] = w.dims() else { return Ok(None) };
+    let (Some(channels), taps) = (transposed.map_or(Some(rows), |g| cols.checked_mul(g)), kernel.iter().product()) else {
+        return Ok(None);
+    };
+    let groups = transposed.unwrap_or(1);
+    if w.is_empty() || groups == 0 || rows % groups != 0 || bias.is_some_and(|b| b.len() != channels) {
         return Ok(None);
     }
     let Some(affine) = affine(view, node, source, w.dims().len(), channels) else { return Ok(None) };
     let mut weights = w.clone();
-    let per_channel = weights.len() / channels;
-    let values = view_mut(&mut weights)?;
-    for (row, f) in values.chunks_exact_mut(per_channel.max(1)).zip(&affine.factor) {
-        row.iter_mut().for_each(|v| *v *= f);
+    for (at, block) in view_mut(&mut weights)?.chunks_exact_mut(taps).enumerate() {
+        let (row, col) = (at / cols, at % cols);
+        let f = affine.factor[if transposed.is_some() { row / (rows / groups) * cols + col } else { row }];
+        block.iter_mut().for_each(|v| *v *= f);
     }
     Ok(Some([Operand::Constant(weights), Operand::Constant(affine.bias(bias)?)]))
 }
@@ -201,6 +216,20 @@ mod tests {
             let y = norm(&mut n, y, 8);
             n.output(y);
             assert_eq!(n.passed(run), ["Conv"]);
+        }
+    }
+
+    #[test]
+    fn batch_norm_goes_into_transposed_convolutions() {
+        for groups in [1, 2] {
+            let mut n = Net::new(14);
+            let x = n.input("x", &[1, 4, 3, 3]);
+            let w = n.weights(&[4, 3, 2, 2]);
+            let attrs = [("group", int(groups)), ("strides", ints(&[2, 2]))];
+            let y = n.op_with("ConvTranspose", &[x, w], &attrs);
+            let y = norm(&mut n, y, 3 * groups as usize);
+            n.output(y);
+            assert_eq!(n.passed(run), ["ConvTranspose"]);
         }
     }
 

@@ -16,6 +16,7 @@ use crate::fact::Fact;
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::Op;
 use crate::ops::conv::Conv;
+use crate::ops::conv_transpose::ConvTranspose;
 use crate::ops::gemm::Gemm;
 use crate::ops::matmul::MatMul;
 use weblane_kernels::epilogue::Activation;
@@ -45,6 +46,8 @@ fn activate(view: &View, i: usize) -> Option<Replacement> {
     let (p, product) = only_product(view, x)?;
     let op: Op = if let Some(conv) = product.op.get::<Conv>() {
         Conv { activation: compose(conv.activation, activation)?, ..conv.clone() }.into()
+    } else if let Some(conv) = product.op.get::<ConvTranspose>() {
+        ConvTranspose { activation: compose(conv.activation, activation)?, ..conv.clone() }.into()
     } else if let Some(matmul) = product.op.get::<MatMul>() {
         MatMul { activation: compose(matmul.activation, activation)?, ..matmul.clone() }.into()
     } else if let Some(gemm) = product.op.get::<Gemm>() {

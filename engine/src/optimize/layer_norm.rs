@@ -23,10 +23,7 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
         }
         let found = view.find(&layer, i).map(|f| (f, true)).or_else(|| view.find(&rms, i).map(|f| (f, false)));
         let Some((found, center)) = found else { return Ok(None) };
-        let Some((epsilon, mut operands)) = operands(view, &found)? else { return Ok(None) };
-        if !center {
-            operands.truncate(2);
-        }
+        let Some((epsilon, operands)) = operands(view, &found)? else { return Ok(None) };
         Ok(Some(found.replace(LayerNormalization { axis: -1, epsilon, center }, operands)))
     })
     .map(drop)
@@ -38,17 +35,17 @@ fn operands(view: &View, found: &Match) -> Result<Option<(f32, Vec<Operand>)>> {
     let n = view.fact(x).and_then(|f| f.shape.as_ref()).and_then(|s| s.last()?.known());
     let (Some(n), true, true) = (n, view.is_f32(x), view.same_rank(x, found.result())) else { return Ok(None) };
     let mut operands = vec![x.into()];
-    for (name, default) in [("scale", 1.0), ("bias", 0.0)] {
-        let row = match found.get(name) {
+    for name in ["scale", "bias"] {
+        operands.push(match found.get(name) {
             // Leading axes of size 1 are no news; other broadcasts are.
             Some(id) => match view.tensor(id).filter(|t| t.len() == n && t.dims().last() == Some(&n)) {
                 Some(t) if t.dims().len() == 1 => id.into(),
                 Some(t) => Operand::Constant(Tensor::clone(t).reshaped(&[n])?),
                 None => return Ok(None),
             },
-            None => Operand::Constant(Tensor::from_slice(&[n], &vec![default; n])?),
-        };
-        operands.push(row);
+            None if name == "scale" => Operand::Constant(Tensor::from_slice(&[n], &vec![1f32; n])?),
+            None => break,
+        });
     }
     Ok(Some((epsilon, operands)))
 }
@@ -235,7 +232,7 @@ mod tests {
         // A value in the middle is an output of the graph.
         let shown = build(&|n, x| {
             let y = spelled_out(n, x, &style, true);
-            let middle = n.graph.nodes[1].outputs[0];
+            let middle = n.graph.nodes[3].outputs[0];
             n.output(middle);
             y
         });

@@ -8,6 +8,7 @@ use weblane_kernels::par::Cx;
 
 mod activation;
 mod affine;
+mod attention;
 mod bodies;
 mod cse;
 mod epilogue;
@@ -15,6 +16,7 @@ mod fold;
 mod half;
 mod layer_norm;
 mod layout;
+mod padding;
 mod pattern;
 mod simplify;
 #[cfg(test)]
@@ -49,10 +51,14 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     cse::run(&mut graph, &pass)?;
     simplify::run(&mut graph, &pass)?;
     // Into weights first: it leaves nothing to compute.
+    padding::run(&mut graph, &pass)?;
     affine::run(&mut graph, &pass)?;
     // Many nodes into one, then that one into the product before it.
     layer_norm::run(&mut graph, &pass)?;
     activation::run(&mut graph, &pass)?;
+    attention::run(&mut graph, &pass)?;
+    // Masks that attention made, once per layer.
+    cse::run(&mut graph, &pass)?;
     epilogue::run(&mut graph, &pass)?;
     graph.sort()?;
     // Last, so that every pass before it sees the layout of the model.
@@ -61,4 +67,66 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     graph.remove_dead_nodes();
     graph.remove_dead_constants();
     Ok(graph)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{Net, ints};
+
+    #[test]
+    fn half_of_a_transformer_layer() {
+        let mut n = Net::new(14);
+        let x = n.symbolic("x", &["batch", "tokens", "6"]);
+        let (w, b) = (n.weights(&[6, 8]), n.weights(&[8]));
+        let y = n.op("MatMul", &[x, w]);
+        let y = n.op("Add", &[b, y]);
+        let (root, one, half) = (n.scalar(2f32.sqrt()), n.scalar(1.0), n.scalar(0.5));
+        let z = n.op("Div", &[y, root]);
+        let z = n.op("Erf", &[z]);
+        let z = n.op("Add", &[z, one]);
+        let y = n.op("Mul", &[y, z]);
+        let y = n.op("Mul", &[y, half]);
+        let (w, b) = (n.weights(&[8, 6]), n.weights(&[6]));
+        let y = n.op("MatMul", &[y, w]);
+        let y = n.op("Add", &[b, y]);
+        let y = n.op("Add", &[y, x]);
+        let mean = n.op_with("ReduceMean", &[y], &[("axes", ints(&[-1]))]);
+        let d = n.op("Sub", &[y, mean]);
+        let (two, epsilon) = (n.scalar(2.0), n.scalar(1e-12));
+        let v = n.op("Pow", &[d, two]);
+        let v = n.op_with("ReduceMean", &[v], &[("axes", ints(&[-1]))]);
+        let v = n.op("Add", &[v, epsilon]);
+        let v = n.op("Sqrt", &[v]);
+        let y = n.op("Div", &[d, v]);
+        let (scale, bias) = (n.weights(&[6]), n.weights(&[6]));
+        let y = n.op("Mul", &[y, scale]);
+        let y = n.op("Add", &[y, bias]);
+        n.output(y);
+        assert_eq!(n.optimized(), ["MatMul", "MatMul", "LayerNormalization"]);
+    }
+
+    #[test]
+    fn inverted_residual_block() {
+        let mut n = Net::new(13);
+        let x = n.input("x", &[1, 4, 5, 5]);
+        let (lo, hi) = (n.scalar(0.0), n.scalar(6.0));
+        let conv = |n: &mut Net, x, [o, i, k]: [usize; 3], groups: i64| {
+            let w = n.weights(&[o, i, k, k]);
+            let pad = k as i64 / 2;
+            let y = n.op_with("Conv", &[x, w], &[("group", super::testing::int(groups)), ("pads", ints(&[pad; 4]))]);
+            let [scale, bias, mean] = [(); 3].map(|()| n.weights(&[o]));
+            let var: Vec<f32> = super::testing::noise(o, 5).iter().map(|v| v.abs() + 0.5).collect();
+            let var = n.constant(&[o], &var);
+            n.op("BatchNormalization", &[y, scale, bias, mean, var])
+        };
+        let y = conv(&mut n, x, [8, 4, 1], 1);
+        let y = n.op("Clip", &[y, lo, hi]);
+        let y = conv(&mut n, y, [8, 1, 3], 8);
+        let y = n.op("Clip", &[y, lo, hi]);
+        let y = conv(&mut n, y, [4, 8, 1], 1);
+        let y = n.op("Add", &[x, y]);
+        n.output(y);
+        // Transposed to channels-last and back.
+        assert_eq!(n.optimized(), ["Transpose", "Conv", "Conv", "Conv", "Transpose"]);
+    }
 }

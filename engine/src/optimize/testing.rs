@@ -11,7 +11,6 @@ use crate::ops::{Attributes, PackCache, find};
 use crate::plan::plan;
 use crate::tensor::{DType, Tensor};
 use std::collections::HashMap;
-use std::sync::Arc;
 use weblane_kernels::par::{Cx, Pool};
 use weblane_kernels::simd::Isa;
 
@@ -205,9 +204,4 @@ fn run(graph: &Graph, inputs: &[Tensor]) -> Vec<Tensor> {
         }
         plan.outputs.iter().map(|&v| memory.view(&plan, v).unwrap().to_tensor().unwrap()).collect()
     })
-}
-
-/// A fact of a shape whose tensor is shared.
-pub(crate) fn tensor_of(graph: &Graph, id: ValueId) -> Arc<Tensor> {
-    graph.constant(id).expect("a constant").clone()
 }
