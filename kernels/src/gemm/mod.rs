@@ -230,18 +230,7 @@ pub fn gemm_batched(cx: &Cx<'_>, g: &Batched<'_>, c: &mut [f32]) -> Result<()> {
     if let Some(bias) = g.bias {
         check("the bias", Some(n), bias.len())?;
     }
-    // Sorted by stride, each dimension of C must step over all smaller ones.
-    let mut steps: Vec<(usize, usize)> = dims.iter().copied().zip(g.c_batch_strides.iter().copied()).collect();
-    steps.extend([(m, g.ldc), (n, 1)]);
-    steps.retain(|&(size, _)| size > 1);
-    steps.sort_by_key(|&(size, stride)| (stride, size));
-    let mut reach = 0;
-    for &(size, stride) in &steps {
-        if stride <= reach {
-            return Err(Error::new(format!("the products' results overlap: sizes and strides {steps:?}")));
-        }
-        reach += (size - 1) * stride;
-    }
+    check_disjoint(g)?;
 
     let count = dims.iter().product();
     let matrix =
@@ -277,6 +266,29 @@ pub fn gemm_batched(cx: &Cx<'_>, g: &Batched<'_>, c: &mut [f32]) -> Result<()> {
         }
     };
     run(cx, count, m, n, k, true, g.a_strides[1] != 1 && k > 1, &problem)
+}
+
+/// Refuses products that would write the same element of C: sorted by stride, each dimension must step over all
+/// smaller ones.
+fn check_disjoint(g: &Batched<'_>) -> Result<()> {
+    let steps = || {
+        let batch = g.batch_dims.iter().copied().zip(g.c_batch_strides.iter().copied());
+        batch.chain([(g.m, g.ldc), (g.n, 1)]).filter(|&(size, _)| size > 1)
+    };
+    // Few dimensions, and nothing is allocated in a run: look for the next stride instead of sorting.
+    let (mut reach, mut done) = (0, 0);
+    while done < steps().count() {
+        let next = steps().filter(|&(_, stride)| stride > reach).min_by_key(|&(_, stride)| stride);
+        let Some((size, stride)) = next else {
+            return Err(Error::new(format!(
+                "the products' results overlap: batch {:?} with strides {:?}, {} x {} with row stride {}",
+                g.batch_dims, g.c_batch_strides, g.m, g.n, g.ldc
+            )));
+        };
+        reach += (size - 1) * stride;
+        done += 1;
+    }
+    Ok(())
 }
 
 /// Whether matrices of `rows` rows, `row_stride` apart, follow each other without a gap in the order of `dims`.
