@@ -1,6 +1,6 @@
 //! Speed of the matrix product and the convolutions on every instruction set, to choose the rows of the tile table.
 //!
-//! `cargo run --release -p weblane-kernels --example gemm_bench [-- <instruction set or all> [<filter>]]`
+//! `cargo run --release -p weblane-kernels --example gemm_bench [-- <instruction set or all> [<filter> [<lanes>]]]`
 
 mod shapes;
 
@@ -47,7 +47,7 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let only = args.next().filter(|name| name != "all");
     let filter = args.next().unwrap_or_default();
-    let pool = Pool::new(1);
+    let pool = Pool::new(args.next().map_or(1, |lanes| lanes.parse().expect("a number of lanes")));
     let isas: Vec<Isa> =
         Isa::available().into_iter().filter(|isa| only.as_ref().is_none_or(|name| isa.name() == name)).collect();
     let peaks: Vec<f64> = isas
