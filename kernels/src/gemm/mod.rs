@@ -373,8 +373,8 @@ impl<'a, A> Problem<'a, A> {
     }
 }
 
-/// A task should take this many floating-point operations at least: about 25 microseconds of one core's 128-bit vectors.
-const TASK_FLOPS: u64 = 1 << 20;
+/// A task should take this many floating-point operations at least: about ten microseconds of one core's 128-bit vectors.
+const TASK_FLOPS: u64 = 1 << 19;
 /// More tasks than this would not balance better.
 const MAX_TASKS: u64 = 32;
 /// Fewest columns of a block whose rows of A are gathered, which is done for each block anew.
