@@ -373,6 +373,10 @@ impl Session {
                 return Err(Error::dtype(message));
             }
             let Some(shape) = &info.shape else { continue };
+            // Exporters declare a scalar and callers give a list of one, or the other way round; both are one element.
+            if view.len() == 1 && (shape.is_empty() || view.dims.is_empty() && shape.len() == 1) {
+                continue;
+            }
             let wanted = || shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", ");
             let wrong = || {
                 let message = format!("the input \"{name}\" has shape {:?}; [{}] was wanted", view.dims, wanted());

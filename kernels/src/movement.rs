@@ -246,7 +246,7 @@ impl Job<'_> {
         // A task takes a band of the matrix that is some cache lines wide in the source.
         let width = size_of::<T>();
         let lines = 64 / width.min(16);
-        let band = (TASK_BYTES / (col.len * width)).next_multiple_of(lines).min(row.len.next_multiple_of(lines));
+        let band = (TASK_BYTES / (col.len * width)).max(1).next_multiple_of(lines).min(row.len.next_multiple_of(lines));
         let mut axes = [ByteAxis::default(); MAX_AXES];
         axes[..outer.len()].copy_from_slice(outer);
         axes[outer.len()] = ByteAxis { len: row.len.div_ceil(band), src: 0, dst: 0 };
@@ -720,7 +720,8 @@ mod tests {
     #[test]
     fn large_transposes_are_cut_into_tasks() {
         each_context(|cx| {
-            for (dims, perm) in [(vec![3, 300, 257], vec![2, 0, 1]), (vec![2, 65, 66, 67], vec![0, 2, 3, 1])] {
+            let long = (vec![1, 9, 40_000], vec![0, 2, 1]);
+            for (dims, perm) in [(vec![3, 300, 257], vec![2, 0, 1]), (vec![2, 65, 66, 67], vec![0, 2, 3, 1]), long] {
                 let x = bytes(dims.iter().product::<usize>() * 4);
                 let mut y = vec![0; x.len()];
                 transpose(cx, 4, &dims, &perm, &x, &mut y).unwrap();
