@@ -76,9 +76,9 @@ pub enum Function {
     Or,
     /// Bitwise exclusive or.
     Xor,
-    /// `a << b`; 0 when all bits are shifted out.
+    /// `a << b`; 0 when all bits are shifted out, as a negative count does too.
     ShiftLeft,
-    /// `a >> b`.
+    /// `a >> b`; 0, or -1 for negative numbers, when all bits are shifted out.
     ShiftRight,
 }
 
@@ -264,7 +264,10 @@ macro_rules! integer_functions {
                     Function::Or => |a, b| a | b,
                     Function::Xor => |a, b| a ^ b,
                     Function::ShiftLeft => |a, b| u32::try_from(b).ok().and_then(|b| a.checked_shl(b)).unwrap_or(0),
-                    Function::ShiftRight => |a, b| u32::try_from(b).ok().and_then(|b| a.checked_shr(b)).unwrap_or(0),
+                    Function::ShiftRight => |a, b| {
+                        // Shifting everything out, as a negative count does too, leaves the sign.
+                        u32::try_from(b).ok().and_then(|b| a.checked_shr(b)).unwrap_or((a >> (<$t>::BITS - 1)) >> 1)
+                    },
                 }
             }
         }
@@ -662,6 +665,10 @@ mod tests {
         assert_eq!(y[0].bytes(), [32, 16, 0]);
         let y = shift("RIGHT").run(&[bytes(&[16, 4, 1]), bytes(&[1, 2, 0])]).unwrap();
         assert_eq!(y[0].bytes(), [8, 1, 1]);
+        let y = shift("RIGHT").run(&[i64s(&[3], &[-8, 8, -1]), i64s(&[3], &[64, 64, -1])]).unwrap();
+        assert_eq!(y[0], i64s(&[3], &[-1, 0, -1]));
+        let y = shift("RIGHT").run(&[bytes(&[255]), bytes(&[8])]).unwrap();
+        assert_eq!(y[0].bytes(), [0]);
         assert!(OneNode::new("BitShift").run(&[bytes(&[1]), bytes(&[1])]).is_err());
     }
 

@@ -2,7 +2,7 @@
 
 use super::identity::copy;
 use super::sizes::{kernel_error, sizes_fact};
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration};
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
 use crate::for_dtype;
@@ -60,6 +60,10 @@ impl Operator for Cast {
 
     fn takes_half(&self) -> bool {
         true
+    }
+
+    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+        Permuted::elementwise(self, 1)
     }
 }
 
@@ -246,11 +250,10 @@ fn store(chunk: &Chunk, y: &mut TensorMut, at: usize, n: usize) -> Result<()> {
             Ok(())
         }
         DType::U4 | DType::I4 => {
-            // Floats round to the nearest and saturate here; integers keep their low bits.
-            let (low, high) = if y.dtype == DType::I4 { (-8.0, 7.0) } else { (0.0, 15.0) };
+            // Floats are cut off like for wider integers, and the low bits are kept, as ONNX's own cases have it.
             for i in 0..n {
                 let nibble = match chunk {
-                    Chunk::Float(c) => c[i].round_ties_even().clamp(low, high) as i64 as u8,
+                    Chunk::Float(c) => c[i] as i64 as u8,
                     Chunk::Signed(c) => c[i] as u8,
                     Chunk::Unsigned(c) => c[i] as u8,
                 } & 15;
@@ -359,8 +362,8 @@ mod tests {
     fn four_bits() {
         let x = f32s(&[3], &[-3.5, 7.9, 2.0]);
         let y = cast(x, DType::I4);
-        assert_eq!(y.bytes(), [0x7C, 0x02]);
-        assert_eq!(cast(y, DType::I64), i64s(&[3], &[-4, 7, 2]));
+        assert_eq!(y.bytes(), [0x7D, 0x02]);
+        assert_eq!(cast(y, DType::I64), i64s(&[3], &[-3, 7, 2]));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Concat.
 
-use super::sizes::{check_movable, copy_axes, dim_meet, dim_sum, loose_sizes, sizes_fact};
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::sizes::{check_movable, copy_axes, dim_meet, dim_sum, loose_sizes, permuted_axis, sizes_fact};
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape, axis_index};
 use weblane_kernels::movement::Axis;
@@ -97,6 +97,10 @@ impl Operator for Concat {
 
     fn takes_half(&self) -> bool {
         true
+    }
+
+    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+        Permuted::elementwise(&Concat { axis: permuted_axis(self.axis, perm)? }, operands.len())
     }
 }
 

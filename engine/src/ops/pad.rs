@@ -1,7 +1,7 @@
 //! Pad.
 
-use super::sizes::{Axes, Ints, copy_axes, distinct_axes, element_size, ints, kernel_error, strides};
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::sizes::{Axes, Ints, copy_axes, distinct_axes, element_size, ints, kernel_error, permuted_axis, strides};
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
 use crate::for_dtype;
@@ -35,6 +35,8 @@ pub struct Pad {
     pub pads: Option<Vec<i64>>,
     /// The constant, when it stands in the node.
     pub value: Option<f32>,
+    /// The axes that there are pads for; operand 3 does not matter then.
+    pub axes: Option<Vec<i64>>,
 }
 
 type Pads = SmallVec<[(i64, i64); 6]>;
@@ -43,13 +45,13 @@ impl Pad {
     fn parse(a: &mut Attributes) -> Result<Op> {
         let modes =
             [("constant", Mode::Constant), ("reflect", Mode::Reflect), ("edge", Mode::Edge), ("wrap", Mode::Wrap)];
-        Ok(Pad { mode: a.choice("mode", &modes)?, pads: a.ints("pads")?, value: a.float("value")? }.into())
+        Ok(Pad { mode: a.choice("mode", &modes)?, pads: a.ints("pads")?, value: a.float("value")?, axes: None }.into())
     }
 
     /// Begin and end of each axis; `pads` and `axes` are those of the operands.
     pub fn resolve(&self, pads: Option<&[i64]>, axes: Option<&[i64]>, rank: usize) -> Result<Pads> {
         let pads = self.pads.as_deref().or(pads).ok_or_else(|| Error::invalid_model("the pads are missing"))?;
-        let axes = match axes {
+        let axes = match self.axes.as_deref().or(axes) {
             Some(list) => distinct_axes(list, rank)?,
             None => (0..rank).collect(),
         };
@@ -164,6 +166,17 @@ impl Operator for Pad {
         true
     }
 
+    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+        let axes: Vec<i64> = match (&self.axes, operands.get(3).and_then(Option::as_ref)) {
+            (Some(axes), _) => axes.clone(),
+            (None, Some(axes)) => axes.i64s()?.to_vec(),
+            (None, None) => (0..perm.len() as i64).collect(),
+        };
+        let axes = Some(axes.iter().map(|&a| permuted_axis(a, perm)).collect::<Option<_>>()?);
+        let roles = vec![Role::Permute, Role::Keep, Role::Keep, Role::Keep];
+        Some(Permuted { op: Pad { axes, ..self.clone() }.into(), roles })
+    }
+
     fn shape_operands(&self) -> &'static [usize] {
         &[1, 3]
     }
@@ -203,6 +216,7 @@ fn put<T: Element>(buffer: &mut [u8; 8], value: T) {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s, i64s};
+    use super::*;
     use crate::onnx::AttributeValue;
 
     #[test]
@@ -221,6 +235,14 @@ mod tests {
             let y = node.run(&[x(), i64s(&[4], &pads), f32s(&[], &[9.0])]).unwrap();
             assert_eq!(y[0], f32s(&[1, want.len()], want), "{mode} {pads:?}");
         }
+    }
+
+    #[test]
+    fn permuted_pads_follow_their_axes() {
+        let pad = Pad { mode: Mode::Constant, pads: Some(vec![0, 1, 2, 0, 3, 4]), value: None, axes: None };
+        let permuted = pad.permuted(&[0, 2, 1], &[]).unwrap();
+        let pads = permuted.op.get::<Pad>().unwrap().resolve(None, None, 3).unwrap();
+        assert_eq!(pads.as_slice(), [(0, 0), (2, 4), (1, 3)]);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Range.
 
+use super::sizes::loose_sizes;
 use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
-use crate::fact::Fact;
+use crate::fact::{Dim, Fact};
 use crate::for_dtype;
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
@@ -77,7 +78,7 @@ impl Operator for Range {
         }
         let fact = match (start.tensor(), limit.tensor(), step.tensor()) {
             (Some(a), Some(b), Some(c)) => Fact::new(start.dtype, &[half_count(a, b, c)?]),
-            _ => Fact::of_rank(start.dtype, 1),
+            _ => Fact::with_shape(start.dtype, std::iter::once(symbolic_count(start, limit, step)).collect()),
         };
         cx.results(vec![fact])
     }
@@ -106,6 +107,15 @@ impl Operator for Range {
     }
 }
 
+/// A range from 0 to a size by ones, such as the positions of a sequence, has that size.
+fn symbolic_count(start: &Fact, limit: &Fact, step: &Fact) -> Dim {
+    let is = |f: &Fact, n: i64| f.i64s().is_some_and(|v| v[..] == [n]);
+    match loose_sizes(limit).as_deref() {
+        Some([size]) if is(start, 0) && is(step, 1) => size.clone(),
+        _ => Dim::Unknown,
+    }
+}
+
 /// [`count`] for halves too, which inference meets before the importer's casts.
 fn half_count(a: &Arc<Tensor>, b: &Arc<Tensor>, c: &Arc<Tensor>) -> Result<usize> {
     let wide = |t: &Tensor| -> Result<Tensor> {
@@ -116,7 +126,19 @@ fn half_count(a: &Arc<Tensor>, b: &Arc<Tensor>, c: &Arc<Tensor>) -> Result<usize
 
 #[cfg(test)]
 mod tests {
+    use super::super::sizes::sizes_fact;
     use super::super::testing::{OneNode, f32s, i64s};
+    use super::*;
+
+    #[test]
+    fn positions_have_the_size_of_the_sequence() {
+        let n = Dim::Symbol("n".into());
+        let constant = |v| Some(Fact::constant(Arc::new(i64s(&[], &[v]))));
+        let size = || Some(sizes_fact(DType::I64, std::iter::once(n.clone()).collect(), 0));
+        let shape = |a, c| OneNode::new("Range").infer(&[a, size(), c]).unwrap()[0].shape.clone().unwrap();
+        assert_eq!(shape(constant(0), constant(1))[..], [n.clone()]);
+        assert_eq!(shape(constant(1), constant(1))[..], [Dim::Unknown]);
+    }
 
     #[test]
     fn counts_up_and_down() {

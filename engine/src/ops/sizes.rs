@@ -140,6 +140,12 @@ pub(crate) fn distinct_axes(axes: &[i64], rank: usize) -> Result<Dims> {
     Ok(out)
 }
 
+/// Where an axis is in a permuted tensor, whose axis `i` is axis `perm[i]` of the original.
+pub(crate) fn permuted_axis(axis: i64, perm: &[usize]) -> Option<i64> {
+    let axis = axis_index(axis, perm.len()).ok()?;
+    perm.iter().position(|&p| p == axis).map(|i| i as i64)
+}
+
 /// Bytes of an element that data movement can carry.
 pub(crate) fn element_size(dtype: DType) -> Result<usize> {
     match dtype.bits() {

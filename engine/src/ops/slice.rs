@@ -1,7 +1,9 @@
 //! Slice.
 
-use super::sizes::{Axes, Ints, check_movable, copy_axes, distinct_axes, ints, loose_sizes, sizes_fact, strides};
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::sizes::{
+    Axes, Ints, check_movable, copy_axes, distinct_axes, ints, loose_sizes, permuted_axis, sizes_fact, strides,
+};
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
 use smallvec::SmallVec;
@@ -14,8 +16,10 @@ pub const OPERATORS: &[Registration] = &[Registration::onnx("Slice", 1, Slice::p
 /// Every `step`-th element from `start` to before `end`, along some axes.
 #[derive(Clone, Debug)]
 pub struct Slice {
-    /// Starts, ends and axes, when they stand in the node (up to opset 9).
-    pub attributes: Option<(Vec<i64>, Vec<i64>, Option<Vec<i64>>)>,
+    /// Starts and ends, when they stand in the node (up to opset 9).
+    pub attributes: Option<(Vec<i64>, Vec<i64>)>,
+    /// The axes, when they stand in the node; operand 3 does not matter then.
+    pub axes: Option<Vec<i64>>,
 }
 
 type Numbers = SmallVec<[i64; 8]>;
@@ -52,20 +56,23 @@ impl Range {
 
 impl Slice {
     fn parse(a: &mut Attributes) -> Result<Op> {
-        let attributes = match (a.ints("starts")?, a.ints("ends")?, a.ints("axes")?) {
-            (Some(starts), Some(ends), axes) => Some((starts, ends, axes)),
-            (None, None, None) => None,
+        let axes = a.ints("axes")?;
+        let attributes = match (a.ints("starts")?, a.ints("ends")?) {
+            (Some(starts), Some(ends)) => Some((starts, ends)),
+            (None, None) if axes.is_none() => None,
             _ => return Err(Error::invalid_model("starts and ends are wanted together")),
         };
-        Ok(Slice { attributes }.into())
+        Ok(Slice { attributes, axes }.into())
     }
 
     fn ranges(&self, operands: [Option<Numbers>; 4], rank: usize) -> Result<SmallVec<[Range; 6]>> {
         let [mut starts, mut ends, mut axes, steps] = operands;
-        if let Some((s, e, a)) = &self.attributes {
+        if let Some((s, e)) = &self.attributes {
             starts = Some(s.as_slice().into());
             ends = Some(e.as_slice().into());
-            axes = a.as_ref().map(|a| a.as_slice().into());
+        }
+        if let Some(a) = &self.axes {
+            axes = Some(a.as_slice().into());
         }
         let missing = || Error::invalid_model("starts and ends are wanted");
         let (starts, ends) = (starts.ok_or_else(missing)?, ends.ok_or_else(missing)?);
@@ -106,16 +113,19 @@ impl Operator for Slice {
                 Ints::Absent => {}
             }
         }
+        if let Some(a) = &self.axes {
+            operands[2] = Some(a.as_slice().into());
+        }
         if computed {
             // Axes that are not named keep their size.
             let mut shape = shape.clone();
-            match (&operands[2], ints(cx.optional(3), "the list of axes")?) {
-                (Some(axes), _) => {
+            match &operands[2] {
+                Some(axes) => {
                     for a in distinct_axes(axes, shape.len())? {
                         shape[a] = Dim::Unknown;
                     }
                 }
-                _ => shape.iter_mut().for_each(|d| *d = Dim::Unknown),
+                None => shape.iter_mut().for_each(|d| *d = Dim::Unknown),
             }
             return cx.results(vec![Fact::with_shape(x.dtype, shape)]);
         }
@@ -164,6 +174,25 @@ impl Operator for Slice {
         true
     }
 
+    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+        let operand = |i: usize| operands.get(i).and_then(Option::as_ref);
+        let axes: Vec<i64> = match (&self.axes, operand(3)) {
+            (Some(axes), _) => axes.clone(),
+            (None, Some(axes)) => axes.i64s()?.to_vec(),
+            (None, None) => {
+                let count = match &self.attributes {
+                    Some((starts, _)) => starts.len(),
+                    None => operand(1)?.dims()?.iter().product(),
+                };
+                (0..count as i64).collect()
+            }
+        };
+        let axes = Some(axes.iter().map(|&a| permuted_axis(a, perm)).collect::<Option<_>>()?);
+        let mut roles = vec![Role::Keep; 5];
+        roles[0] = Role::Permute;
+        Some(Permuted { op: Slice { attributes: self.attributes.clone(), axes }.into(), roles })
+    }
+
     fn shape_operands(&self) -> &'static [usize] {
         &[1, 2, 3, 4]
     }
@@ -210,6 +239,13 @@ mod tests {
         let x = f32s(&[2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         let node = OneNode::new("Slice").opset(9).ints("starts", &[1]).ints("ends", &[9]).ints("axes", &[-1]);
         assert_eq!(node.run(&[x]).unwrap()[0], f32s(&[2, 2], &[2.0, 3.0, 5.0, 6.0]));
+    }
+
+    #[test]
+    fn permuted_ranges_follow_their_axes() {
+        let slice = Slice { attributes: Some((vec![0, 1], vec![2, 3])), axes: Some(vec![-1, 0]) };
+        let permuted = slice.permuted(&[0, 2, 3, 1], &[]).unwrap();
+        assert_eq!(permuted.op.get::<Slice>().unwrap().axes, Some(vec![2, 0]));
     }
 
     #[test]

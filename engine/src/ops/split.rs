@@ -1,7 +1,7 @@
 //! Split.
 
-use super::sizes::{Ints, check_movable, copy_axes, ints, loose_sizes, sizes_fact};
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::sizes::{Ints, check_movable, copy_axes, ints, loose_sizes, permuted_axis, sizes_fact};
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, axis_index};
 use crate::tensor::Dims;
@@ -118,6 +118,11 @@ impl Operator for Split {
 
     fn takes_half(&self) -> bool {
         true
+    }
+
+    fn permuted(&self, perm: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+        let op = Split { axis: permuted_axis(self.axis, perm)?, ..self.clone() };
+        Some(Permuted { op: op.into(), roles: vec![Role::Permute, Role::Keep] })
     }
 
     fn shape_operands(&self) -> &'static [usize] {

@@ -1,7 +1,7 @@
 //! Where.
 
 use super::sizes::{broadcast_strides, check_movable, element_size, kernel_error, loose_sizes, sizes_fact};
-use super::{Infer, Io, Operator, Registration};
+use super::{Infer, Io, Operator, Permuted, Registration};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape, broadcast};
 use crate::tensor::DType;
@@ -68,6 +68,10 @@ impl Operator for Where {
 
     fn takes_half(&self) -> bool {
         true
+    }
+
+    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+        Permuted::elementwise(self, 3)
     }
 }
 
