@@ -39,6 +39,7 @@ interface NodeModules {
     } | null;
   };
   "node:fs": { createReadStream(url: URL): AsyncIterable<Uint8Array>; statSync(url: URL): { size: number } };
+  "node:os": { availableParallelism(): number };
   "node:v8": { setFlagsFromString(flags: string): void };
   "node:url": { pathToFileURL(path: string): URL };
 }

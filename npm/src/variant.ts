@@ -1,6 +1,7 @@
 /**
  * Which of the four WebAssembly builds fits this engine, and with how many threads.
  */
+import { nodeModule } from "./environment.js";
 import { WeblaneError } from "./errors.js";
 
 /** The builds, best first: relaxed SIMD or SIMD128, each with threads (`mt`) or for a single thread (`st`). */
@@ -60,7 +61,9 @@ export function detectPlatform(): Platform {
     relaxedSimd: validates(RELAXED_PROBE),
     sharedMemory: canShareMemory(),
     isolated: globalThis.crossOriginIsolated !== false,
-    processors: globalThis.navigator?.hardwareConcurrency ?? 1,
+    // Node.js has a navigator only since version 21.
+    processors:
+      globalThis.navigator?.hardwareConcurrency ?? nodeModule("node:os")?.availableParallelism() ?? 1,
   };
 }
 

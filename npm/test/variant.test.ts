@@ -1,3 +1,4 @@
+import { availableParallelism } from "node:os";
 import { expect, test } from "vitest";
 import { chooseVariant, detectPlatform, type Platform } from "../src/variant.js";
 
@@ -57,5 +58,6 @@ test("the probes are well-formed", () => {
   const platform = detectPlatform();
   expect(platform.simd).toBe(true);
   expect(platform.sharedMemory).toBe(true);
+  expect(platform.processors).toBe(availableParallelism());
   expect(platform.relaxedSimd).toBe(major > 11 || (major === 11 && minor >= 4));
 });
