@@ -8,8 +8,8 @@
 pub mod attention;
 pub mod conv;
 pub mod conv_transpose;
-mod depthwise;
 pub mod convert;
+mod depthwise;
 pub mod elementwise;
 pub mod epilogue;
 pub mod error;
@@ -20,12 +20,15 @@ pub mod movement;
 pub mod naive;
 pub mod norm;
 pub mod par;
+pub mod patches;
 pub mod pool;
 pub mod quant;
 pub mod reduce;
 pub mod reference;
 pub mod resize;
 pub mod rnn;
+pub mod sampling;
+pub mod signal;
 pub mod simd;
 pub mod softmax;
 #[cfg(test)]

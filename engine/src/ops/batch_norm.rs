@@ -11,7 +11,7 @@ use weblane_kernels::norm::scale_channels;
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
-pub const OPERATORS: &[Registration] = &[Registration::onnx("BatchNormalization", 7, parse)];
+pub const OPERATORS: &[Registration] = &[Registration::onnx("BatchNormalization", 1, parse)];
 
 /// `(x - mean) / sqrt(var + epsilon) * scale + bias`; operands x, scale, bias, mean, variance.
 #[derive(Clone, Debug)]
@@ -35,10 +35,16 @@ fn parse(a: &mut Attributes) -> Result<Op> {
     if a.opset() < 9 && !a.flag_or("spatial", true)? {
         return Err(Error::unsupported_attribute("attribute spatial is 0; statistics per channel (1) can be computed"));
     }
+    if a.opset() < 7 && !a.flag_or("is_test", false)? {
+        return Err(Error::unsupported_attribute("attribute is_test is 0 (training); inference (1) can be computed"));
+    }
+    if a.opset() < 6 {
+        a.ignore("consumed_inputs");
+    }
     let epsilon = a.float_or("epsilon", 1e-5)?;
     let momentum = a.float_or("momentum", 0.9)?;
     let training = a.flag_or("training_mode", false)?;
-    if training && !(a.opset() >= 14) {
+    if training && a.opset() < 14 {
         return Err(Error::unsupported_attribute("attribute training_mode came with opset 14"));
     }
     if !training && a.output_count() > 1 {

@@ -3,7 +3,7 @@
 use super::spatial::{Window, join, split_dims, split_fact};
 use super::{Attributes, Compute, Infer, Io, Op, Operator, Permuted, Prepare, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
-use crate::fact::{Dim, Fact};
+use crate::fact::Fact;
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 use weblane_kernels::conv::{Conv as Kernel, ConvInput, ConvParams, Layout};
@@ -248,6 +248,7 @@ impl Compute for Prepared {
 mod tests {
     use super::super::testing::{OneNode, f32s};
     use super::*;
+    use crate::fact::Dim;
 
     fn ramp(n: usize) -> Vec<f32> {
         (0..n).map(|i| i as f32).collect()

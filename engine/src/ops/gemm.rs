@@ -13,7 +13,7 @@ use weblane_kernels::naive;
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
-pub const OPERATORS: &[Registration] = &[Registration::onnx("Gemm", 7, parse)];
+pub const OPERATORS: &[Registration] = &[Registration::onnx("Gemm", 1, parse)];
 
 /// `activation(alpha A' B' + beta C)` with A' of `[m, k]`, B' of `[k, n]` and C broadcast to `[m, n]`.
 #[derive(Clone, Debug)]
@@ -31,6 +31,10 @@ pub struct Gemm {
 }
 
 fn parse(a: &mut Attributes) -> Result<Op> {
+    if a.opset() < 7 {
+        // Said whether C may broadcast; where it need not, broadcasting changes nothing.
+        a.flag_or("broadcast", false)?;
+    }
     Ok(Gemm {
         alpha: a.float_or("alpha", 1.0)?,
         beta: a.float_or("beta", 1.0)?,

@@ -252,6 +252,7 @@ macro_rules! ops {
 ops! {
     attention
     batch_norm
+    bias_gelu
     binary
     bit_cast
     cast
@@ -261,31 +262,48 @@ ops! {
     constant
     conv
     conv_transpose
+    cumsum
+    depth_to_space
     det
+    einsum
     expand
     eye_like
     gather
     gemm
+    grid_sample
     identity
     if_
     loop_
+    loss
     matmul
+    non_max_suppression
+    non_zero
     norm
+    one_hot
     pad
+    patches
     pool
     quantize
+    random
     range
     reduce
     reshape
     resize
     reverse_sequence
     rnn
+    roi
+    rotary
     scan
+    scatter
     shape
+    signal
     slice
     softmax
     split
+    swiglu
     tensor_scatter
+    text
+    topk
     transpose
     trilu
     unary

@@ -32,6 +32,8 @@ pub struct Pool {
     pub layout: Layout,
     /// Whether indices of maxima count columns first.
     pub column_major: bool,
+    /// Whether the second result, the indices of the maxima, is wanted: they count channels first.
+    pub indices: bool,
 }
 
 /// A pooling over all spatial axes.
@@ -65,7 +67,8 @@ fn parse(a: &mut Attributes) -> Result<Op> {
         "AveragePool" => PoolOp::Average { include_pad: a.flag_or("count_include_pad", false)? },
         _ => PoolOp::Lp { p: exponent(a)? },
     };
-    Ok(Pool { window, op, layout: Layout::Nchw, column_major }.into())
+    let indices = op == PoolOp::Max && a.output_count() > 1;
+    Ok(Pool { window, op, layout: Layout::Nchw, column_major, indices }.into())
 }
 
 fn parse_global(a: &mut Attributes) -> Result<Op> {
@@ -149,7 +152,7 @@ impl Operator for Pool {
 
     fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
         let x = operands.first()?.as_ref()?;
-        if x.dtype != DType::F32 || self.layout == Layout::Nhwc {
+        if x.dtype != DType::F32 || self.layout == Layout::Nhwc || self.indices {
             return None;
         }
         let op = Pool { layout: Layout::Nhwc, ..self.clone() }.into();
