@@ -104,7 +104,7 @@ function resolveFeed(info: ValueInfo, feed: Feed): Resolved {
   if (!isTensorType(type))
     throw new WeblaneError("unsupported_dtype", `${what}: "${type}" is not a tensor type`);
   if (type !== info.type) {
-    throw new WeblaneError("type_mismatch", `${what} takes ${show(info)}, a ${type} tensor was given`);
+    throw new WeblaneError("type_mismatch", `${what} takes ${shape(info)}, not a tensor of type ${type}`);
   }
   const data = toData(type, feed.data, what);
   const count = elementCount(dims, `${what}: dims`);
@@ -132,7 +132,7 @@ function typeFor(info: ValueInfo, data: unknown): TensorType {
 function ofModelType(info: ValueInfo, data: unknown, what: string): TensorDataMap[TensorType] {
   const type = typeFor(info, data);
   if (type !== info.type) {
-    throw new WeblaneError("type_mismatch", `${what} takes ${show(info)}, ${describe(data)} was given`);
+    throw new WeblaneError("type_mismatch", `${what} takes ${shape(info)}, not ${describe(data)}`);
   }
   return toData(info.type, data, what);
 }
@@ -161,6 +161,10 @@ export function inferDims(info: ValueInfo, length: number): readonly number[] {
 }
 
 /** An input or output as messages name it. */
-export function show({ name, type, dims }: ValueInfo): string {
-  return `"${name}" (${type}[${dims.join(", ")}])`;
+export function show(info: ValueInfo): string {
+  return `"${info.name}" (${shape(info)})`;
+}
+
+function shape({ type, dims }: ValueInfo): string {
+  return `${type}[${dims.join(", ")}]`;
 }
