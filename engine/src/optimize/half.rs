@@ -4,6 +4,7 @@
 //! operator that does arithmetic gets its operands as `float32`, and its results are rounded back, node by node; the
 //! optimiser then drops the pairs of casts between two such nodes, which only adds precision.
 
+use super::Pass;
 use crate::error::Result;
 use crate::fact::Fact;
 use crate::graph::{Graph, Node, ValueId};
@@ -59,15 +60,21 @@ pub fn promote_half(mut graph: Graph, facts: &[Option<Fact>]) -> Result<Graph> {
 }
 
 /// A cast to half precision and back is left out: its reader gets the `float32` value.
-pub(super) fn drop_round_trips(graph: &mut Graph) {
+pub(super) fn drop_round_trips(graph: &mut Graph, pass: &Pass) -> Result<()> {
+    let narrows = |n: &Node| n.op.get::<Cast>().is_some_and(|c| is_half(c.to));
+    if !graph.nodes.iter().any(narrows) {
+        return Ok(());
+    }
+    let facts = pass.facts(graph)?;
     let producers = graph.producers();
+    let is_single = |id: ValueId| facts[id.index()].as_ref().is_some_and(|f| f.dtype == DType::F32);
     let mut swaps = Vec::new();
     for node in &graph.nodes {
         let (Some(cast), Some(Some(half))) = (node.op.get::<Cast>(), node.inputs.first()) else { continue };
-        let narrowing = producers[half.index()]
-            .map(|p| &graph.nodes[p])
-            .filter(|p| cast.to == DType::F32 && p.op.get::<Cast>().is_some_and(|c| is_half(c.to)));
-        if let Some(Some(wide)) = narrowing.and_then(|p| p.inputs.first()) {
+        let narrowing = producers[half.index()].map(|p| &graph.nodes[p]).filter(|p| cast.to == DType::F32 && narrows(p));
+        if let Some(Some(wide)) = narrowing.and_then(|p| p.inputs.first())
+            && is_single(*wide)
+        {
             swaps.push((node.outputs[0], *wide));
         }
     }
@@ -77,4 +84,5 @@ pub(super) fn drop_round_trips(graph: &mut Graph) {
         }
     }
     graph.remove_dead_nodes();
+    Ok(())
 }

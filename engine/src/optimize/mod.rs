@@ -44,7 +44,7 @@ impl Pass<'_> {
 /// graph's inputs.
 pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass { cx, inputs };
-    half::drop_round_trips(&mut graph);
+    half::drop_round_trips(&mut graph, &pass)?;
     fold::run(&mut graph, &pass)?;
     bodies::run(&mut graph, &pass)?;
     // What does nothing hides patterns, and copies of a chain look like other readers of it.
