@@ -57,7 +57,6 @@ async function puppeteerDriver(engine, url) {
       page.on("console", (message) => {
         if (["error", "warn"].includes(message.type())) console.error(`page: ${message.text()}`);
       });
-      page.on("requestfailed", (request) => console.error(`page: failed to load ${request.url()}`));
       if (old) await Promise.race([old.close().catch(() => {}), delay(2000)]);
       await page.goto(url);
     },
