@@ -1,0 +1,254 @@
+//! Linear quantisation, `x = (q - zero_point) scale`, and products of quantised numbers with exact 32-bit sums.
+
+use crate::error::{Error, Result};
+use crate::naive::{self, Number};
+use crate::par::{Cx, DisjointMut};
+use crate::simd::{Kernel, Simd, dispatch};
+
+/// Elements that make a task.
+const TASK: usize = 16 * 1024;
+
+/// Which scale and zero point belong to which element: the tensor is `[outer, n, inner]`, and `block` neighbours along
+/// its middle axis share theirs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Product of the sizes before the axis.
+    pub outer: usize,
+    /// Length of the axis.
+    pub n: usize,
+    /// Product of the sizes behind the axis.
+    pub inner: usize,
+    /// How scales are shared.
+    pub sharing: Sharing,
+}
+
+/// How scales are shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// One for all.
+    Tensor,
+    /// One for each index of the axis.
+    Axis,
+    /// One for each `block` of the axis and each index of the other axes.
+    Block(usize),
+}
+
+impl Grid {
+    /// How many scales there are; `None` when sizes overflow.
+    pub fn scales(&self) -> Option<usize> {
+        match self.sharing {
+            Sharing::Tensor => Some(1),
+            Sharing::Axis => Some(self.n),
+            Sharing::Block(block) => self.outer.checked_mul(self.n.div_ceil(block.max(1)))?.checked_mul(self.inner),
+        }
+    }
+
+    fn check(&self, elements: [usize; 2], scales: usize, zeros: Option<usize>) -> Result<()> {
+        let count = self.outer.checked_mul(self.n).and_then(|n| n.checked_mul(self.inner));
+        let fits = self.sharing != Sharing::Block(0)
+            && elements.iter().all(|&e| Some(e) == count)
+            && self.scales() == Some(scales)
+            && zeros.is_none_or(|z| z == scales);
+        if fits {
+            Ok(())
+        } else {
+            Err(Error::new(format!("{scales} scales do not fit {elements:?} elements of {self:?}")))
+        }
+    }
+
+    /// Length of the runs that [`Grid::scale_of`] speaks of.
+    fn run(&self) -> usize {
+        match self.sharing {
+            Sharing::Tensor => TASK,
+            Sharing::Axis => self.inner,
+            Sharing::Block(_) => 1,
+        }
+    }
+
+    /// The scale of the elements that start at `i`, a multiple of the run's length.
+    fn scale_of(&self, i: usize) -> usize {
+        match self.sharing {
+            Sharing::Tensor => 0,
+            Sharing::Axis => i / self.inner % self.n,
+            Sharing::Block(block) => {
+                let (o, k, j) = (i / self.inner / self.n, i / self.inner % self.n, i % self.inner);
+                (o * self.n.div_ceil(block) + k / block) * self.inner + j
+            }
+        }
+    }
+}
+
+/// `y = saturate(round(x / scale) + zero)`, halves to even, within `lo` and `hi`.
+///
+/// # Errors
+/// If the slices do not fit the grid.
+pub fn quantize<T: Number>(
+    cx: &Cx,
+    x: &[f32],
+    grid: &Grid,
+    scale: &[f32],
+    zero: Option<&[T]>,
+    [lo, hi]: [f32; 2],
+    y: &mut [T],
+) -> Result<()> {
+    grid.check([x.len(), y.len()], scale.len(), zero.map(<[T]>::len))?;
+    if x.is_empty() {
+        return Ok(());
+    }
+    let run = grid.run();
+    let runs = x.len().div_ceil(run);
+    let per_task = (TASK / run).max(1);
+    let out = DisjointMut::new(y);
+    cx.for_each(runs.div_ceil(per_task), 8 * x.len() as u64, &|task| {
+        // A run may be longer than what fits beside it on the stack.
+        let mut rounded = [0.0; 256];
+        for r in task * per_task..runs.min((task + 1) * per_task) {
+            let (from, to) = (r * run, x.len().min((r + 1) * run));
+            let at = grid.scale_of(from);
+            let (scale, zero) = (scale[at], zero.map_or(0.0, |z| z[at].to_f64() as f32));
+            // SAFETY: tasks write different runs.
+            let y = unsafe { out.range(from, to - from) };
+            for (x, y) in x[from..to].chunks(256).zip(y.chunks_mut(256)) {
+                let rounded = &mut rounded[..x.len()];
+                dispatch(cx.isa(), Round { x, scale, zero, lo, hi, y: rounded });
+                y.iter_mut().zip(rounded).for_each(|(y, v)| *y = T::from_f64(f64::from(*v)));
+            }
+        }
+    });
+    Ok(())
+}
+
+struct Round<'a> {
+    x: &'a [f32],
+    scale: f32,
+    zero: f32,
+    lo: f32,
+    hi: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Round<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (scale, zero, lo, hi) = (s.splat(self.scale), s.splat(self.zero), s.splat(self.lo), s.splat(self.hi));
+        for (x, y) in self.x.chunks(S::LANES).zip(self.y.chunks_mut(S::LANES)) {
+            // A true division: the product with the reciprocal would round some halves the other way.
+            let v = s.add(s.round(s.div(s.load_partial(x), scale)), zero);
+            s.store_partial(y, s.min(s.max(v, lo), hi));
+        }
+    }
+}
+
+/// `y = (x - zero) scale`.
+///
+/// # Errors
+/// If the slices do not fit the grid.
+pub fn dequantize<T: Number>(
+    cx: &Cx,
+    x: &[T],
+    grid: &Grid,
+    scale: &[f32],
+    zero: Option<&[T]>,
+    y: &mut [f32],
+) -> Result<()> {
+    grid.check([x.len(), y.len()], scale.len(), zero.map(<[T]>::len))?;
+    if x.is_empty() {
+        return Ok(());
+    }
+    let run = grid.run();
+    let runs = x.len().div_ceil(run);
+    let per_task = (TASK / run).max(1);
+    let out = DisjointMut::new(y);
+    cx.for_each(runs.div_ceil(per_task), 3 * x.len() as u64, &|task| {
+        for r in task * per_task..runs.min((task + 1) * per_task) {
+            let (from, to) = (r * run, x.len().min((r + 1) * run));
+            let at = grid.scale_of(from);
+            let (scale, zero) = (scale[at], zero.map_or(0.0, |z| z[at].to_f64()));
+            // SAFETY: tasks write different runs.
+            let y = unsafe { out.range(from, to - from) };
+            // The difference is taken exactly: 32-bit integers do not fit into f32.
+            y.iter_mut().zip(&x[from..to]).for_each(|(y, x)| *y = (x.to_f64() - zero) as f32 * scale);
+        }
+    });
+    Ok(())
+}
+
+/// `c = a b` for `[m, k]` and `[k, n]` in 32-bit integers, spread over the lanes by rows.
+///
+/// # Errors
+/// If the slices are shorter than the sizes want.
+pub fn matmul(cx: &Cx, a: &[i32], b: &[i32], c: &mut [i32], [m, n, k]: [usize; 3]) -> Result<()> {
+    let short = |len: usize, x: usize, y: usize| x.checked_mul(y).is_none_or(|want| len < want);
+    if short(a.len(), m, k) || short(b.len(), k, n) || short(c.len(), m, n) {
+        return Err(Error::new(format!("a product of [{m}, {k}] and [{k}, {n}] from too few elements")));
+    }
+    let cost = 2 * (m * n) as u64 * k as u64;
+    let out = DisjointMut::new(c);
+    cx.for_each(m, cost, &|i| {
+        // SAFETY: each task has its own row.
+        let row = unsafe { out.range(i * n, n) };
+        naive::matmul(&a[i * k..], [k, 1], b, [n, 1], row, [1, n, k]);
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::each_context;
+
+    #[test]
+    fn halves_go_to_even_and_ends_saturate() {
+        let x = [0.5f32, 1.5, 2.5, -0.5, -1.5, 1000.0, -1000.0, f32::INFINITY, 127.4];
+        let grid = Grid { outer: 1, n: 1, inner: x.len(), sharing: Sharing::Tensor };
+        each_context(|cx| {
+            let mut y = [0i8; 9];
+            quantize(cx, &x, &grid, &[1.0], None, [-128.0, 127.0], &mut y).unwrap();
+            assert_eq!(y, [0, 2, 2, 0, -2, 127, -128, 127, 127]);
+            let mut y = [0u8; 9];
+            quantize(cx, &x, &grid, &[0.5], Some(&[7]), [0.0, 255.0], &mut y).unwrap();
+            assert_eq!(y, [8, 10, 12, 6, 4, 255, 0, 255, 255]);
+        });
+    }
+
+    #[test]
+    fn every_way_of_sharing() {
+        let x: Vec<f32> = (0..2 * 4 * 19).map(|i| i as f32 - 70.0).collect();
+        let scales: Vec<f32> = (0..2 * 2 * 19).map(|i| 0.5 + i as f32 * 0.25).collect();
+        let zeros: Vec<i16> = (0..2 * 2 * 19).map(|i| i as i16 - 30).collect();
+        each_context(|cx| {
+            for sharing in [Sharing::Tensor, Sharing::Axis, Sharing::Block(2), Sharing::Block(3)] {
+                let grid = Grid { outer: 2, n: 4, inner: 19, sharing };
+                let n = grid.scales().unwrap();
+                let (scale, zero) = (&scales[..n], &zeros[..n]);
+                let (mut q, mut y) = (vec![0i16; x.len()], vec![0f32; x.len()]);
+                quantize(cx, &x, &grid, scale, Some(zero), [-32768.0, 32767.0], &mut q).unwrap();
+                dequantize(cx, &q, &grid, scale, Some(zero), &mut y).unwrap();
+                for i in 0..x.len() {
+                    let (o, k, j) = (i / 76, i / 19 % 4, i % 19);
+                    let at = match sharing {
+                        Sharing::Tensor => 0,
+                        Sharing::Axis => k,
+                        Sharing::Block(b) => (o * 2 + k / b) * 19 + j,
+                    };
+                    let want = (x[i] / scale[at]).round_ties_even() as i16 + zero[at];
+                    assert_eq!(q[i], want, "{sharing:?} {i}");
+                    assert_eq!(y[i], f32::from(want - zero[at]) * scale[at]);
+                }
+                assert!(quantize(cx, &x[1..], &grid, scale, Some(zero), [0.0, 1.0], &mut q).is_err());
+            }
+        });
+    }
+
+    #[test]
+    fn sums_are_exact() {
+        each_context(|cx| {
+            let (a, b) = (vec![255; 3 * 1000], vec![-128; 1000 * 2]);
+            let mut c = [0; 6];
+            matmul(cx, &a, &b, &mut c, [3, 2, 1000]).unwrap();
+            assert_eq!(c, [-32_640_000; 6]);
+            assert!(matmul(cx, &a, &b, &mut c, [4, 2, 1000]).is_err());
+        });
+    }
+}
