@@ -42,7 +42,11 @@ try {
       { timeout: LIMIT_MS },
     );
     const seen = await page.evaluate(() => {
-      const text = (element) => element?.textContent.replace(/\s+/g, " ").trim() ?? "";
+      const text = (element) =>
+        [...(element?.children.length ? element.children : [element])]
+          .map((part) => part?.textContent.replace(/\s+/g, " ").trim())
+          .filter(Boolean)
+          .join(" | ");
       return {
         error: text(document.querySelector('[data-testid="error"]')),
         status: text(document.querySelector('[data-testid="status"]')),
@@ -66,7 +70,7 @@ try {
     }
     if (problems.length) throw new Error(`the page had problems: ${problems.join("; ")}`);
     console.log(`   asked "${QUESTION}"`);
-    for (const { text, score } of results.slice(0, 3)) console.log(`   ${score.toFixed(3)}  ${text}`);
+    for (const { text } of results.slice(0, 3)) console.log(`   ${text}`);
     console.log(`   ${seen.status}; ${((Date.now() - start) / 1000).toFixed(1)} s from opening to answer`);
     failed = false;
   } finally {
