@@ -98,7 +98,7 @@ impl Arithmetic {
 
     fn check_dtype(&self, dtype: DType) -> Result<()> {
         let logical = matches!(self.name, "And" | "Or" | "Xor");
-        let integers = !matches!(self.function, Function::Kernel(_));
+        let integers = !matches!(self.function, Function::Kernel(_) | Function::FloorMod);
         let fits = match dtype {
             DType::Bool => logical,
             DType::F32 | DType::F64 | DType::F16 | DType::Bf16 => !integers,
@@ -159,10 +159,7 @@ impl Operator for Arithmetic {
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let dtype = io.output(0)?.dtype;
-        if dtype == DType::F32 {
-            let Function::Kernel(function) = self.function else {
-                return Err(wrong_dtype("an operand", dtype, "integers"));
-            };
+        if let (DType::F32, Function::Kernel(function)) = (dtype, self.function) {
             return run_f32(cx, function, io);
         }
         if let Function::Kernel(Binary::Div | Binary::Rem) | Function::FloorMod = self.function
@@ -176,7 +173,7 @@ impl Operator for Arithmetic {
                 return Err(Error::invalid_input("a division of integers by zero"));
             }
         }
-        for_dtype!(dtype, [F64, I8, I16, I32, I64, U8, U16, U32, U64, Bool], T =>
+        for_dtype!(dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64, Bool], T =>
             run_typed(cx, io, T::function(self.function)), else Err(wrong_dtype("an operand", dtype, "numbers")))
     }
 
@@ -275,24 +272,39 @@ macro_rules! integer_functions {
 }
 integer_functions!(i8 i16 i32 i64 u8 u16 u32 u64);
 
-impl Functions for f64 {
-    fn function(function: Function) -> fn(f64, f64) -> f64 {
-        match function {
-            Function::Kernel(Binary::Add) => |a, b| a + b,
-            Function::Kernel(Binary::Sub) => |a, b| a - b,
-            Function::Kernel(Binary::Mul) => |a, b| a * b,
-            Function::Kernel(Binary::Div) => |a, b| a / b,
-            Function::Kernel(Binary::Rem) => |a, b| a % b,
-            // Those of std drop NaN.
-            Function::Kernel(Binary::Min) => |a, b| if a.is_nan() || a < b { a } else { b },
-            Function::Kernel(Binary::Max) => |a, b| if a.is_nan() || a > b { a } else { b },
-            Function::Kernel(Binary::PRelu) => |a, b| if a < 0.0 { a * b } else { a },
-            Function::Kernel(Binary::Pow) => f64::powf,
-            // `check_dtype` lets only integers come here.
-            _ => |a, _| a,
+macro_rules! float_functions {
+    ($($t:ty)*) => { $(
+        impl Functions for $t {
+            fn function(function: Function) -> fn($t, $t) -> $t {
+                match function {
+                    Function::Kernel(Binary::Add) => |a, b| a + b,
+                    Function::Kernel(Binary::Sub) => |a, b| a - b,
+                    Function::Kernel(Binary::Mul) => |a, b| a * b,
+                    Function::Kernel(Binary::Div) => |a, b| a / b,
+                    Function::Kernel(Binary::Rem) => |a, b| a % b,
+                    // Those of std drop NaN.
+                    Function::Kernel(Binary::Min) => |a, b| if a.is_nan() || a < b { a } else { b },
+                    Function::Kernel(Binary::Max) => |a, b| if a.is_nan() || a > b { a } else { b },
+                    Function::Kernel(Binary::PRelu) => |a, b| if a < 0.0 { a * b } else { a },
+                    Function::Kernel(Binary::Pow) => <$t>::powf,
+                    Function::FloorMod => |a, b| {
+                        let r = a % b;
+                        if r == 0.0 {
+                            (0.0 as $t).copysign(b)
+                        } else if (r < 0.0) != (b < 0.0) {
+                            r + b
+                        } else {
+                            r
+                        }
+                    },
+                    // `check_dtype` lets only integers come here.
+                    _ => |a, _| a,
+                }
+            }
         }
-    }
+    )* };
 }
+float_functions!(f32 f64);
 
 /// `a^b` of integers, wrapping; a negative exponent gives the truncated fraction.
 trait Power: Sized {
@@ -655,7 +667,8 @@ mod tests {
         let y = OneNode::new("Mod").int("fmod", 1).run(&[a(), b()]).unwrap();
         assert_eq!(y[0], i64s(&[4], &[1, -1, 1, -1]));
         assert!(run("Div", a(), i64s(&[1], &[0])).is_err());
-        assert!(run("Mod", f32s(&[1], &[1.0]), f32s(&[1], &[1.0])).is_err(), "fmod is wanted for floats");
+        let y = run("Mod", f32s(&[3], &[-4.5, 4.5, 6.0]), f32s(&[3], &[2.0, -2.0, -3.0])).unwrap();
+        assert_eq!(y, f32s(&[3], &[1.5, -1.5, -0.0]));
         assert_eq!(run("Pow", i64s(&[3], &[2, -3, 5]), i64s(&[3], &[10, 3, -1])).unwrap(), i64s(&[3], &[1024, -27, 0]));
         assert_eq!(run("Pow", f32s(&[1], &[2.0]), i64s(&[1], &[3])).unwrap(), f32s(&[1], &[8.0]));
         assert_eq!(run("Pow", i64s(&[1], &[9]), f32s(&[1], &[0.5])).unwrap(), i64s(&[1], &[3]));

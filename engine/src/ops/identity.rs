@@ -57,6 +57,15 @@ impl Dropout {
     }
 }
 
+/// Accepts what drops nothing: no training, or a ratio of 0. A ratio that is left out is one half.
+fn check_inference(training: TensorView, ratio: Option<TensorView>) -> Result<()> {
+    let zero = |v: TensorView| v.bytes().iter().all(|b| *b == 0);
+    if zero(training) || ratio.is_some_and(zero) {
+        return Ok(());
+    }
+    Err(Error::unsupported_attribute("training_mode is true; inference drops no elements and can compute nothing else"))
+}
+
 impl Operator for Dropout {
     fn name(&self) -> &'static str {
         "Dropout"
@@ -64,17 +73,22 @@ impl Operator for Dropout {
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let x = cx.input(0)?;
-        let zero = |i: usize| cx.optional(i).and_then(Fact::tensor).is_some_and(|t| t.bytes().iter().all(|b| *b == 0));
-        if self.trains && !zero(2) && !zero(1) {
-            return Err(Error::unsupported_attribute(
-                "training_mode is not the constant false; inference drops no elements and can compute nothing else",
-            ));
+        // What is not constant is looked at when it is there.
+        let known = |i: usize| cx.optional(i).map(Fact::tensor);
+        if self.trains
+            && let Some(Some(training)) = known(2)
+            && !matches!(known(1), Some(None))
+        {
+            check_inference(training.view(), known(1).flatten().map(|r| r.view()))?;
         }
         let dtype = if self.typed_mask { x.dtype } else { DType::Bool };
         cx.results(vec![x.clone(), Fact { dtype, shape: x.shape.clone(), content: Content::Unknown }])
     }
 
     fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+        if let (true, Some(training)) = (self.trains, io.optional(2)) {
+            check_inference(training, io.optional(1))?;
+        }
         copy(io)?;
         let Some(mask) = io.outputs.get_mut(1) else { return Ok(()) };
         match mask.dtype {

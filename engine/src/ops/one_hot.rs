@@ -5,7 +5,7 @@ use super::{Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, axis_index};
 use crate::for_dtype;
-use crate::tensor::{DType, TensorView};
+use crate::tensor::TensorView;
 use weblane_kernels::naive::Number;
 use weblane_kernels::par::Cx;
 
@@ -86,6 +86,7 @@ impl Operator for OneHot {
 mod tests {
     use super::super::testing::{OneNode, f32s, i64s};
     use super::*;
+    use crate::tensor::DType;
 
     #[test]
     fn marks() {

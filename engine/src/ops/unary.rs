@@ -2,7 +2,7 @@
 
 use super::identity::copy;
 use super::sizes::kernel_error;
-use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, wrong_dtype};
+use super::{Attributes, Infer, Io, Operator, Permuted, Registration, wrong_dtype};
 use crate::error::Result;
 use crate::fact::{Content, Fact};
 use crate::for_dtype;
