@@ -3,7 +3,7 @@
 use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape};
-use crate::tensor::{DType, TensorView};
+use crate::tensor::{DType, Dims, TensorView};
 use std::ops::Range;
 use weblane_kernels::attention::{Attention as Kernel, Heads, Mask, Visible, attention};
 use weblane_kernels::par::Cx;
@@ -75,7 +75,7 @@ fn mask_strides(dims: &[usize], wanted: [usize; 3]) -> Result<[usize; 3]> {
 }
 
 /// `softmax(scale q k^T + mask) v`, set by the optimiser. Operands q, k, v, optional additive mask that broadcasts to
-/// `[batch, heads, queries, keys]` (its last axis must have all keys).
+/// `[batch, heads, queries, keys]`.
 #[derive(Clone, Debug)]
 pub struct FusedAttention {
     /// Factor of the scores.
@@ -139,7 +139,7 @@ impl Operator for FusedAttention {
         let parts_of = |i: usize, form, heads| parts(form, cx.input(i)?, heads);
         let (qp, kp) = (parts_of(0, self.q, self.heads)?, parts_of(1, self.k, self.kv_heads)?);
         let vp = parts_of(2, self.v, self.kv_heads)?;
-        if self.kv_heads == 0 || self.heads % self.kv_heads != 0 {
+        if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::shape(format!("{} heads of q cannot share {} of k and v", self.heads, self.kv_heads)));
         }
         let (Some([b, tq, dq]), Some([kb, tk, dk]), Some([vb, tv, dv])) = (qp, kp, vp) else {
@@ -153,7 +153,7 @@ impl Operator for FusedAttention {
             && let (Some(dims), Some(b), Some(tq), Some(tk)) = (mask.dims(), b.known(), tq.known(), tk.known())
         {
             mask_strides(&dims, [b, self.heads, tq])?;
-            if dims.last() != Some(&tk) {
+            if dims.last().is_none_or(|&keys| keys != tk && keys != 1) {
                 return Err(Error::shape(format!("the mask is of shape {dims:?}; its last axis must have {tk} keys")));
             }
         }
@@ -167,12 +167,19 @@ impl Operator for FusedAttention {
         }
         let qs = self.q.sizes("q", q.dims, self.heads)?;
         let (ks, vs) = (self.k.sizes("k", k.dims, self.kv_heads)?, self.v.sizes("v", v.dims, self.kv_heads)?);
+        let repeated: Vec<f32>;
         let mask = match io.optional(3) {
-            Some(m) => Some(Mask {
-                data: m.as_slice::<f32>()?,
-                strides: mask_strides(m.dims, [qs.batch, qs.heads, qs.positions])?,
-                keys: m.dims.last().copied().unwrap_or(1),
-            }),
+            Some(m) => {
+                let (mut data, mut dims) = (m.as_slice::<f32>()?, Dims::from_slice(m.dims));
+                // Rare: one number for all keys, in a model whose names for sizes turned out to mean 1.
+                if let Some(keys) = dims.last_mut().filter(|keys| **keys == 1 && ks.positions != 1) {
+                    *keys = ks.positions;
+                    repeated = data.iter().flat_map(|&v| std::iter::repeat_n(v, ks.positions)).collect();
+                    data = &repeated;
+                }
+                let strides = mask_strides(&dims, [qs.batch, qs.heads, qs.positions])?;
+                Some(Mask { data, strides, keys: ks.positions })
+            }
             None => None,
         };
         let a = Kernel {
@@ -382,7 +389,7 @@ impl Operator for Attention {
         else {
             return cx.results(unknown());
         };
-        if kv_heads == 0 || heads % kv_heads != 0 {
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(Error::shape(format!("{heads} heads of q cannot share {kv_heads} of k and v")));
         }
         agree("sizes of the heads of q and k", &dq, &dk)?;
@@ -589,7 +596,6 @@ fn append(past: Option<TensorView>, x: TensorView, form: Form, s: Sizes, keys: u
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s};
-    use super::*;
 
     #[test]
     fn equal_scores_average_the_values() {

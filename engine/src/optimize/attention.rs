@@ -12,7 +12,7 @@
 use super::Pass;
 use super::pattern::{Match, Operand, Pattern, Replacement, View, any, constant, op, op_if, rewrite, var};
 use crate::error::Result;
-use crate::fact::{Dim, Fact, axis_index, broadcast};
+use crate::fact::{Dim, Fact, axis_index};
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::attention::{Form, FusedAttention};
 use crate::ops::matmul::MatMul;
@@ -191,14 +191,16 @@ fn mask(view: &View, found: &Match, wanted: &[Dim; 4]) -> Result<Masking> {
     Ok(Masking::Operand(Operand::Computed(Where.into(), operands)))
 }
 
-/// Whether a mask broadcasts to the scores, with all keys.
+/// Whether a mask broadcasts to the scores without adding axes or sizes. A size that has only a name may turn out to be
+/// 1 or that of the scores, the operator takes both; anything else is an error there.
 fn covers(mask: &Fact, wanted: &[Dim; 4]) -> bool {
     let Some(shape) = mask.shape.as_ref().filter(|s| (1..=4).contains(&s.len())) else { return false };
-    let joint = broadcast(shape, wanted).is_ok_and(|s| s.as_slice() == wanted);
-    let dims = shape.iter().rev().zip(wanted.iter().rev());
-    joint
-        && shape.last().is_some_and(|keys| agree(keys, &wanted[3]))
-        && dims.into_iter().all(|(d, want)| *d == Dim::Known(1) || agree(d, want))
+    shape.iter().rev().zip(wanted.iter().rev()).enumerate().all(|(back, (have, want))| match have {
+        // One number for all keys does not change the distribution, but rounding; it is left as it is.
+        Dim::Known(1) => back > 0 || have == want,
+        Dim::Known(_) => have == want,
+        _ => true,
+    })
 }
 
 /// What stands before `Transpose(x, [0, 2, 1, 3])`.

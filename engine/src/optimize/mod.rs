@@ -1,9 +1,9 @@
 //! Portable rewriting of the graph. Each pass is one file with one function; [`optimize`] is their order.
 
-use crate::analyze::{Folding, analyze};
+use crate::analyze::{Folding, infer_node};
 use crate::error::Result;
-use crate::fact::Fact;
-use crate::graph::Graph;
+use crate::fact::{Dim, Fact};
+use crate::graph::{Graph, ValueId};
 use weblane_kernels::par::Cx;
 
 mod activation;
@@ -35,9 +35,32 @@ pub struct Pass<'a> {
 
 impl Pass<'_> {
     /// What is known of every value of the graph as it is now.
+    ///
+    /// Sizes that inference knows nothing of get names of their own, which flow on to whatever has the same size: so
+    /// passes can tell that two values have one shape without knowing it.
     pub fn facts(&self, graph: &Graph) -> Result<Vec<Option<Fact>>> {
-        analyze(graph, self.inputs, self.cx, Folding { max_bytes: 0 })
+        let mut facts: Vec<Option<Fact>> =
+            graph.values.iter().map(|v| v.constant.as_ref().map(|t| Fact::constant(t.clone()))).collect();
+        for (id, fact) in graph.inputs.iter().zip(self.inputs) {
+            facts[id.index()] = Some(named(fact.clone(), *id));
+        }
+        for node in &graph.nodes {
+            for (id, fact) in node.outputs.iter().zip(infer_node(node, &facts, self.cx, Folding { max_bytes: 0 })?) {
+                facts[id.index()] = Some(named(fact, *id));
+            }
+        }
+        Ok(facts)
     }
+}
+
+/// Names for the sizes of a value that have none. No model has such names: a size in a model is a name or nothing.
+fn named(mut fact: Fact, id: ValueId) -> Fact {
+    for (axis, dim) in fact.shape.iter_mut().flatten().enumerate() {
+        if *dim == Dim::Unknown {
+            *dim = Dim::Symbol(format!("size {axis} of value {}", id.index()).into());
+        }
+    }
+    fact
 }
 
 /// Rewrites the graph; its inputs and outputs stay, its results too up to rounding. `inputs` are the facts of the
