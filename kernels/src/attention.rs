@@ -96,7 +96,7 @@ fn reach(sizes: [usize; 3], strides: [usize; 3], inner: usize) -> Option<usize> 
 impl Attention<'_> {
     fn check(&self, y: usize) -> Result<()> {
         let a = self;
-        if a.kv_heads == 0 || a.heads % a.kv_heads != 0 {
+        if a.kv_heads == 0 || !a.heads.is_multiple_of(a.kv_heads) {
             return Err(Error::new(format!("{} heads of queries cannot share {} of keys", a.heads, a.kv_heads)));
         }
         let mask = a.mask.map(|m| (m.data.len(), reach([a.batch, a.heads, a.queries], m.strides, m.keys)));
@@ -334,7 +334,7 @@ fn product<S: Simd>(
     if rows == 0 || cols == 0 {
         return;
     }
-    assert!(cols % S::LANES == 0 && (rows - 1) * ldc + cols <= c.len());
+    assert!(cols.is_multiple_of(S::LANES) && (rows - 1) * ldc + cols <= c.len());
     assert!(k == 0 || ((rows - 1) * lda + k <= a.len() && (k - 1) * ldb + cols <= b.len()));
     let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
     let mut j = 0;

@@ -126,11 +126,11 @@ pub fn conv<T: Number>(
     out: &mut [T],
 ) -> Result<()> {
     let mut o = [0; 3];
-    for i in 0..3 {
+    for (i, o) in o.iter_mut().enumerate() {
         let padded = input.spatial[i] + input.pads_begin[i] + input.pads_end[i];
         let extent = (p.kernel[i] - 1) * p.dilations[i] + 1;
         let room = padded.checked_sub(extent).ok_or_else(|| Error::new("the window does not fit into the input"))?;
-        o[i] = room / p.strides[i] + 1;
+        *o = room / p.strides[i] + 1;
     }
     let [id, ih, iw] = input.spatial;
     let (per_group_in, per_group_out) = (p.in_channels / p.groups, p.out_channels / p.groups);

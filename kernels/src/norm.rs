@@ -64,13 +64,13 @@ pub fn normalize(cx: &Cx, p: &Normalize, x: Option<&[f32]>, y: &mut [f32], stats
         return Ok(());
     }
     let n = p.n;
-    if n == 0 || y.len() % n != 0 || x.is_some_and(|x| x.len() != y.len()) {
+    if n == 0 || !y.len().is_multiple_of(n) || x.is_some_and(|x| x.len() != y.len()) {
         return Err(Error::new(format!("{} elements cannot be normalised in rows of {n}", y.len())));
     }
     let wanted = match p.affine {
         Affine::PerElement => n,
         Affine::PerChannel { channels, run } => {
-            if run == 0 || n % run != 0 || channels == 0 || channels % (n / run) != 0 {
+            if run == 0 || !n.is_multiple_of(run) || channels == 0 || !channels.is_multiple_of(n / run) {
                 return Err(Error::new(format!(
                     "rows of {n} in runs of {run} do not take {channels} channels in turn"
                 )));
@@ -215,7 +215,7 @@ pub fn scale_channels(
         return Ok(());
     }
     let channels = scale.len();
-    let block = channels.checked_mul(inner).filter(|&b| b > 0 && y.len() % b == 0 && shift.len() == channels);
+    let block = channels.checked_mul(inner).filter(|&b| b > 0 && y.len().is_multiple_of(b) && shift.len() == channels);
     let Some(block) = block.filter(|_| x.is_none_or(|x| x.len() == y.len())) else {
         return Err(Error::new(format!("{} elements do not have {channels} channels of {inner}", y.len())));
     };

@@ -264,7 +264,6 @@ impl Compute for Prepared {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s, i64s};
-    use super::*;
 
     #[test]
     fn factors_transposes_and_every_broadcast_of_c() {

@@ -9,6 +9,7 @@ use crate::tensor::{DType, Dims, TensorView};
 use smallvec::SmallVec;
 use weblane_kernels::epilogue::Activation;
 use weblane_kernels::finish::{Finish, finish};
+use weblane_kernels::naive::Number;
 use weblane_kernels::norm::{Affine, Normalize, Statistics, local_response, normalize, normalize_any, unit_length};
 use weblane_kernels::par::Cx;
 use weblane_kernels::reduce::{Reduction, reduce_any};
@@ -462,7 +463,7 @@ impl Operator for MeanVarianceNormalization {
         };
         for_dtype!(x.dtype, [F32, F64], T => {
             let values = x.as_slice::<T>()?;
-            let wide: Vec<f64> = values.iter().map(|&v| f64::from(v)).collect();
+            let wide: Vec<f64> = values.iter().map(|&v| v.to_f64()).collect();
             let mut mean = vec![0.0; kept];
             reduce_any(Reduction::Mean, &wide, x.dims, &mask, &mut mean)?;
             let squares: Vec<f64> = wide.iter().enumerate().map(|(i, v)| (v - mean[group(i)]).powi(2)).collect();
@@ -470,7 +471,7 @@ impl Operator for MeanVarianceNormalization {
             reduce_any(Reduction::Mean, &squares, x.dims, &mask, &mut var)?;
             for (i, (y, v)) in io.output(0)?.as_slice::<T>()?.iter_mut().zip(wide).enumerate() {
                 let g = group(i);
-                *y = ((v - mean[g]) / (var[g].sqrt() + 1e-9)) as T;
+                *y = T::from_f64((v - mean[g]) / (var[g].sqrt() + 1e-9));
             }
             Ok(())
         }, else Err(wrong_dtype("the operand", x.dtype, "float32 and float64")))
@@ -526,7 +527,6 @@ impl Operator for Lrn {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s};
-    use super::*;
     use crate::tensor::Tensor;
 
     fn near(y: &Tensor, want: &[f32]) {

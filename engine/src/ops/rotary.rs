@@ -96,7 +96,7 @@ impl Operator for RotaryEmbedding {
         let n = self.turning(d)?;
         let pairs = n / 2;
         let ids = io.optional(3).map(|i| i.to_i64s()).transpose()?;
-        let rows = if pairs == 0 { 0 } else { cos.len().min(sin.len()) / pairs };
+        let rows = cos.len().min(sin.len()).checked_div(pairs).unwrap_or(0);
         for_dtype!(x.dtype, [F32, F64], T => {
             let (x, cos, sin) = (x.as_slice::<T>()?, cos.as_slice::<T>()?, sin.as_slice::<T>()?);
             let y = io.output(0)?.as_slice::<T>()?;

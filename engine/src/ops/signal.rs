@@ -274,7 +274,7 @@ impl Operator for MelWeightMatrix {
     }
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
-        let size = |i: usize| Ok::<_, Error>(scalar(cx.input(i)?).map(length).transpose()?);
+        let size = |i: usize| scalar(cx.input(i)?).map(length).transpose();
         let dim = |n: Option<usize>| n.map_or(Dim::Unknown, Dim::Known);
         let shape = [dim(size(1)?.map(|n| n / 2 + 1)), dim(size(0)?)];
         cx.results(vec![Fact::with_shape(self.dtype, shape.into_iter().collect())])

@@ -70,7 +70,7 @@ fn sizes(name: &str, values: Vec<i64>, least: i64) -> Result<Axes> {
 impl Window {
     /// Reads `kernel_shape`, `strides`, `dilations`, `pads` and `auto_pad`.
     pub fn parse(a: &mut Attributes) -> Result<Self> {
-        let mut list = |name: &str, least| Ok::<_, Error>(a.ints(name)?.map(|v| sizes(name, v, least)).transpose()?);
+        let mut list = |name: &str, least| a.ints(name)?.map(|v| sizes(name, v, least)).transpose();
         let kernel = list("kernel_shape", 1)?;
         let strides = list("strides", 1)?.unwrap_or_default();
         let dilations = list("dilations", 1)?.unwrap_or_default();
@@ -232,8 +232,11 @@ pub fn join(batch: Dim, channels: Dim, spatial: Shape, layout: Layout) -> Shape 
     shape
 }
 
+/// Batch, channels and spatial sizes, as far as they are known.
+pub type Parts = (Dim, Dim, SmallVec<[Dim; 3]>);
+
 /// Batch, channels and spatial sizes of operand 0, or an error when its rank is below 3.
-pub fn split_fact(fact: &Fact, layout: Layout) -> Result<Option<(Dim, Dim, SmallVec<[Dim; 3]>)>> {
+pub fn split_fact(fact: &Fact, layout: Layout) -> Result<Option<Parts>> {
     let Some(shape) = &fact.shape else { return Ok(None) };
     match split(shape, layout) {
         Some(parts) if !parts.2.is_empty() => Ok(Some(parts)),
@@ -276,7 +279,7 @@ mod tests {
     fn symbols_survive_windows_that_keep_the_size() {
         let s = Dim::Symbol("w".into());
         let keep = window(&[], &[1, 1], AutoPad::NotSet, false);
-        assert_eq!(keep.infer(&[s.clone()], &[Dim::Known(3)]).unwrap()[0], s);
+        assert_eq!(keep.infer(std::slice::from_ref(&s), &[Dim::Known(3)]).unwrap()[0], s);
         let half = window(&[2], &[1, 1], AutoPad::NotSet, false);
         assert_eq!(half.infer(&[s], &[Dim::Known(3)]).unwrap()[0], Dim::Unknown);
     }
