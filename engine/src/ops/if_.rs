@@ -65,9 +65,14 @@ impl Operator for If {
         match condition.tensor() {
             Some(t) => cx.results(infer_outputs(self.body(truth(&t.view())?), &captures, cx.cx)?),
             None => {
-                let a = infer_outputs(&self.then, &captures, cx.cx)?;
-                let b = infer_outputs(&self.otherwise, &captures, cx.cx)?;
-                cx.results(a.iter().zip(&b).map(|(a, b)| either(a, b)).collect::<Result<_>>()?)
+                let then = infer_outputs(&self.then, &captures, cx.cx);
+                let otherwise = infer_outputs(&self.otherwise, &captures, cx.cx);
+                cx.results(match (then, otherwise) {
+                    (Ok(a), Ok(b)) => a.iter().zip(&b).map(|(a, b)| either(a, b)).collect::<Result<_>>()?,
+                    // A body that does not fit these shapes is one that the condition keeps from running.
+                    (Ok(a), Err(_)) | (Err(_), Ok(a)) => a.iter().map(|f| Fact::of_dtype(f.dtype)).collect(),
+                    (Err(e), Err(_)) => return Err(e),
+                })
             }
         }
     }

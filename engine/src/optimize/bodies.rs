@@ -26,8 +26,9 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
                 continue;
             }
             let captures: Vec<Fact> = operands[1..].iter().flatten().cloned().collect();
-            let body = |g: &Graph| optimize_body(g, &captures, pass);
-            let op = If { then: body(&op.then)?, otherwise: body(&op.otherwise)? };
+            // A body that does not fit the shapes is one that never runs with them; it stays as it is.
+            let body = |g: &Graph| optimize_body(g, &captures, pass).unwrap_or_else(|_| g.clone());
+            let op = If { then: body(&op.then), otherwise: body(&op.otherwise) };
             graph.nodes.push(Node { op: op.into(), ..node });
         } else if let Some(op) = node.op.get::<Loop>() {
             // Shapes of carried values may change from one iteration to the next: only their types are known.
