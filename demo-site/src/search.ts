@@ -113,24 +113,33 @@ async function main(): Promise<void> {
   query.disabled = false;
   query.focus();
 
-  let asked = 0;
+  let [busy, again] = [false, false];
+  /** One run at a time: what is typed meanwhile is asked together by the next. */
   async function ask(): Promise<void> {
-    const text = query.value.trim();
-    const turn = ++asked;
-    if (!text) return results.replaceChildren();
+    again = true;
+    if (busy) return;
+    busy = true;
     try {
-      const start = performance.now();
-      const [vector] = await embedder.embed([embedder.tokens(text)]);
-      const took = performance.now() - start;
-      // A newer question has been typed meanwhile.
-      if (turn !== asked || !vector) return;
-      const scores = SENTENCES.map((text, i) => ({ text, score: dot(vector, vectors[i] as Float32Array) }));
-      scores.sort((a, b) => b.score - a.score);
-      render(scores.slice(0, SHOWN));
-      await showReady(session, `your sentence took ${milliseconds(took)}`);
+      while (again) {
+        again = false;
+        const text = query.value.trim();
+        if (!text) {
+          results.replaceChildren();
+          continue;
+        }
+        const start = performance.now();
+        const [vector] = await embedder.embed([embedder.tokens(text)]);
+        const took = performance.now() - start;
+        if (!vector) continue;
+        const scores = SENTENCES.map((text, i) => ({ text, score: dot(vector, vectors[i] as Float32Array) }));
+        scores.sort((a, b) => b.score - a.score);
+        render(scores.slice(0, SHOWN));
+        await showReady(session, `your sentence took ${milliseconds(took)}`);
+      }
     } catch (error) {
       showError("The sentence could not be compared.", error);
     }
+    busy = false;
   }
   query.addEventListener("input", ask);
   byId("form").addEventListener("submit", (event) => {
