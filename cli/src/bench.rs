@@ -62,8 +62,12 @@ impl Bench {
     }
 
     fn random_inputs(&self, session: &Session) -> Result<Vec<(String, Tensor)>> {
-        let given: BTreeMap<&str, usize> =
-            self.dims.iter().filter_map(|d| d.split_once('=')).filter_map(|(n, v)| Some((n, v.parse().ok()?))).collect();
+        let given: BTreeMap<&str, usize> = self
+            .dims
+            .iter()
+            .filter_map(|d| d.split_once('='))
+            .filter_map(|(n, v)| Some((n, v.parse().ok()?)))
+            .collect();
         let mut seed = 0x2545_f491_4f6c_dd1du64;
         let mut next = move || {
             seed ^= seed << 13;

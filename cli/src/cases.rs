@@ -70,9 +70,11 @@ fn dtype(name: &str) -> Result<DType> {
         "double" => "float64",
         other => other,
     };
-    DType::ALL.iter().copied().find(|d| d.as_str() == alias).ok_or_else(|| {
-        Error::new(ErrorCode::UnsupportedDtype, format!("element type {name} is not supported")).into()
-    })
+    DType::ALL
+        .iter()
+        .copied()
+        .find(|d| d.as_str() == alias)
+        .ok_or_else(|| Error::new(ErrorCode::UnsupportedDtype, format!("element type {name} is not supported")).into())
 }
 
 /// Says where two tensors differ by more than `atol + rtol * |want|`.
@@ -98,7 +100,9 @@ fn compare(got: &Tensor, want: &Tensor, rtol: f64, atol: f64) -> Result<()> {
     }
     match worst {
         None => Ok(()),
-        Some((i, _)) => bail!("{wrong} of {} elements differ, worst {i}: got {}, wanted {}", got.len(), got[i], want[i]),
+        Some((i, _)) => {
+            bail!("{wrong} of {} elements differ, worst {i}: got {}, wanted {}", got.len(), got[i], want[i])
+        }
     }
 }
 
@@ -213,9 +217,8 @@ impl Conformance {
         let options = self.engine.options()?;
         let filter = self.matching.as_deref().map(regex::Regex::new).transpose()?;
         let index = self.cases.join("index.json");
-        let text = std::fs::read_to_string(&index).with_context(|| {
-            format!("cannot read {}; models/export_conformance.py writes it", index.display())
-        })?;
+        let text = std::fs::read_to_string(&index)
+            .with_context(|| format!("cannot read {}; models/export_conformance.py writes it", index.display()))?;
         let entries: Vec<Entry> = serde_json::from_str(&text)?;
         let mut outcomes = Vec::new();
         // A defect that panics fails its case, not the report.
@@ -258,10 +261,7 @@ impl Conformance {
 
 fn is_unsupported(e: &anyhow::Error) -> bool {
     e.chain().filter_map(|e| e.downcast_ref::<Error>()).any(|e| {
-        matches!(
-            e.code,
-            ErrorCode::UnsupportedOperator | ErrorCode::UnsupportedDtype | ErrorCode::UnsupportedAttribute
-        )
+        matches!(e.code, ErrorCode::UnsupportedOperator | ErrorCode::UnsupportedDtype | ErrorCode::UnsupportedAttribute)
     })
 }
 

@@ -80,7 +80,8 @@ impl Graph {
     }
 
     fn push(&mut self, value: Value) -> ValueId {
-        let id = ValueId(u32::try_from(self.values.len()).expect("fewer than 2^32 values: each took bytes of the file"));
+        let id =
+            ValueId(u32::try_from(self.values.len()).expect("fewer than 2^32 values: each took bytes of the file"));
         self.values.push(value);
         id
     }
@@ -180,11 +181,8 @@ impl Graph {
     /// If the nodes depend on each other in a circle.
     pub fn sort(&mut self) -> Result<()> {
         let producers = self.producers();
-        let mut missing: Vec<usize> = self
-            .nodes
-            .iter()
-            .map(|n| n.operands().filter(|id| producers[id.index()].is_some()).count())
-            .collect();
+        let mut missing: Vec<usize> =
+            self.nodes.iter().map(|n| n.operands().filter(|id| producers[id.index()].is_some()).count()).collect();
         let readers = self.readers();
         let mut ready: std::collections::BinaryHeap<std::cmp::Reverse<usize>> =
             missing.iter().enumerate().filter(|(_, m)| **m == 0).map(|(i, _)| std::cmp::Reverse(i)).collect();

@@ -92,7 +92,9 @@ impl fmt::Display for DType {
 }
 
 /// A Rust type that is an element type.
-pub trait Element: bytemuck::NoUninit + bytemuck::AnyBitPattern + PartialEq + fmt::Debug + Send + Sync + 'static {
+pub trait Element:
+    bytemuck::NoUninit + bytemuck::AnyBitPattern + PartialEq + fmt::Debug + Send + Sync + 'static
+{
     /// Its element type.
     const DTYPE: DType;
 }
@@ -114,7 +116,14 @@ elements!(u8 = U8, u16 = U16, u32 = U32, u64 = U64);
 macro_rules! for_dtype {
     ($dtype:expr, [$($d:ident),* $(,)?], $t:ident => $body:expr, else $other:expr) => {
         match $dtype {
-            $($crate::tensor::DType::$d => { type $t = $crate::rust_type!($d); $body })*
+            $(
+                // A body that converts from `T` is written for all of them, the target type itself included.
+                #[allow(clippy::useless_conversion)]
+                $crate::tensor::DType::$d => {
+                    type $t = $crate::rust_type!($d);
+                    $body
+                }
+            )*
             #[allow(unreachable_patterns)]
             _ => $other,
         }
@@ -125,19 +134,45 @@ macro_rules! for_dtype {
 #[macro_export]
 #[doc(hidden)]
 macro_rules! rust_type {
-    (F32) => { f32 };
-    (F64) => { f64 };
-    (F16) => { ::half::f16 };
-    (Bf16) => { ::half::bf16 };
-    (I8) => { i8 };
-    (I16) => { i16 };
-    (I32) => { i32 };
-    (I64) => { i64 };
-    (U8) => { u8 };
-    (U16) => { u16 };
-    (U32) => { u32 };
-    (U64) => { u64 };
-    (Bool) => { u8 };
+    (F32) => {
+        f32
+    };
+    (F64) => {
+        f64
+    };
+    (F16) => {
+        ::half::f16
+    };
+    (Bf16) => {
+        ::half::bf16
+    };
+    (I8) => {
+        i8
+    };
+    (I16) => {
+        i16
+    };
+    (I32) => {
+        i32
+    };
+    (I64) => {
+        i64
+    };
+    (U8) => {
+        u8
+    };
+    (U16) => {
+        u16
+    };
+    (U32) => {
+        u32
+    };
+    (U64) => {
+        u64
+    };
+    (Bool) => {
+        u8
+    };
 }
 
 /// Number of elements of a shape, or an error naming it when that overflows.

@@ -35,7 +35,7 @@ static ALLOCATOR: Counting = Counting;
 
 fn allocations_of_a_run(session: &mut Session, feeds: &[(&str, &Tensor)]) -> u64 {
     let views: Vec<_> = feeds.iter().map(|(n, t)| (*n, t.view())).collect();
-    let mut run = |session: &mut Session| {
+    let run = |session: &mut Session| {
         session.begin(&views).unwrap();
         assert!(session.advance(|_, _| false).unwrap());
         session.output(0).unwrap().len()

@@ -271,14 +271,7 @@ impl Job<'_> {
 
     /// Calls `f` with both addresses for every index of `outer`, `per_task` of them to a task; one takes about `cost`
     /// operations.
-    fn each(
-        &self,
-        cx: &Cx,
-        outer: &[ByteAxis],
-        per_task: usize,
-        cost: usize,
-        f: &(dyn Fn(*const u8, *mut u8) + Sync),
-    ) {
+    fn each(&self, cx: &Cx, outer: &[ByteAxis], per_task: usize, cost: usize, f: &(dyn Fn(*const u8, *mut u8) + Sync)) {
         let total: usize = outer.iter().map(|a| a.len).product();
         cx.for_each(total.div_ceil(per_task), (total * cost) as u64, &|t| {
             let job = self;
@@ -399,6 +392,8 @@ unsafe fn tile<T: Copy, const B: usize>(src: *const u8, src_step: isize, dst: *m
     unsafe {
         let rows: [[T; B]; B] =
             std::array::from_fn(|j| src.offset(j as isize * src_step).cast::<[T; B]>().read_unaligned());
+        // An index, not an iterator: the compiler turns this form into register shuffles.
+        #[allow(clippy::needless_range_loop)]
         for i in 0..B {
             let column: [T; B] = std::array::from_fn(|j| rows[j][i]);
             dst.add(i * dst_step).cast::<[T; B]>().write_unaligned(column);
@@ -442,7 +437,7 @@ pub fn transpose(cx: &Cx, element: usize, dims: &[usize], perm: &[usize], x: &[u
 /// If `y` is not a whole number of elements.
 pub fn fill(cx: &Cx, value: &[u8], y: &mut [u8]) -> Result<()> {
     check_element(value.len())?;
-    if y.len() % value.len() != 0 {
+    if !y.len().is_multiple_of(value.len()) {
         return Err(Error::new(format!("{} bytes are no whole number of {}-byte elements", y.len(), value.len())));
     }
     if value.iter().all(|b| *b == value[0]) {

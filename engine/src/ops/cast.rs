@@ -228,7 +228,7 @@ fn load(x: &TensorView, at: usize, n: usize) -> Result<Chunk> {
         let mut out = [0i64; CHUNK];
         for (i, o) in out.iter_mut().take(n).enumerate() {
             let byte = x.bytes()[(at + i) / 2];
-            let nibble = if (at + i) % 2 == 0 { byte & 15 } else { byte >> 4 };
+            let nibble = if (at + i).is_multiple_of(2) { byte & 15 } else { byte >> 4 };
             let signed = i64::from(nibble as i8) - if nibble > 7 { 16 } else { 0 };
             *o = if x.dtype == DType::I4 { signed } else { i64::from(nibble) };
         }
@@ -258,7 +258,7 @@ fn store(chunk: &Chunk, y: &mut TensorMut, at: usize, n: usize) -> Result<()> {
                     Chunk::Unsigned(c) => c[i] as u8,
                 } & 15;
                 let byte = &mut y.bytes()[(at + i) / 2];
-                *byte = if (at + i) % 2 == 0 { nibble } else { (*byte & 15) | nibble << 4 };
+                *byte = if (at + i).is_multiple_of(2) { nibble } else { (*byte & 15) | nibble << 4 };
             }
             Ok(())
         }

@@ -88,7 +88,7 @@ impl Operator for Tile {
         let mut axes = Axes::new();
         for a in 0..x.rank() {
             let n = x.dims[a];
-            axes.push(Axis { len: if n == 0 { 0 } else { y.dims[a] / n }, src: 0, dst: to[a] * n });
+            axes.push(Axis { len: y.dims[a].checked_div(n).unwrap_or(0), src: 0, dst: to[a] * n });
             axes.push(Axis { len: n, src: from[a] as isize, dst: to[a] });
         }
         copy_axes(cx, &axes, x, 0, y, 0)

@@ -241,11 +241,11 @@ pub(crate) fn rows_to_places(dims: &[usize], batch_dims: usize, row: usize, indi
     let step = strides(dims);
     let count: usize = indices.dims[..indices.dims.len() - 1].iter().product();
     let batch: usize = dims[..batch_dims].iter().product();
-    let per_batch = if batch == 0 { 0 } else { count / batch };
+    let per_batch = count.checked_div(batch).unwrap_or(0);
     let batch_size: usize = dims[batch_dims..].iter().product();
     let mut places = Vec::with_capacity(count);
     for r in 0..count {
-        let mut place = if per_batch == 0 { 0 } else { r / per_batch * batch_size };
+        let mut place = r.checked_div(per_batch).unwrap_or(0) * batch_size;
         for (k, &i) in list[r * row..(r + 1) * row].iter().enumerate() {
             let len = dims[batch_dims + k];
             let at = normalize(i, len).ok_or_else(|| kernel_error(out_of_range(i, len)))?;

@@ -217,7 +217,7 @@ impl Unique {
     fn groups(&self, x: TensorView) -> Result<Groups> {
         let (len, inner) = self.items(x.dims)?;
         let keys = sort_keys(x)?;
-        let outer = if len * inner == 0 { 0 } else { keys.len() / (len * inner) };
+        let outer = keys.len().checked_div(len * inner).unwrap_or(0);
         let item = |i: usize| {
             let keys = &keys;
             (0..outer * inner).map(move |k| keys[(k / inner * len + i) * inner + k % inner])

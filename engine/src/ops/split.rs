@@ -50,7 +50,7 @@ impl Split {
         if outputs == 0 {
             return Err(Error::invalid_model("a split into no parts"));
         }
-        if self.parts.is_none() && len % outputs != 0 {
+        if self.parts.is_none() && !len.is_multiple_of(outputs) {
             return Err(Error::shape(format!("an axis of {len} does not split into {outputs} equal parts")));
         }
         let part = len.div_ceil(outputs);

@@ -54,7 +54,7 @@ impl Operator for Trilu {
         let element = element_size(y.dtype)?;
         let [.., rows, cols] = *y.dims else { return Ok(()) };
         let step = strides(y.dims)[..y.dims.len() - 2].last().copied().unwrap_or(rows * cols);
-        let matrices = if rows * cols == 0 { 0 } else { y.len() / (rows * cols) };
+        let matrices = y.len().checked_div(rows * cols).unwrap_or(0);
         for r in 0..rows {
             // Column of the diagonal in this row.
             let diagonal = (r as i64).saturating_add(k);

@@ -27,7 +27,7 @@ struct Affine {
 
 /// Moves factors and addends per channel into the weights before them.
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
-    rewrite(graph, pass, |view, i| fold(view, i)).map(drop)
+    rewrite(graph, pass, fold).map(drop)
 }
 
 fn fold(view: &View, i: usize) -> Result<Option<Replacement>> {
@@ -78,7 +78,8 @@ fn fold_conv(
         return Ok(None);
     };
     let &[rows, cols, ref kernel @ ..] = w.dims() else { return Ok(None) };
-    let (Some(channels), taps) = (transposed.map_or(Some(rows), |g| cols.checked_mul(g)), kernel.iter().product()) else {
+    let (Some(channels), taps) = (transposed.map_or(Some(rows), |g| cols.checked_mul(g)), kernel.iter().product())
+    else {
         return Ok(None);
     };
     let groups = transposed.unwrap_or(1);
@@ -95,13 +96,7 @@ fn fold_conv(
     Ok(Some([Operand::Constant(weights), Operand::Constant(affine.bias(bias)?)]))
 }
 
-fn fold_gemm(
-    view: &View,
-    node: &Node,
-    source: ValueId,
-    product: &Node,
-    gemm: &Gemm,
-) -> Result<Option<[Operand; 2]>> {
+fn fold_gemm(view: &View, node: &Node, source: ValueId, product: &Node, gemm: &Gemm) -> Result<Option<[Operand; 2]>> {
     let (Some(Some(b)), Some(bias)) = (optional_f32(view, product, 1), optional_f32(view, product, 2)) else {
         return Ok(None);
     };

@@ -61,11 +61,11 @@ fn inline(graph: &mut Graph, node: &Node, body: &Graph) {
         body.inputs.iter().copied().zip(node.inputs[1..].iter().flatten().copied()).collect();
     for (i, value) in body.values.iter().enumerate() {
         let id = ValueId(i as u32);
-        if !moved.contains_key(&id) {
+        moved.entry(id).or_insert_with(|| {
             let new = graph.add_value(value.name.clone());
             graph.values[new.index()].constant = value.constant.clone();
-            moved.insert(id, new);
-        }
+            new
+        });
     }
     for inner in &body.nodes {
         graph.nodes.push(Node {

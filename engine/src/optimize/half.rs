@@ -71,7 +71,8 @@ pub(super) fn drop_round_trips(graph: &mut Graph, pass: &Pass) -> Result<()> {
     let mut swaps = Vec::new();
     for node in &graph.nodes {
         let (Some(cast), Some(Some(half))) = (node.op.get::<Cast>(), node.inputs.first()) else { continue };
-        let narrowing = producers[half.index()].map(|p| &graph.nodes[p]).filter(|p| cast.to == DType::F32 && narrows(p));
+        let narrowing =
+            producers[half.index()].map(|p| &graph.nodes[p]).filter(|p| cast.to == DType::F32 && narrows(p));
         if let Some(Some(wide)) = narrowing.and_then(|p| p.inputs.first())
             && is_single(*wide)
         {

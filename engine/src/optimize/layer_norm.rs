@@ -215,7 +215,8 @@ mod tests {
             n.output(y);
             n.passed(run)
         };
-        let style = Style { opset: 14, square_by_pow: true, reciprocal: false, scale: true, bias: true, swapped: false };
+        let style =
+            Style { opset: 14, square_by_pow: true, reciprocal: false, scale: true, bias: true, swapped: false };
         // The mean over another axis.
         let other_axis = build(&|n, x| {
             let mean = n.op_with("ReduceMean", &[x], &[("axes", ints(&[1]))]);

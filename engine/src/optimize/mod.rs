@@ -80,8 +80,9 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     layer_norm::run(&mut graph, &pass)?;
     activation::run(&mut graph, &pass)?;
     attention::run(&mut graph, &pass)?;
-    // Masks that attention made, once per layer.
+    // The masks that attention made, once per layer, and the reshapes around it.
     cse::run(&mut graph, &pass)?;
+    simplify::run(&mut graph, &pass)?;
     epilogue::run(&mut graph, &pass)?;
     graph.sort()?;
     // Last, so that every pass before it sees the layout of the model.

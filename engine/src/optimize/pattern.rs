@@ -216,9 +216,7 @@ impl<'a> View<'a> {
         let Some((pattern, id)) = goals.pop() else { return true };
         match &*pattern.0 {
             Kind::Var(name) => found.bind(name, id) && self.solve(goals, found),
-            Kind::Constant(name) => {
-                self.tensor(id).is_some() && found.bind(name, id) && self.solve(goals, found)
-            }
+            Kind::Constant(name) => self.tensor(id).is_some() && found.bind(name, id) && self.solve(goals, found),
             Kind::Number(want) => {
                 let near = |have: f32| (have - want).abs() <= TOLERANCE * want.abs();
                 self.scalar(id).is_some_and(near) && self.solve(goals, found)
@@ -248,8 +246,10 @@ impl<'a> View<'a> {
                     found.nodes.push(i);
                 }
                 let commutes = matches!(node.op.name(), "Add" | "Mul") && given.len() == 2;
-                let straight = |goals: &mut Vec<_>| goals.extend(operands.iter().cloned().zip(given.iter().copied()).rev());
-                let swapped = |goals: &mut Vec<_>| goals.extend(operands.iter().cloned().zip(given.iter().rev().copied()));
+                let straight =
+                    |goals: &mut Vec<_>| goals.extend(operands.iter().cloned().zip(given.iter().copied()).rev());
+                let swapped =
+                    |goals: &mut Vec<_>| goals.extend(operands.iter().cloned().zip(given.iter().rev().copied()));
                 self.attempt(goals, found, straight) || (commutes && self.attempt(goals, found, swapped))
             }
         }
@@ -258,12 +258,12 @@ impl<'a> View<'a> {
     /// Solves with the goals that `add` adds, or leaves everything as it was.
     fn attempt(
         &self,
-        goals: &mut Vec<(Pattern, ValueId)>,
+        goals: &[(Pattern, ValueId)],
         found: &mut Match,
         add: impl FnOnce(&mut Vec<(Pattern, ValueId)>),
     ) -> bool {
         let (values, nodes) = (found.values.len(), found.nodes.len());
-        let mut tried = goals.clone();
+        let mut tried = goals.to_vec();
         add(&mut tried);
         if self.solve(&mut tried, found) {
             return true;
@@ -278,9 +278,11 @@ impl<'a> View<'a> {
         let result = self.graph.nodes[found.root].outputs[0];
         let inner = found.nodes.iter().flat_map(|&i| self.graph.nodes[i].operands());
         let inner: Vec<ValueId> = inner.collect();
-        found.nodes.iter().flat_map(|&i| &self.graph.nodes[i].outputs).all(|&id| {
-            id == result || self.uses(id) == inner.iter().filter(|&&read| read == id).count()
-        })
+        found
+            .nodes
+            .iter()
+            .flat_map(|&i| &self.graph.nodes[i].outputs)
+            .all(|&id| id == result || self.uses(id) == inner.iter().filter(|&&read| read == id).count())
     }
 }
 

@@ -49,7 +49,19 @@ fn noop(view: &View, node: &Node) -> Option<ValueId> {
             let perm = node.op.get::<Transpose>()?.permutation(fx.rank()?).ok()?;
             perm.iter().enumerate().all(|(i, &p)| i == p).then_some(x)
         }
-        "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Expand" => view.same_shape(x, y).then_some(x),
+        "Expand" => view.same_shape(x, y).then_some(x),
+        // Forth and back: what stands before the first of them.
+        "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => {
+            let mut source = x;
+            for _ in 0..4 {
+                if view.same_shape(source, y) {
+                    return Some(source);
+                }
+                let (_, before) = view.producer(source).filter(|(_, n)| is_reshape(n))?;
+                source = before.inputs.first().copied()??;
+            }
+            None
+        }
         "Concat" if node.operands().count() == 1 => Some(x),
         "Slice" => {
             let steps = match node.inputs.get(4).copied().flatten() {
@@ -64,6 +76,10 @@ fn noop(view: &View, node: &Node) -> Option<ValueId> {
         "Mul" if scalar(0, 1.0).is_some() => other().filter(|&o| view.same_rank(o, y)),
         _ => None,
     }
+}
+
+fn is_reshape(node: &Node) -> bool {
+    matches!(node.op.name(), "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze")
 }
 
 fn drop_noops(graph: &mut Graph, facts: &[Option<Fact>]) -> bool {
@@ -109,8 +125,22 @@ fn join_transposes(graph: &mut Graph, facts: &[Option<Fact>]) -> bool {
 
 /// Operators whose operands broadcast against each other as in NumPy.
 const BROADCASTING: &[&str] = &[
-    "Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater",
-    "GreaterOrEqual", "Min", "Max",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Where",
+    "And",
+    "Or",
+    "Xor",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "Min",
+    "Max",
 ];
 
 /// `f(Expand(x, ..), y)` is `f(x, y)` where y already has all the sizes; a cast may stand in between.
@@ -186,6 +216,20 @@ mod tests {
         let y = n.op("Relu", &[y]);
         n.output(y);
         assert_eq!(n.passed(run), ["Sigmoid", "Relu"]);
+    }
+
+    #[test]
+    fn reshapes_forth_and_back() {
+        let mut n = Net::new(14);
+        let x = n.symbolic("x", &["batch", "tokens", "6"]);
+        let y = n.op("Relu", &[x]);
+        let (cut, join) = (n.i64s(&[0, 0, 2, 3]), n.i64s(&[0, 0, 6]));
+        let y = n.op("Reshape", &[y, cut]);
+        let z = n.op("Reshape", &[y, join]);
+        let z = n.op("Abs", &[z]);
+        n.output(y);
+        n.output(z);
+        assert_eq!(n.passed(run), ["Relu", "Reshape", "Abs"]);
     }
 
     #[test]
