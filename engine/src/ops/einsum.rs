@@ -329,7 +329,6 @@ impl Operator for Einsum {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s, i64s};
-    use super::*;
     use crate::tensor::Tensor;
 
     fn ramp(dims: &[usize]) -> Tensor {

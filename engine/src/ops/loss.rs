@@ -155,7 +155,6 @@ impl Operator for Loss {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s, i64s};
-    use super::*;
 
     #[test]
     fn reductions() {

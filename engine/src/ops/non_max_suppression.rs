@@ -128,7 +128,6 @@ impl Operator for NonMaxSuppression {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s, i64s};
-    use super::*;
 
     #[test]
     fn overlapping_boxes() {
