@@ -302,7 +302,7 @@ mod tests {
             ("Sinh", 0.636_653_6),
             ("Cosh", 1.185_465_2),
             ("Asinh", 0.568_824_9),
-            ("Atanh", std::f32::consts::LN_2),
+            ("Atanh", std::f64::consts::LN_2),
             ("Erf", 0.603_856_1),
             ("Sigmoid", 0.645_656_3),
             ("Tanh", 0.537_049_6),
