@@ -75,6 +75,10 @@ if (options.json) {
 // Worker threads of an abandoned case would keep Node alive.
 process.exit(count("fail") > 0 || count("pass") === 0 ? 1 : 0);
 
+function start() {
+  return startDriver(options.browser, { url: `${server.url}/`, packageDirectory: resolve(options.package) });
+}
+
 async function runAll() {
   const pattern = new RegExp(options.match ?? "");
   await openPage();
@@ -97,7 +101,15 @@ async function runAll() {
 }
 
 async function openPage() {
-  await driver.open();
+  try {
+    await driver.open();
+  } catch (error) {
+    // Not only the page but the whole browser is gone.
+    console.error(`   ${error.message}; starting ${options.browser} again`);
+    await driver.close();
+    driver = await start();
+    await driver.open();
+  }
   await within(120, driver.call("create", config));
 }
 
