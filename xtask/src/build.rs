@@ -211,6 +211,10 @@ fn logged(command: xshell::Cmd<'_>, log: &std::path::Path) -> Result<()> {
 /// Type declarations, the bundled worker and the entries.
 fn npm(ctx: &Context, variants: &[Variant]) -> Result<()> {
     node::install(ctx, "npm")?;
+    // A tarball carries its own copy of the licences.
+    for licence in ["LICENSE-MIT", "LICENSE-APACHE"] {
+        fs::copy(ctx.path(licence), ctx.path("npm").join(licence)).with_context(|| format!("cannot copy {licence}"))?;
+    }
     let names: Vec<&str> = variants.iter().map(|variant| variant.name()).collect();
     ctx.run_in("npm", |ctx| ctx.cmd("npm").args(["run", "--silent", "build"]).env("WEBLANE_VARIANTS", names.join(",")))
 }
