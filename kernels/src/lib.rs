@@ -1,7 +1,7 @@
 //! SIMD kernels for neural-network inference.
 //!
 //! Slices and sizes in, numbers out: this crate knows no graph and no file format. Every kernel is written once,
-//! generic over [`simd::Simd`], and compiled for each instruction set of the target; [`simd::dispatch`] is the only
+//! generic over [`simd::Simd`], and compiled for each instruction set of the target; [`simd::dispatch()`] is the only
 //! place where one is chosen. Work is spread over threads by [`par::Cx`], and each kernel has a naive counterpart in
 //! [`reference`](mod@reference) that tests and benches compare it with.
 

@@ -1,7 +1,7 @@
 //! One vector trait, one implementation per instruction set.
 //!
 //! A value of a type that implements [`Simd`] proves that the instructions are there: natively it can only be made by
-//! [`dispatch`], which looked at the processor, and on wasm the module would not have loaded without them.
+//! [`dispatch()`], which looked at the processor, and on wasm the module would not have loaded without them.
 //!
 //! A kernel is a struct with its operands that implements [`Kernel`]:
 //!
