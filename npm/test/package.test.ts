@@ -195,11 +195,12 @@ describe.skipIf(!built)("the built package", () => {
     await session.release();
   });
 
-  test("the README's example runs as it is printed", async () => {
-    const readme = readFileSync(join(root, "README.md"), "utf8");
+  test.each(["README.md", "../README.md"])("the example of %s runs as it is printed", async (file) => {
+    const readme = readFileSync(join(root, file), "utf8");
     const example = /```js\n([^`]*Session\.load\("\/models\/digits\.onnx"[^`]*)```/.exec(readme)?.[1] ?? "";
     expect(example).not.toBe("");
-    const script = example
+    // The same text imported again would not run again.
+    const script = `// ${file}\n${example}`
       .replace('"weblane"', JSON.stringify(`${dist}index.js`))
       .replace('"/models/digits.onnx"', JSON.stringify(digits));
     const log = vi.spyOn(console, "log").mockImplementation(() => {});
