@@ -188,6 +188,9 @@ const PACKAGES: [&str; 3] = ["npm", "demo-site", "tests/wasm"];
 
 fn npm(ctx: &Context) -> Result<Outcome> {
     node::ensure(ctx)?;
+    // The demo site is checked against the declarations that the package is published with.
+    node::install(ctx, "npm")?;
+    node::script(ctx, "npm", "build:modules")?;
     npm_scripts(ctx, &["typecheck", "lint"])
 }
 
