@@ -58,7 +58,7 @@ struct EngineArgs {
 impl EngineArgs {
     fn options(&self) -> Result<Options> {
         let isa = match &self.isa {
-            None => Isa::best(),
+            None => Isa::from_env().map_err(|e| anyhow!("{e}"))?,
             Some(name) => name.parse::<Isa>().map_err(|e| anyhow!("{e}"))?,
         };
         let optimize = match self.optimize {
