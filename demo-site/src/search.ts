@@ -134,6 +134,7 @@ async function main(): Promise<void> {
         const scores = SENTENCES.map((text, i) => ({ text, score: dot(vector, vectors[i] as Float32Array) }));
         scores.sort((a, b) => b.score - a.score);
         render(scores.slice(0, SHOWN));
+        results.dataset["query"] = text;
         await showReady(session, `your sentence took ${milliseconds(took)}`);
       }
     } catch (error) {

@@ -24,8 +24,12 @@ try {
   const page = await browser.newPage();
   await page.setViewport({ width: 1100, height: 900 });
   const problems = [];
+  const lost = [];
   page.on("pageerror", (error) => problems.push(error.message));
-  page.on("requestfailed", (request) => problems.push(`failed to load ${request.url()}`));
+  // An answer proves that what it took has arrived, so failed requests are named only where there is none.
+  page.on("requestfailed", (request) =>
+    lost.push(`failed to load ${request.url()}: ${request.failure()?.errorText}`),
+  );
   page.on("response", (response) => {
     if (response.status() >= 400) problems.push(`HTTP ${response.status()} for ${response.url()}`);
   });
@@ -36,10 +40,12 @@ try {
     await field.type(QUESTION);
     await field.press("Enter");
     await page.waitForFunction(
-      () =>
-        document.querySelector('[data-testid="result"]') ||
+      // Answers come with every letter; those to the whole sentence count.
+      (question) =>
+        document.querySelector('[data-testid="result"]')?.parentElement.dataset.query === question ||
         document.querySelector('[data-testid="error"]')?.textContent.trim(),
       { timeout: LIMIT_MS },
+      QUESTION,
     );
     const seen = await page.evaluate(() => {
       const text = (element) =>
@@ -76,7 +82,7 @@ try {
   } finally {
     mkdirSync(resolve(SCREENSHOT, ".."), { recursive: true });
     await page.screenshot({ path: SCREENSHOT });
-    if (failed && problems.length) console.error(`   ${problems.join("\n   ")}`);
+    if (failed) for (const line of [...problems, ...lost]) console.error(`   ${line}`);
   }
 } finally {
   await browser.close();
