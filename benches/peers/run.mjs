@@ -1,120 +1,112 @@
 /**
- * weblane beside other runtimes: pairs of runs in turns on one page, so that a noisy machine disturbs both alike.
- * Prints a table and writes a record to benches/records/. Called by `cargo xtask bench peers`.
+ * weblane beside other runtimes: rounds of one run each, in turns on one page, so that a noisy machine disturbs all
+ * alike. Prints a table and writes a record to benches/records/. Called by `cargo xtask bench peers`.
  */
 import { existsSync } from "node:fs";
-import { mkdir, readFile, writeFile } from "node:fs/promises";
-import { cpus } from "node:os";
-import { dirname, join, resolve } from "node:path";
-import { fileURLToPath } from "node:url";
+import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { median, quantile } from "simple-statistics";
-import { launchPuppeteer } from "../../tests/wasm/lib/drivers.mjs";
-import { serve } from "../../tests/wasm/lib/server.mjs";
-import { WORKLOADS } from "./workloads.mjs";
+import { startDriver } from "../../tests/wasm/lib/drivers.mjs";
+import { findWorkloads, peerVersion, recordPath, root, round, serveBench, writeRecord } from "./common.mjs";
+import { LITERT } from "./workloads.mjs";
 
-const here = dirname(fileURLToPath(import.meta.url));
-const root = resolve(here, "../..");
 const { values: options } = parseArgs({
   options: {
     browser: { type: "string", default: "chromium" },
     threads: { type: "string", default: "1,2" },
     workloads: { type: "string" },
+    peers: { type: "string" },
     seconds: { type: "string", default: "12" },
-    pairs: { type: "string", default: "60" },
+    rounds: { type: "string", default: "60" },
     record: { type: "string" },
   },
 });
+/** npm package of each peer. */
+const PACKAGES = { "onnxruntime-web": "onnxruntime-web", litert: "@litertjs/core" };
+const peers = (
+  options.peers ?? (options.browser === "chromium" ? "onnxruntime-web,litert" : "onnxruntime-web")
+).split(",");
+const unknown = peers.filter((peer) => !(peer in PACKAGES));
+if (unknown.length)
+  throw new Error(`no such peer: ${unknown.join(", ")}; there are ${Object.keys(PACKAGES).join(", ")}`);
 
-const mirror = process.env.WEBLANE_MODEL_MIRROR ?? resolve(root, "../shared/models");
-/** Built models come first, then those of the mirror. */
-const folders = { "/built/": join(root, "target/models"), "/mirror/": mirror };
-const find = (name) =>
-  Object.entries(folders).find(([, folder]) => existsSync(join(folder, name, "model.onnx")))?.[0];
-
-const wanted = options.workloads?.split(",");
-const workloads = WORKLOADS.filter((w) => !wanted || wanted.includes(w.name));
-const peer = "onnxruntime-web";
-const version = JSON.parse(await readFile(join(here, "node_modules", peer, "package.json"), "utf8")).version;
-const server = await serve({
-  "/": join(here, "page"),
-  "/weblane/": join(root, "npm"),
-  "/ort/": join(here, "node_modules", peer, "dist"),
-  ...folders,
-});
-const browser = await launchPuppeteer(options.browser);
-const results = [];
-const round = (x) => Number(x.toPrecision(4));
-
-console.log("workload              threads   weblane ms        peer ms           ratio (quartiles)    difference");
-for (const threads of options.threads.split(",").map(Number)) {
-  for (const workload of workloads) {
-    const prefix = find(workload.name);
-    if (!prefix) {
-      console.log(`${workload.name.padEnd(20)}  skipped: the model is not built and not in the mirror`);
-      continue;
-    }
-    const page = await browser.newPage();
-    page.on("pageerror", (error) => console.error(`page: ${error.message}`));
-    await page.goto(server.url);
-    await page.waitForFunction("window.ready");
-    const config = {
-      url: `${prefix}${workload.name}/model.onnx`,
-      workload: { ...workload, inputs: workload.inputs.map((i) => ({ ...i, kind: String(i.kind) })) },
-      threads,
-      seconds: Number(options.seconds),
-      pairs: Number(options.pairs),
-      ours: "weblane",
-      peer,
-    };
-    let measured;
-    try {
-      // Big integers do not pass through JSON: they go as text and come back to life in the page.
-      measured = await page.evaluate((c) => {
-        for (const input of c.workload.inputs) if (input.kind !== "uniform") input.kind = BigInt(input.kind);
-        return window.measure(c);
-      }, config);
-    } catch (error) {
-      console.log(`${workload.name.padEnd(20)}  ${threads}         failed: ${error.message.split("\n")[0]}`);
-      results.push({ workload: workload.name, threads, error: error.message.split("\n")[0] });
-      await page.close();
-      continue;
-    }
-    await page.close();
-    const [ours, theirs] = [0, 1].map((k) => measured.times.map((pair) => pair[k]));
-    const ratios = measured.times.map(([a, b]) => b / a);
-    const spread = [0.25, 0.75].map((q) => round(quantile(ratios, q)));
-    const row = {
-      workload: workload.name,
-      threads,
-      pairs: ratios.length,
-      weblane_ms: round(median(ours)),
-      peer_ms: round(median(theirs)),
-      ratio: round(median(ratios)),
-      ratio_quartiles: spread,
-      difference: round(measured.difference),
-      about: measured.about,
-    };
-    results.push(row);
-    console.log(
-      `${row.workload.padEnd(20)}  ${threads}         ${String(row.weblane_ms).padEnd(16)}  ${String(row.peer_ms).padEnd(16)}  ` +
-        `${String(row.ratio).padEnd(6)} (${spread[0]} .. ${spread[1]})   ${row.difference}`,
-    );
+/** The twin of a workload in LiteRT's format, where it has one. */
+function twin({ name }) {
+  const shape = LITERT[name];
+  if (!shape) return undefined;
+  if (existsSync(join(root, "target/models-tflite", name, "model.tflite"))) {
+    return { url: `/tflite/${name}/model.tflite`, ...shape };
   }
+  console.log(
+    `${name.padEnd(20)}  litert skipped: target/models-tflite has no twin; models/build_tflite.py builds it`,
+  );
+  return undefined;
 }
 
-const record = {
-  what: "median of peer time / weblane time over interleaved pairs on one page",
+const server = await serveBench();
+const driver = await startDriver(options.browser, { url: server.url });
+const results = [];
+const ms = (times) => `${round(median(times))} ms`;
+
+try {
+  for (const threads of options.threads.split(",").map(Number)) {
+    for (const { name, url, inputs } of findWorkloads(options.workloads)) {
+      const models = { weblane: { url, inputs }, "onnxruntime-web": { url, inputs }, litert: twin({ name }) };
+      const names = ["weblane", ...peers.filter((peer) => models[peer])];
+      if (names.length === 1) continue;
+      const config = {
+        runtimes: names.map((runtime) => ({ runtime, ...models[runtime] })),
+        threads,
+        seconds: Number(options.seconds),
+        rounds: Number(options.rounds),
+      };
+      const row = { workload: name, threads };
+      results.push(row);
+      try {
+        await driver.open();
+        await driver.call("create");
+        const measured = await driver.call("measure", config);
+        const times = Object.fromEntries(
+          names.map((runtime, k) => [runtime, measured.times.map((row) => row[k])]),
+        );
+        row.rounds = measured.times.length;
+        row.weblane = { ms: round(median(times.weblane)), about: measured.about.weblane };
+        for (const peer of names.slice(1)) {
+          const ratios = times[peer].map((time, i) => time / times.weblane[i]);
+          row[peer] = {
+            ms: round(median(times[peer])),
+            ratio: round(median(ratios)),
+            ratio_quartiles: [0.25, 0.75].map((q) => round(quantile(ratios, q))),
+            ...(measured.differences[peer] !== undefined && {
+              difference: round(measured.differences[peer]),
+            }),
+            about: measured.about[peer],
+          };
+        }
+        const line = names.slice(1).map((peer) => {
+          const { ratio, ratio_quartiles: spread, difference } = row[peer];
+          const same = difference === undefined ? "" : `, differs by ${difference}`;
+          return `${peer} ${ms(times[peer])}: ${ratio} (${spread[0]} .. ${spread[1]})${same}`;
+        });
+        console.log(
+          `${name.padEnd(20)} ${threads}t  weblane ${ms(times.weblane).padEnd(9)} | ${line.join(" | ")}`,
+        );
+      } catch (error) {
+        row.error = error.message.split("\n")[0];
+        console.log(`${name.padEnd(20)} ${threads}t  failed: ${row.error}`);
+      }
+    }
+  }
+} finally {
+  await driver.close();
+  await server.close();
+}
+await writeRecord(options.record ?? recordPath(`peers-${options.browser}`), {
+  what: "milliseconds are medians; a ratio is the median of the peer's time / weblane's time over interleaved rounds on one page",
   command: "cargo xtask bench peers",
-  browser: await browser.version(),
-  cpu: cpus()[0].model,
-  cores: cpus().length,
-  peer: { name: peer, version },
+  browser: driver.version,
+  peers: Object.fromEntries(
+    await Promise.all(peers.map(async (peer) => [PACKAGES[peer], await peerVersion(PACKAGES[peer])])),
+  ),
   results,
-};
-const path = options.record ?? join(root, "benches/records", `peers-${options.browser}.json`);
-await mkdir(dirname(path), { recursive: true });
-await writeFile(path, `${JSON.stringify(record, null, 2)}\n`);
-console.log(`record: ${path}`);
-await browser.close();
-await server.close();
+});

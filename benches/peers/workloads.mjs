@@ -3,7 +3,12 @@
  * `kind` says what the elements are: "uniform" in 0..1, or the integer that all of them have.
  */
 const tokens = (names, length) =>
-  names.map((name) => ({ name, type: "int64", dims: [1, length], kind: name === "token_type_ids" ? 0n : 1n }));
+  names.map((name) => ({
+    name,
+    type: "int64",
+    dims: [1, length],
+    kind: name === "token_type_ids" ? 0n : 1n,
+  }));
 const image = (name, dims, type = "float32") => [{ name, type, dims, kind: "uniform" }];
 const bert = ["input_ids", "attention_mask", "token_type_ids"];
 
@@ -26,3 +31,14 @@ export const WORKLOADS = [
     ],
   },
 ];
+
+/**
+ * Workloads that LiteRT.js runs too, from a twin of the same architecture that models/build_tflite.py makes: its inputs,
+ * and the shape of its only output. The weights are other random ones, so there are no numbers to compare.
+ */
+export const LITERT = Object.fromEntries(
+  ["mobilenet_v2", "efficientnet_lite0", "resnet50"].map((name) => [
+    name,
+    { inputs: image("input", [1, 224, 224, 3]), output: "1x1000" },
+  ]),
+);

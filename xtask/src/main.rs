@@ -4,6 +4,7 @@
 //! warm run costs seconds. Node scripts under `tests/wasm/` drive the browsers; this program finds or
 //! installs the tools, builds, calls those scripts and joins their reports.
 
+mod bench;
 mod browsers;
 mod build;
 mod conformance;
@@ -43,22 +44,12 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run every check of the project
     Test(tests::TestArgs),
-    /// Run a benchmark; arguments go to it unchanged
-    Bench(BenchArgs),
+    /// Run a benchmark; benches/README.md says what each measures
+    Bench(bench::BenchArgs),
     /// Run ONNX's own cases natively and in browsers, and write docs/conformance.md
     Conformance(conformance::ConformanceArgs),
     /// Fuzz one target with cargo-fuzz
     Fuzz(FuzzArgs),
-}
-
-#[derive(Args)]
-struct BenchArgs {
-    /// `peers` compares with onnxruntime-web in Chromium; `native` runs the kernels' own benches
-    #[arg(value_parser = ["peers", "native"])]
-    what: String,
-    /// Passed on
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
 }
 
 #[derive(Args)]
@@ -86,30 +77,10 @@ fn run(ctx: &Context, command: Command) -> Result<()> {
         Command::Build(args) => build::run(ctx, &args),
         Command::Demo(args) => demo::run(ctx, &args),
         Command::Test(args) => tests::run(ctx, &args),
-        Command::Bench(args) => bench(ctx, &args),
+        Command::Bench(args) => bench::run(ctx, &args),
         Command::Conformance(args) => conformance::run(ctx, &args).map(drop),
         Command::Fuzz(args) => fuzz(ctx, &args),
     }
-}
-
-fn bench(ctx: &Context, bench: &BenchArgs) -> Result<()> {
-    let args = &bench.args;
-    if bench.what == "native" {
-        return ctx.run(ctx.cmd("cargo").arg("bench").args(["-p", "weblane-kernels"]).args(args));
-    }
-    build::run(ctx, &build::BuildArgs::default())?;
-    models::ensure_workloads(ctx)?;
-    // The bench drives browsers with the code of the test harness.
-    for directory in ["tests/wasm", "benches/peers"] {
-        node::install(ctx, directory)?;
-    }
-    let firefox = args.iter().any(|arg| arg.contains("firefox"));
-    let browser = if firefox { browsers::Browser::Firefox } else { browsers::Browser::Chromium };
-    let mut command = ctx.cmd("node").arg("benches/peers/run.mjs").args(args);
-    for (key, value) in browsers::ensure(ctx, browser)?.environment() {
-        command = command.env(key, value);
-    }
-    ctx.run(command)
 }
 
 fn fuzz(ctx: &Context, fuzz: &FuzzArgs) -> Result<()> {

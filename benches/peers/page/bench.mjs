@@ -1,52 +1,5 @@
-/** The page's half: loads a model in both runtimes and runs them in turns. */
-import * as ort from "/ort/ort.wasm.min.mjs";
-import { Session } from "/weblane/dist/index.js";
-
-const TYPES = { float32: Float32Array, int64: BigInt64Array, float16: Uint16Array };
-
-/** Half-precision bits of a number in 0..1, cut off below the eleventh bit. */
-function halfBits(x) {
-  const bits = new Uint32Array(new Float32Array([x]).buffer)[0];
-  const exponent = ((bits >>> 23) & 255) - 112;
-  return exponent <= 0 ? 0 : (exponent << 10) | ((bits >>> 13) & 1023);
-}
-
-function fill({ type, dims, kind }) {
-  const data = new TYPES[type](dims.reduce((a, b) => a * b, 1));
-  let seed = 12345;
-  for (let i = 0; i < data.length; i++) {
-    seed = (Math.imul(seed, 1103515245) + 12345) >>> 0;
-    const uniform = (seed >>> 8) / 2 ** 24;
-    data[i] = kind !== "uniform" ? kind : type === "float16" ? halfBits(uniform) : uniform;
-  }
-  return data;
-}
-
-const RUNTIMES = {
-  async weblane(url, workload, threads) {
-    const session = await Session.load(url, { threads });
-    const feeds = {};
-    for (const input of workload.inputs) feeds[input.name] = { type: input.type, data: fill(input), dims: input.dims };
-    const info = await session.info();
-    return {
-      about: `${info.variant}, ${info.threads} thread${info.threads > 1 ? "s" : ""}`,
-      run: () => session.run(feeds),
-      close: () => session.dispose(),
-    };
-  },
-  async "onnxruntime-web"(url, workload, threads) {
-    ort.env.wasm.wasmPaths = "/ort/";
-    ort.env.wasm.numThreads = threads;
-    const session = await ort.InferenceSession.create(url, { executionProviders: ["wasm"] });
-    const feeds = {};
-    for (const input of workload.inputs) feeds[input.name] = new ort.Tensor(input.type, fill(input), input.dims);
-    return {
-      about: `${ort.env.versions.web}, ${threads} thread${threads > 1 ? "s" : ""}`,
-      run: () => session.run(feeds),
-      close: () => session.release(),
-    };
-  },
-};
+/** The page's half of the benches in this directory. Holds no runtime until one is asked for. */
+import { importRuntime, load } from "./runtimes.mjs";
 
 /** Largest difference of the first floating-point output, relative to its largest value: both must compute the same. */
 function difference(a, b) {
@@ -62,30 +15,60 @@ function difference(a, b) {
   return worst / (scale || 1);
 }
 
-async function time(runtime) {
-  const start = performance.now();
-  const outputs = await runtime.run();
-  return { ms: performance.now() - start, outputs };
-}
-
-/** Runs pairs until `seconds` have passed or `pairs` are done, the order changing with each. */
-window.measure = async ({ url, workload, threads, seconds, pairs, ours, peer }) => {
-  const a = await RUNTIMES[ours](url, workload, threads);
-  const b = await RUNTIMES[peer](url, workload, threads);
-  const same = difference((await a.run()), (await b.run()));
-  for (let i = 0; i < 2; i++) {
-    await a.run();
-    await b.run();
+/**
+ * Rounds of one run of each runtime, until `seconds` have passed or `rounds` are done; who begins changes with each.
+ * `differences` are those of the runtimes that were given the same model as the first.
+ */
+async function measure({ runtimes, threads, seconds, rounds }) {
+  const loaded = [];
+  for (const { runtime, url, inputs, output } of runtimes) {
+    loaded.push(await load(runtime, await importRuntime(runtime), url, inputs, { threads, output }));
   }
+  const first = [];
+  for (const { run } of loaded) first.push(await run());
+  const differences = {};
+  runtimes.forEach(({ runtime, url }, k) => {
+    if (k > 0 && url === runtimes[0].url) differences[runtime] = difference(first[0], first[k]);
+  });
+  for (let i = 0; i < 2; i++) for (const { run } of loaded) await run();
   const times = [];
   const end = performance.now() + seconds * 1000;
-  for (let i = 0; i < pairs && (performance.now() < end || i < 5); i++) {
-    const first = await time(i % 2 ? b : a);
-    const second = await time(i % 2 ? a : b);
-    times.push(i % 2 ? [second.ms, first.ms] : [first.ms, second.ms]);
+  for (let i = 0; i < rounds && (performance.now() < end || i < 5); i++) {
+    const row = [];
+    for (let k = 0; k < loaded.length; k++) {
+      const turn = (i + k) % loaded.length;
+      const start = performance.now();
+      await loaded[turn].run();
+      row[turn] = performance.now() - start;
+    }
+    times.push(row);
   }
-  await a.close();
-  await b.close();
-  return { times, about: { [ours]: a.about, [peer]: b.about }, difference: same };
-};
-window.ready = true;
+  const about = {};
+  for (const [k, { runtime }] of runtimes.entries()) {
+    about[runtime] = await loaded[k].about();
+    await loaded[k].close();
+  }
+  return { times, about, differences };
+}
+
+/** The model that `loadModel` left. */
+let model;
+
+/** For the benches that look at the page from outside: loads a model and keeps it. */
+async function loadModel({ runtime, url, inputs, threads }) {
+  model = await load(runtime, await importRuntime(runtime), url, inputs, { threads });
+  return null;
+}
+
+async function runModel(times) {
+  for (let i = 0; i < times; i++) await model.run();
+  return null;
+}
+
+/** What the model's runtime says about itself, and bytes of its WebAssembly memory where it tells. */
+async function describeModel() {
+  return { about: await model.about(), memory: await model.memory() };
+}
+
+/** The drivers of the test harness look for this. */
+window.createHarness = async () => ({ measure, loadModel, runModel, describeModel });

@@ -1,0 +1,105 @@
+/** What the benches of this directory share on Node's side: models, pages, records. */
+import { existsSync } from "node:fs";
+import { mkdir, readFile, writeFile } from "node:fs/promises";
+import { cpus } from "node:os";
+import { dirname, join, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
+import { serve } from "../../tests/wasm/lib/server.mjs";
+import { WORKLOADS } from "./workloads.mjs";
+
+const here = dirname(fileURLToPath(import.meta.url));
+/** Root of the repository. */
+export const root = resolve(here, "../..");
+
+const mirror = process.env.WEBLANE_MODEL_MIRROR ?? resolve(root, "../shared/models");
+/** Built models come first, then those of the mirror. */
+const folders = { "/built/": join(root, "target/models"), "/mirror/": mirror };
+
+/** Version of an npm package that stands beside weblane here. */
+export async function peerVersion(name) {
+  return JSON.parse(await readFile(join(here, "node_modules", name, "package.json"), "utf8")).version;
+}
+
+/**
+ * The wanted workloads whose models are there, as `{ name, inputs, url, file }`; a line is printed for each that is not.
+ *
+ * @param {string | undefined} names - comma-separated; all by default
+ */
+export function findWorkloads(names) {
+  const wanted = names?.split(",");
+  const unknown = wanted?.filter((name) => !WORKLOADS.some((w) => w.name === name)) ?? [];
+  if (unknown.length)
+    throw new Error(
+      `no such workload: ${unknown.join(", ")}; there are ${WORKLOADS.map((w) => w.name).join(", ")}`,
+    );
+  const found = [];
+  for (const workload of WORKLOADS.filter((w) => !wanted || wanted.includes(w.name))) {
+    const folder = Object.entries(folders).find(([, path]) =>
+      existsSync(join(path, workload.name, "model.onnx")),
+    );
+    if (!folder) {
+      console.log(`${workload.name.padEnd(20)}  skipped: the model is not built and not in the mirror`);
+      continue;
+    }
+    found.push({
+      name: workload.name,
+      // Big integers do not pass through JSON.
+      inputs: workload.inputs.map((input) => ({ ...input, kind: String(input.kind) })),
+      url: `${folder[0]}${workload.name}/model.onnx`,
+      file: join(folder[1], workload.name, "model.onnx"),
+    });
+  }
+  return found;
+}
+
+/** Serves the page, the runtimes and the models. */
+export function serveBench(options) {
+  return serve(
+    {
+      "/": join(here, "page"),
+      "/weblane/": join(root, "npm"),
+      "/ort/": join(here, "node_modules/onnxruntime-web/dist"),
+      "/litert/": join(here, "node_modules/@litertjs/core"),
+      "/litert-utils/": join(here, "node_modules/@litertjs/wasm-utils"),
+      "/tflite/": join(root, "target/models-tflite"),
+      ...folders,
+    },
+    options,
+  );
+}
+
+/** Opens the page of the benches in a browser of puppeteer's; its functions are in `window.harness`. */
+export async function openPage(browser, url) {
+  const page = await browser.newPage();
+  page.on("pageerror", (error) => console.error(`page: ${error.message}`));
+  await page.goto(url);
+  await page.waitForFunction("window.createHarness");
+  await page.evaluate(async () => {
+    window.harness = await window.createHarness();
+  });
+  return page;
+}
+
+/** Four digits are more than any of these measurements has. */
+export const round = (x) => Number(x.toPrecision(4));
+
+/** Writes a record: what was measured, where, and the results. */
+export async function writeRecord(path, record) {
+  const { what, command, browser, ...rest } = record;
+  const whole = {
+    what,
+    command,
+    ...(browser && { browser }),
+    cpu: cpus()[0].model,
+    cores: cpus().length,
+    ...rest,
+  };
+  await mkdir(dirname(path), { recursive: true });
+  await writeFile(path, `${JSON.stringify(whole, null, 2)}\n`);
+  console.log(`record: ${path}`);
+}
+
+/** Where the record of a bench lies. */
+export function recordPath(name) {
+  return join(root, "benches/records", `${name}.json`);
+}

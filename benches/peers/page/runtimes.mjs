@@ -1,0 +1,104 @@
+/**
+ * The runtimes, all behind one shape: `load(name, code, url, inputs, options)` gives `{ about, run, memory, close }`.
+ * A runtime's code is imported when it is first asked for, so that a page holds only what it measures.
+ */
+const TYPES = { float32: Float32Array, int64: BigInt64Array, float16: Uint16Array };
+
+/** Half-precision bits of a number in 0..1, cut off below the eleventh bit. */
+function halfBits(x) {
+  const bits = new Uint32Array(new Float32Array([x]).buffer)[0];
+  const exponent = ((bits >>> 23) & 255) - 112;
+  return exponent <= 0 ? 0 : (exponent << 10) | ((bits >>> 13) & 1023);
+}
+
+/** Elements of an input. The generator is seeded: every runtime gets the same numbers. */
+function fill({ type, dims, kind }) {
+  const data = new TYPES[type](dims.reduce((a, b) => a * b, 1));
+  let seed = 12345;
+  for (let i = 0; i < data.length; i++) {
+    seed = (Math.imul(seed, 1103515245) + 12345) >>> 0;
+    const uniform = (seed >>> 8) / 2 ** 24;
+    // Big integers do not pass through JSON, in which workloads come: they are text until here.
+    data[i] = kind !== "uniform" ? BigInt(kind) : type === "float16" ? halfBits(uniform) : uniform;
+  }
+  return data;
+}
+
+const plural = (threads) => `${threads} thread${threads > 1 ? "s" : ""}`;
+
+const IMPORTS = {
+  weblane: () => import("/weblane/dist/index.js"),
+  "onnxruntime-web": () => import("/ort/ort.wasm.min.mjs"),
+  litert: () => import("/litert/dist/index.js"),
+};
+
+const LOADERS = {
+  async weblane({ Session }, url, inputs, { threads }) {
+    const session = await Session.load(url, { threads });
+    const feeds = {};
+    for (const input of inputs) feeds[input.name] = { type: input.type, data: fill(input), dims: input.dims };
+    return {
+      about: async () => {
+        const info = await session.info();
+        return `${info.variant}, ${plural(info.threads)}`;
+      },
+      run: () => session.run(feeds),
+      memory: async () => (await session.info()).memory,
+      close: () => session.dispose(),
+    };
+  },
+  async "onnxruntime-web"(ort, url, inputs, { threads }) {
+    ort.env.wasm.wasmPaths = "/ort/";
+    // Left alone, it chooses by itself, as it does on a default page.
+    if (threads) ort.env.wasm.numThreads = threads;
+    const session = await ort.InferenceSession.create(url, { executionProviders: ["wasm"] });
+    const feeds = {};
+    for (const input of inputs) feeds[input.name] = new ort.Tensor(input.type, fill(input), input.dims);
+    return {
+      about: async () => `${ort.env.versions.web}, ${plural(ort.env.wasm.numThreads)}`,
+      run: () => session.run(feeds),
+      memory: async () => 0,
+      close: () => session.release(),
+    };
+  },
+  /** Its CPU path. It has no worker: a run blocks the page's own thread. */
+  async litert({ Tensor, loadLiteRt, loadAndCompile, supportsFeature }, url, inputs, { threads, output }) {
+    const relaxed = await supportsFeature("relaxedSimd");
+    if (threads > 1 && !relaxed) throw new Error("LiteRT.js has threads only where relaxed SIMD is");
+    await loadLiteRt("/litert/wasm/", { threads: threads > 1 });
+    const model = await loadAndCompile(url, { accelerator: "wasm", cpuOptions: { numThreads: threads } });
+    const feeds = inputs.map((input) => new Tensor(fill(input), input.dims));
+    const shapes = model.getOutputDetails().map(({ shape }) => [...shape].join("x"));
+    if (shapes.join() !== output) throw new Error(`outputs are ${shapes.join()}, not ${output}`);
+    return {
+      about: async () => `${relaxed ? "relaxed SIMD" : "SIMD"}, ${plural(threads)}`,
+      async run() {
+        const results = await model.run(feeds);
+        // As the others do: the numbers end in an array of the page.
+        const data = results.map((tensor) => tensor.toTypedArray().slice());
+        for (const tensor of results) tensor.delete();
+        return data;
+      },
+      memory: async () => 0,
+      close: () => model.delete(),
+    };
+  },
+};
+
+/** The code of a runtime, for `load`. */
+export function importRuntime(name) {
+  return IMPORTS[name]();
+}
+
+/**
+ * Loads a model.
+ *
+ * @param {string} name - of the runtime
+ * @param {object} code - what `importRuntime` gave
+ * @param {string} url - of the model
+ * @param {object[]} inputs - as in workloads.mjs, with text for big integers
+ * @param {{ threads?: number, output?: string }} options - threads; by default what the runtime takes by itself
+ */
+export function load(name, code, url, inputs, options) {
+  return LOADERS[name](code, url, inputs, options);
+}
