@@ -1,8 +1,9 @@
 //! `weblane bench`: times of runs on random input, with a profile by node.
 
 use crate::{EngineArgs, inspect::describe, open};
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::Args;
+use half::f16;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -19,6 +20,12 @@ pub(crate) struct Bench {
     /// Size of a named or unknown dimension as NAME=N; others are 1 for the first axis and 128 elsewhere
     #[arg(long = "dim", value_name = "NAME=N")]
     dims: Vec<String>,
+    /// Shape of an input as NAME=AxB, where the model leaves it open
+    #[arg(long = "shape", value_name = "NAME=AxB")]
+    shapes: Vec<String>,
+    /// Number that all elements of an input have as NAME=N; others get random floats, or ones
+    #[arg(long = "fill", value_name = "NAME=N")]
+    fills: Vec<String>,
     /// Print time by node and by operator
     #[arg(long)]
     profile: bool,
@@ -62,12 +69,14 @@ impl Bench {
     }
 
     fn random_inputs(&self, session: &Session) -> Result<Vec<(String, Tensor)>> {
-        let given: BTreeMap<&str, usize> = self
-            .dims
-            .iter()
-            .filter_map(|d| d.split_once('='))
-            .filter_map(|(n, v)| Some((n, v.parse().ok()?)))
-            .collect();
+        let sizes: BTreeMap<&str, usize> = assignments(&self.dims, |v| Ok(v.parse()?))?;
+        let shapes: BTreeMap<&str, Vec<usize>> = assignments(&self.shapes, |v| {
+            v.split('x').filter(|n| !n.is_empty()).map(|n| Ok(n.parse()?)).collect::<Result<_>>()
+        })?;
+        let fills: BTreeMap<&str, f64> = assignments(&self.fills, |v| Ok(v.parse()?))?;
+        for name in shapes.keys().chain(fills.keys()) {
+            ensure!(session.inputs().iter().any(|i| i.name == *name), "the model has no input \"{name}\"");
+        }
         let mut seed = 0x2545_f491_4f6c_dd1du64;
         let mut next = move || {
             seed ^= seed << 13;
@@ -77,27 +86,38 @@ impl Bench {
         };
         let mut feeds = Vec::new();
         for info in session.inputs() {
-            let shape = info.shape.clone().unwrap_or_default();
-            let dims: Vec<usize> = shape
-                .iter()
-                .enumerate()
-                .map(|(axis, d)| {
-                    let fallback = if axis == 0 { 1 } else { 128 };
-                    d.known().unwrap_or_else(|| given.get(d.to_string().as_str()).copied().unwrap_or(fallback))
-                })
-                .collect();
+            let declared = info.shape.clone().unwrap_or_default();
+            let declared = declared.iter().enumerate().map(|(axis, d)| {
+                let fallback = if axis == 0 { 1 } else { 128 };
+                d.known().unwrap_or_else(|| sizes.get(d.to_string().as_str()).copied().unwrap_or(fallback))
+            });
+            let dims = shapes.get(info.name.as_str()).cloned().unwrap_or_else(|| declared.collect());
             let n = dims.iter().product();
+            let fill = fills.get(info.name.as_str()).copied();
+            let floats: Vec<f32> = (0..n).map(|_| fill.map_or_else(&mut next, |v| v as f32)).collect();
+            // Ids, masks and lengths: ones are valid for all of them.
+            let whole = fill.unwrap_or(1.0);
             let tensor = match info.dtype {
-                DType::F32 => Tensor::from_slice(&dims, &(0..n).map(|_| next()).collect::<Vec<f32>>())?,
-                // Ids, masks and lengths: ones are valid for all of them.
-                DType::I64 => Tensor::from_slice(&dims, &vec![1i64; n])?,
-                DType::I32 => Tensor::from_slice(&dims, &vec![1i32; n])?,
+                DType::F32 => Tensor::from_slice(&dims, &floats)?,
+                DType::F16 => Tensor::from_slice(&dims, &floats.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>())?,
+                DType::I64 => Tensor::from_slice(&dims, &vec![whole as i64; n])?,
+                DType::I32 => Tensor::from_slice(&dims, &vec![whole as i32; n])?,
                 other => Tensor::zeros(other, &dims)?,
             };
             feeds.push((info.name.clone(), tensor));
         }
         Ok(feeds)
     }
+}
+
+/// Arguments of the form NAME=VALUE.
+fn assignments<T>(arguments: &[String], parse: impl Fn(&str) -> Result<T>) -> Result<BTreeMap<&str, T>> {
+    let mut found = BTreeMap::new();
+    for argument in arguments {
+        let (name, value) = argument.split_once('=').with_context(|| format!("\"{argument}\" is not NAME=VALUE"))?;
+        found.insert(name, parse(value).with_context(|| format!("the value in \"{argument}\""))?);
+    }
+    Ok(found)
 }
 
 fn profile(session: &mut Session, views: &[(&str, TensorView)]) -> Result<()> {

@@ -11,7 +11,8 @@ use weblane_kernels::par::Cx;
 /// How much constant folding may compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Folding {
-    /// Results above this many bytes stay nodes, unless they are no larger than the constants they come from.
+    /// Results above this many bytes stay nodes, unless they have no more elements than the constants they come from:
+    /// weights in half precision become twice as large, but once instead of in every run.
     pub max_bytes: usize,
 }
 
@@ -59,7 +60,8 @@ pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding
     else {
         return Ok(results);
     };
-    let source: usize = constants.iter().flatten().map(|t| t.bytes().len()).sum();
+    let widened = |t: &Tensor| if t.dtype().is_half() { 2 * t.bytes().len() } else { t.bytes().len() };
+    let source: usize = constants.iter().flatten().map(|t| widened(t)).sum();
     let size = results.iter().map(|f| f.dims().map_or(0, |d| byte_count(f.dtype, &d).unwrap_or(usize::MAX)));
     if size.fold(0usize, usize::saturating_add) > folding.max_bytes.max(source) {
         return Ok(results);

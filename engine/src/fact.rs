@@ -143,6 +143,13 @@ impl Fact {
         self.tensor().and_then(|t| t.view().to_i64s().ok())
     }
 
+    /// Whether it is an integer or truth value of known shape with at most so many elements: what a plan may depend on.
+    pub fn is_small_integer(&self, max_elements: usize) -> bool {
+        !self.dtype.is_float()
+            && self.dtype != DType::String
+            && self.dims().is_some_and(|d| d.iter().product::<usize>() <= max_elements)
+    }
+
     /// The shape for a message, such as `[1, 3, height, ?]`.
     pub fn shape_text(&self) -> String {
         match &self.shape {

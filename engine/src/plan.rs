@@ -229,13 +229,7 @@ fn shape_inputs(graph: &Graph, facts: &[Option<Fact>], nodes: &[usize], dynamic:
                 continue;
             }
             if let Some(position) = graph.inputs.iter().position(|&g| g == id) {
-                let fact = facts[id.index()].as_ref();
-                let small = fact.is_some_and(|f| {
-                    !f.dtype.is_float()
-                        && f.dtype != DType::String
-                        && f.dims().is_some_and(|d| d.iter().product::<usize>() <= MAX_ELEMENTS)
-                });
-                all_small &= small;
+                all_small &= facts[id.index()].as_ref().is_some_and(|f| f.is_small_integer(MAX_ELEMENTS));
                 inputs.push(position);
             } else if let Some(p) = producers[id.index()] {
                 todo.extend(graph.nodes[p].operands());

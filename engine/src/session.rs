@@ -8,7 +8,7 @@ use crate::graph::{Graph, ValueId};
 use crate::import::import;
 use crate::onnx::{Limits, Model, Reader};
 use crate::ops::PackCache;
-use crate::optimize::{optimize, promote_half};
+use crate::optimize::{Specialized, optimize, promote_half, specialize};
 use crate::plan::{Plan, plan_for};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::collections::BTreeMap;
@@ -19,6 +19,12 @@ use weblane_kernels::simd::Isa;
 
 /// Plans that a session keeps, least recently used first out.
 const KEPT_PLANS: usize = 8;
+
+/// Graphs without the branches that certain inputs leave out; as many as plans, since each plan has one.
+const KEPT_VARIANTS: usize = KEPT_PLANS;
+
+/// Plans for the same shapes and different elements of flags. Beyond that, what looked like a flag is data.
+const MAX_PLANS_BY_FLAG: usize = 4;
 
 /// How much the graph is rewritten before it runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -124,6 +130,12 @@ struct Cached {
     plan: Arc<Plan>,
 }
 
+/// The graph without the branches that certain inputs leave out.
+struct Variant {
+    decisions: Vec<(usize, usize, bool)>,
+    graph: Arc<Graph>,
+}
+
 struct Running {
     plan: Arc<Plan>,
     next: usize,
@@ -134,7 +146,10 @@ struct Running {
 /// A run goes in steps, so that the caller can stop in between: [`begin`](Self::begin), [`advance`](Self::advance)
 /// until it says that all is done, then [`output`](Self::output). [`run`](Self::run) does all three.
 pub struct Session {
-    graph: Graph,
+    graph: Arc<Graph>,
+    variants: Vec<Variant>,
+    /// What the model says of its inputs.
+    declared: Vec<Fact>,
     inputs: Vec<ValueInfo>,
     outputs: Vec<ValueInfo>,
     info: ModelInfo,
@@ -210,7 +225,9 @@ impl Session {
         info.nodes = graph.nodes.len();
         info.constant_bytes = graph.values.iter().filter_map(|v| v.constant.as_ref()).map(|t| t.bytes().len()).sum();
         Ok(Session {
-            graph,
+            graph: Arc::new(graph),
+            variants: Vec::new(),
+            declared,
             inputs,
             outputs,
             info,
@@ -414,22 +431,49 @@ impl Session {
                     feed(feeds, &self.inputs[*i].name).is_ok_and(|view| view.bytes() == bytes.as_slice())
                 })
         };
-        let at = self.plans.iter().position(fits)?;
+        // A plan for certain elements before one for any.
+        let fitting = (0..self.plans.len()).filter(|&i| fits(&self.plans[i]));
+        let at = fitting.max_by_key(|&i| self.plans[i].contents.len())?;
         self.plans[at..].rotate_left(1);
         self.plans.last().map(|c| c.plan.clone())
+    }
+
+    /// The graph to plan for these inputs, and the inputs whose elements chose it.
+    fn variant(&mut self, inputs: &[TensorView], use_flags: bool) -> Result<(Arc<Graph>, Vec<usize>)> {
+        if self.options.optimize == Optimize::None {
+            return Ok((self.graph.clone(), Vec::new()));
+        }
+        let (isa, graph, declared) = (self.options.isa, self.graph.clone(), &self.declared);
+        let found = self.pool.run(isa, |cx| specialize(&graph, inputs, use_flags, cx))?;
+        let Some(Specialized { graph: decided, decisions, flags }) = found else { return Ok((graph, Vec::new())) };
+        if let Some(known) = self.variants.iter().find(|v| v.decisions == decisions) {
+            return Ok((known.graph.clone(), flags));
+        }
+        // What does not fit the declared shapes may still fit these; else planning says what is wrong.
+        let rewritten = self.pool.run(isa, |cx| optimize(decided.clone(), declared, cx)).unwrap_or(decided);
+        let decided = Arc::new(rewritten);
+        if self.variants.len() == KEPT_VARIANTS {
+            self.variants.remove(0);
+            self.packed.forget_dead();
+        }
+        self.variants.push(Variant { decisions, graph: decided.clone() });
+        Ok((decided, flags))
     }
 
     fn new_plan(&mut self, feeds: &[(&str, TensorView)]) -> Result<Arc<Plan>> {
         let views = self.inputs.iter().map(|info| feed(feeds, &info.name)).collect::<Result<Vec<_>>>()?;
         let values: Vec<TensorView> = views.iter().map(|v| **v).collect();
-        let (graph, packed) = (&self.graph, &self.packed);
-        let (made, fixed) = self.pool.run(self.options.isa, |cx| plan_for(graph, &values, packed, cx))?;
+        let shapes: Vec<Vec<usize>> = views.iter().map(|v| v.dims.to_vec()).collect();
+        let by_flag = self.plans.iter().filter(|c| c.shapes == shapes && !c.contents.is_empty()).count();
+        let (graph, mut fixed) = self.variant(&values, by_flag < MAX_PLANS_BY_FLAG)?;
+        let packed = &self.packed;
+        let (made, more) = self.pool.run(self.options.isa, |cx| plan_for(&graph, &values, packed, cx))?;
+        fixed.extend(more.into_iter().filter(|i| !fixed.contains(i)).collect::<Vec<_>>());
         let contents = fixed.into_iter().map(|i| (i, views[i].bytes().to_vec())).collect();
         let made = Arc::new(made);
         if self.plans.len() == KEPT_PLANS {
             self.plans.remove(0);
         }
-        let shapes = views.iter().map(|v| v.dims.to_vec()).collect();
         self.plans.push(Cached { shapes, contents, plan: made.clone() });
         Ok(made)
     }

@@ -83,6 +83,11 @@ impl DType {
     pub fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::F64 | DType::F16 | DType::Bf16)
     }
+
+    /// Whether it is a floating-point type of 16 bits, which the engine only stores.
+    pub fn is_half(self) -> bool {
+        matches!(self, DType::F16 | DType::Bf16)
+    }
 }
 
 impl fmt::Display for DType {

@@ -104,6 +104,13 @@ impl PackCache {
         Ok(packed)
     }
 
+    /// Frees the forms of constants that are gone.
+    pub fn forget_dead(&self) {
+        if let Ok(mut entries) = self.entries.lock() {
+            entries.retain(|_, (source, _)| source.strong_count() > 0);
+        }
+    }
+
     /// Number of packed forms.
     pub fn len(&self) -> usize {
         self.entries.lock().map_or(0, |e| e.len())
@@ -127,6 +134,9 @@ mod tests {
             cache.get(source, kind, |t| Ok(t.len())).unwrap();
         }
         assert_eq!(cache.len(), 3);
+        drop(b);
+        cache.forget_dead();
+        assert_eq!(cache.len(), 2);
         assert!(cache.get::<String>(&a, "x", |_| Ok(String::new())).is_err(), "another type under the same kind");
     }
 }

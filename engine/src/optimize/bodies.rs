@@ -56,7 +56,7 @@ fn optimize_body(body: &Graph, inputs: &[Fact], pass: &Pass) -> Result<Graph> {
 }
 
 /// Puts the nodes of a body in the place of the node that would run it.
-fn inline(graph: &mut Graph, node: &Node, body: &Graph) {
+pub(super) fn inline(graph: &mut Graph, node: &Node, body: &Graph) {
     let mut moved: HashMap<ValueId, ValueId> =
         body.inputs.iter().copied().zip(node.inputs[1..].iter().flatten().copied()).collect();
     for (i, value) in body.values.iter().enumerate() {

@@ -19,10 +19,12 @@ mod layout;
 mod padding;
 mod pattern;
 mod simplify;
+mod specialize;
 #[cfg(test)]
 mod testing;
 
 pub use half::promote_half;
+pub use specialize::{Specialized, specialize};
 
 /// What a pass may use.
 #[derive(Debug)]
@@ -67,8 +69,9 @@ fn named(mut fact: Fact, id: ValueId) -> Fact {
 /// graph's inputs.
 pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass { cx, inputs };
-    half::drop_round_trips(&mut graph, &pass)?;
+    // Weights in half precision become single here, once.
     fold::run(&mut graph, &pass)?;
+    half::drop_round_trips(&mut graph, &pass)?;
     bodies::run(&mut graph, &pass)?;
     // What does nothing hides patterns, and copies of a chain look like other readers of it.
     cse::run(&mut graph, &pass)?;

@@ -44,7 +44,8 @@ fn noop(view: &View, node: &Node) -> Option<ValueId> {
     match node.op.name() {
         // What a cast to the same type may change is its rounding, which has happened already.
         "Identity" | "Cast" | "CastLike" => Some(x),
-        // A dropout whose mask nobody reads; training mode is no operator of the engine.
+        // A dropout whose mask nobody reads; one that may be asked to train has to look.
+        "Dropout" if node.inputs.get(2).copied().flatten().is_none() => Some(x),
         "Transpose" => {
             let perm = node.op.get::<Transpose>()?.permutation(fx.rank()?).ok()?;
             perm.iter().enumerate().all(|(i, &p)| i == p).then_some(x)

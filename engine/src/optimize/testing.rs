@@ -1,7 +1,8 @@
 //! For the tests of passes: small graphs written node by node, as an importer would make them, and a comparison of
 //! what they compute with and without rewriting.
 
-use super::{Pass, optimize};
+use super::{Pass, optimize, promote_half};
+use crate::analyze::{Folding, analyze};
 use crate::error::Result;
 use crate::execute::Memory;
 use crate::fact::{Dim, Fact};
@@ -10,6 +11,7 @@ use crate::onnx::{Attribute, AttributeValue};
 use crate::ops::{Attributes, PackCache, find};
 use crate::plan::plan;
 use crate::tensor::{DType, Tensor};
+use half::f16;
 use std::collections::HashMap;
 use weblane_kernels::par::{Cx, Pool};
 use weblane_kernels::simd::Isa;
@@ -113,6 +115,13 @@ impl Net {
         self.graph.outputs.push(id);
     }
 
+    /// The same with casts around what computes in single precision, as the importer puts them.
+    pub(crate) fn promoted(&self) -> Net {
+        let facts = with_cx(|cx| analyze(&self.graph, &self.facts, cx, Folding { max_bytes: 0 }).unwrap());
+        let graph = promote_half(self.graph.clone(), &facts).unwrap();
+        Net { graph, facts: self.facts.clone(), opset: self.opset, seed: self.seed }
+    }
+
     /// Rewrites by one pass.
     pub(crate) fn apply(&self, pass: impl Fn(&mut Graph, &Pass) -> Result<()>) -> Graph {
         let mut graph = self.graph.clone();
@@ -159,6 +168,10 @@ impl Net {
                         let values: Vec<i64> = values.iter().map(|v| i64::from(*v > 0.0)).collect();
                         Tensor::from_slice(&dims, &values).unwrap()
                     }
+                    DType::F16 => {
+                        let values: Vec<f16> = values.iter().map(|v| f16::from_f32(v.abs())).collect();
+                        Tensor::from_slice(&dims, &values).unwrap()
+                    }
                     _ => Tensor::from_slice(&dims, &values).unwrap(),
                 }
             })
@@ -168,6 +181,13 @@ impl Net {
         for (want, got) in want.iter().zip(&got) {
             assert_eq!(want.dims(), got.dims());
             assert_eq!(want.dtype(), got.dtype());
+            if want.dtype() == DType::F16 {
+                let single = |t: &Tensor| t.as_slice::<f16>().unwrap().iter().map(|h| h.to_f32()).collect::<Vec<_>>();
+                let (want, got) = (single(want), single(got));
+                // A rounding less on the way to a rounded result.
+                assert!(want.iter().zip(&got).all(|(w, g)| (w - g).abs() <= 2e-3 * w.abs()), "{got:?} for {want:?}");
+                continue;
+            }
             if want.dtype() != DType::F32 {
                 assert_eq!(want, got);
                 continue;
