@@ -11,12 +11,17 @@
 //!
 //! ```text
 //! owner                                      helper
-//!   write job, next = 0                        loop:
+//!   write job, give each lane its span         loop:
 //!   gate = (epoch + 1, open, 0 active)           wait until the gate is open with an epoch not seen yet
 //!   wake sleepers, if any                        compare-exchange: active + 1
 //!   claim and run tasks until none is left       claim and run tasks until none is left
 //!   gate: clear open; wait until 0 active        gate: active - 1; wake the owner if it sleeps
 //! ```
+//!
+//! Every lane has a span of neighbouring tasks of its own, which it works through from the front; one that is done takes
+//! from the backs of the others. So a lane meets the same part of a tensor in layer after layer, in its own cache: with one
+//! counter for all, half of what a task reads was written by the other core. On a machine whose two cores had no cache in
+//! common a MobileNetV2 on two lanes took 12 ms that way, and 7 where they had.
 //!
 //! Why this is sound:
 //! - The job (a pointer into the owner's stack) is written only while the gate is closed with nobody active, and read only
@@ -25,8 +30,9 @@
 //! - Opening is a release store and entering an acquire read-modify-write of the same word: a lane that entered sees the
 //!   job and the counter. Leaving is a release decrement and the owner's last look an acquire load; decrements are
 //!   read-modify-writes, which continue each other's release sequences, so the owner sees the writes of all lanes.
-//! - A task is claimed by `fetch_add` on the counter, hence by exactly one lane, and every claimed task is finished when
-//!   nobody is active. Helpers that come late, or never, are not waited for: the owner does the work itself.
+//! - Whoever decrements the count of a span may take one task of it: its own lane the next at the front, others the last
+//!   at the back. As many tasks as the count said lie between the two ends, so no task is taken twice, and every claimed
+//!   task is finished when nobody is active. Helpers that come late, or never, are not waited for: the owner does the work itself.
 //! - No wake-up is lost: a helper announces itself as a sleeper and then looks at the gate, the owner opens the gate and
 //!   then looks for sleepers, all four sequentially consistent; one of them must see the other. The wait itself is guarded
 //!   by a mutex that the waker takes.
@@ -68,18 +74,56 @@ const YIELDS: u32 = if cfg!(target_arch = "wasm32") { 0 } else { 100 };
 #[repr(align(128))]
 struct Line<T>(T);
 
+/// The tasks of one lane that nobody has claimed. Written as a whole only while the gate is closed and nobody active; the
+/// gate orders that, so nothing here orders anything.
+#[derive(Default)]
+struct Span {
+    /// How many there are.
+    left: AtomicUsize,
+    /// The next one for the span's own lane, which alone changes it.
+    front: AtomicUsize,
+    /// One past the last, where other lanes take.
+    back: AtomicUsize,
+}
+
+impl Span {
+    fn set(&self, tasks: core::ops::Range<usize>) {
+        self.left.store(tasks.len(), Ordering::Relaxed);
+        self.front.store(tasks.start, Ordering::Relaxed);
+        self.back.store(tasks.end, Ordering::Relaxed);
+    }
+
+    /// The right to one task.
+    fn claim(&self) -> bool {
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+    }
+
+    /// The next task, for the span's own lane.
+    fn take_front(&self) -> Option<usize> {
+        self.claim().then(|| {
+            let task = self.front.load(Ordering::Relaxed);
+            self.front.store(task + 1, Ordering::Relaxed);
+            task
+        })
+    }
+
+    /// The last task, for other lanes.
+    fn take_back(&self) -> Option<usize> {
+        self.claim().then(|| self.back.fetch_sub(1, Ordering::Relaxed) - 1)
+    }
+}
+
 /// What the lanes of an open region do.
 #[derive(Clone, Copy)]
 struct Job {
     task: *const (dyn Fn(usize, &mut [f32]) + Sync),
-    tasks: usize,
     scratch_len: usize,
 }
 
 struct Shared {
     gate: Line<AtomicU32>,
-    /// The next task to claim.
-    next: Line<AtomicUsize>,
+    /// One per lane.
+    spans: Box<[Line<Span>]>,
     /// A task panicked: claim no more.
     stop: AtomicBool,
     /// A region is running; another one (nested, or of a concurrent run) runs inline meanwhile. Whoever set it is the
@@ -191,7 +235,7 @@ impl Pool {
         let wanted = if wanted == 1 { 1 } else { wanted.min(rayon::current_num_threads() + 1) };
         let shared = Arc::new(Shared {
             gate: Line(AtomicU32::new(0)),
-            next: Line(AtomicUsize::new(0)),
+            spans: (0..wanted).map(|_| Line(Span::default())).collect(),
             stop: AtomicBool::new(false),
             busy: AtomicBool::new(false),
             exit: AtomicBool::new(false),
@@ -199,7 +243,7 @@ impl Pool {
             sleep: Mutex::new(()),
             wake_helpers: Condvar::new(),
             wake_owner: Condvar::new(),
-            job: UnsafeCell::new(Job { task: &|_: usize, _: &mut [f32]| {}, tasks: 0, scratch_len: 0 }),
+            job: UnsafeCell::new(Job { task: &|_: usize, _: &mut [f32]| {}, scratch_len: 0 }),
             scratch: (0..wanted).map(|_| UnsafeCell::default()).collect(),
             panic: Mutex::new(None),
             workspaces: Mutex::new(Vec::new()),
@@ -331,6 +375,15 @@ impl Shared {
         }
     }
 
+    /// The next task for a lane: of its own span, else of the next lane's that has one.
+    fn claim(&self, lane: usize) -> Option<usize> {
+        let lanes = self.spans.len();
+        self.spans[lane]
+            .0
+            .take_front()
+            .or_else(|| (1..lanes).find_map(|step| self.spans[(lane + step) % lanes].0.take_back()))
+    }
+
     /// Claims and runs tasks until none is left, as the owner (lane 0) or an active helper.
     fn work(&self, lane: usize) {
         // SAFETY: the owner wrote the job before it opened the gate, and it stays until nobody is active.
@@ -343,10 +396,7 @@ impl Shared {
         let _inside = aborting::enter(self, lane);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             while !self.stop.load(Ordering::Relaxed) && !self.cancel.is_cancelled() {
-                let i = self.next.0.fetch_add(1, Ordering::Relaxed);
-                if i >= job.tasks {
-                    break;
-                }
+                let Some(i) = self.claim(lane) else { break };
                 task(i, scratch);
             }
         }));
@@ -375,8 +425,14 @@ impl Shared {
             >(task)
         };
         // SAFETY: this is the owner, the gate is closed and nobody is active.
-        unsafe { *self.job.get() = Job { task, tasks, scratch_len } };
-        self.next.0.store(0, Ordering::Relaxed);
+        unsafe { *self.job.get() = Job { task, scratch_len } };
+        let lanes = self.spans.len();
+        let mut start = 0;
+        for (lane, span) in self.spans.iter().enumerate() {
+            let end = start + tasks / lanes + usize::from(lane < tasks % lanes);
+            span.0.set(start..end);
+            start = end;
+        }
         self.stop.store(false, Ordering::Relaxed);
         // Only owners change the gate while it is closed, so this is no race. SeqCst includes release.
         let epoch = (self.gate.0.load(Ordering::Relaxed) & EPOCH).wrapping_add(EPOCH_ONE);
@@ -442,8 +498,8 @@ impl Cx<'_> {
     /// Calls `f(i)` for every `i < tasks`, each once, in any order, on all lanes.
     ///
     /// `cost` is about the number of scalar operations of all tasks together; below [`MIN_PARALLEL_COST`] the tasks run
-    /// here, in order, and so they do inside a task of another region. Lanes claim one task at a time: a few tasks per
-    /// lane balance well. When [`Cx::cancelled`] turns true, the remaining tasks are left out.
+    /// here, in order, and so they do inside a task of another region. Each lane begins with its own part of the tasks and
+    /// claims one at a time: number them in the order of the data, and make a few per lane, which balance well. When [`Cx::cancelled`] turns true, the remaining tasks are left out.
     ///
     /// # Panics
     /// If a task does, with its message, after all lanes have stopped.

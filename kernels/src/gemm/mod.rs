@@ -473,7 +473,8 @@ pub(crate) fn run<'a, A: Lhs>(
     cx.for_each_scratch(tasks, cost, b_len + a_len, &|task, scratch| {
         let problem = problem(task / per_problem);
         let block = task % per_problem;
-        let (row_block, panel_block) = (block % grid.row_blocks, block / grid.row_blocks);
+        // Rows first: a lane has its own rows from layer to layer, see `par`.
+        let (row_block, panel_block) = (block / grid.panel_blocks, block % grid.panel_blocks);
         let tiles = part(grid.tiles, grid.row_blocks, row_block);
         let panels = part(grid.panels, grid.panel_blocks, panel_block);
         let (b_scratch, a_scratch) = scratch.split_at_mut(b_len);
