@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::fact::Fact;
 use crate::graph::{Graph, Node};
-use crate::ops::{Infer, Io};
+use crate::ops::{Compute, Infer, Io};
 use crate::tensor::{Tensor, TensorView, byte_count};
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
@@ -60,6 +60,10 @@ pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding
     else {
         return Ok(results);
     };
+    // The kernel that holds the packed form computes it when the plan runs.
+    if constants.iter().flatten().any(|t| t.is_released()) {
+        return Ok(results);
+    }
     let widened = |t: &Tensor| if t.dtype().is_half() { 2 * t.bytes().len() } else { t.bytes().len() };
     let source: usize = constants.iter().flatten().map(|t| widened(t)).sum();
     let size = results.iter().map(|f| f.dims().map_or(0, |d| byte_count(f.dtype, &d).unwrap_or(usize::MAX)));
@@ -67,7 +71,7 @@ pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding
         return Ok(results);
     }
     let views: Vec<Option<TensorView>> = constants.iter().map(|t| t.map(|t| t.view())).collect();
-    let outputs = evaluate(node, &results, &views, cx).map_err(place)?;
+    let outputs = evaluate(node, &results, &views, None, cx).map_err(place)?;
     Ok(outputs.into_iter().map(|t| Fact::constant(Arc::new(t))).collect())
 }
 
@@ -88,8 +92,15 @@ pub fn operand_facts(node: &Node, facts: &[Option<Fact>]) -> Result<Vec<Option<F
     node.inputs.iter().map(|i| i.as_ref().map(of).transpose()).collect()
 }
 
-/// Computes one node on tensors of its own; `results` are the facts that inference found.
-pub fn evaluate(node: &Node, results: &[Fact], inputs: &[Option<TensorView>], cx: &Cx) -> Result<Vec<Tensor>> {
+/// Computes one node on tensors of its own, by `compute` if a kernel was chosen; `results` are the facts that inference
+/// found.
+pub fn evaluate(
+    node: &Node,
+    results: &[Fact],
+    inputs: &[Option<TensorView>],
+    compute: Option<&dyn Compute>,
+    cx: &Cx,
+) -> Result<Vec<Tensor>> {
     let mut outputs = Vec::with_capacity(results.len());
     for fact in results {
         let dims = fact.dims().ok_or_else(|| Error::internal("the shape of a result could not be found"))?;
@@ -100,7 +111,11 @@ pub fn evaluate(node: &Node, results: &[Fact], inputs: &[Option<TensorView>], cx
     }
     if results.iter().any(|f| f.tensor().is_none()) {
         let mut views: Vec<_> = outputs.iter_mut().map(Tensor::view_mut).collect();
-        node.op.run(cx, &mut Io { inputs, outputs: &mut views, in_place: None })?;
+        let mut io = Io { inputs, outputs: &mut views, in_place: None };
+        match compute {
+            Some(compute) => compute.run(cx, &mut io)?,
+            None => node.op.run(cx, &mut io)?,
+        }
     }
     Ok(outputs)
 }

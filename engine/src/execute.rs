@@ -3,8 +3,8 @@
 use crate::analyze::evaluate;
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
-use crate::ops::{Infer, Io};
-use crate::plan::{Place, Plan, Step};
+use crate::ops::{Infer, Io, Prepare};
+use crate::plan::{Place, Plan, Step, check_released};
 use crate::storage::Arena;
 use crate::tensor::{Tensor, TensorMut, TensorView};
 use smallvec::SmallVec;
@@ -115,6 +115,8 @@ impl Memory {
         let views: Vec<Option<TensorView>> =
             step.inputs.iter().map(|v| v.map(|v| self.view(plan, v)).transpose()).collect::<Result<_>>()?;
         let decides = step.node.op.shape_operands();
+        // Of some constants there is only what a kernel packed.
+        let is_packed = views.iter().flatten().any(TensorView::is_released);
         let mut facts = Vec::with_capacity(views.len());
         for (k, view) in views.iter().enumerate() {
             let Some(view) = view else {
@@ -122,16 +124,31 @@ impl Memory {
                 continue;
             };
             let mut fact = Fact::new(view.dtype, view.dims);
+            let constant = match step.inputs[k].map(|v| &plan.values[v].place) {
+                Some(Place::Constant(t)) => Some(t),
+                _ => None,
+            };
             if decides.contains(&k) || step.node.op.shapes_by_running() {
-                fact.content = Content::Tensor(match step.inputs[k].map(|v| &plan.values[v].place) {
-                    Some(Place::Constant(t)) => t.clone(),
-                    _ => Arc::new(view.to_tensor()?),
+                fact.content = Content::Tensor(match constant {
+                    Some(t) => t.clone(),
+                    None => Arc::new(view.to_tensor()?),
                 });
+            } else if is_packed && let Some(t) = constant {
+                fact.content = Content::Tensor(t.clone());
             }
             facts.push(Some(fact));
         }
         let results = step.node.op.infer(&Infer { inputs: &facts, outputs: step.outputs.len(), cx })?;
-        let tensors = evaluate(&step.node, &results, &views, cx)?;
+        let compute = if is_packed {
+            let cache = &plan.packed;
+            let prepare = Prepare { isa: cx.isa(), cx, inputs: &facts, outputs: &results, cache };
+            let compute = step.node.op.prepare(&prepare)?;
+            check_released(&facts, compute.as_deref())?;
+            compute
+        } else {
+            None
+        };
+        let tensors = evaluate(&step.node, &results, &views, compute.as_deref(), cx)?;
         drop(views);
         for (&v, tensor) in step.outputs.iter().zip(tensors) {
             match plan.values[v].place {

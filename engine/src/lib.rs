@@ -22,6 +22,7 @@ pub mod onnx;
 pub mod ops;
 pub mod optimize;
 pub mod plan;
+pub mod prepack;
 pub mod session;
 pub mod storage;
 pub mod tensor;

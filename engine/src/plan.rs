@@ -81,6 +81,8 @@ pub struct Plan {
     pub arena_bytes: usize,
     /// Number of dynamic values.
     pub dynamic_values: usize,
+    /// Packed constants, for dynamic steps.
+    pub packed: PackCache,
     /// Graph inputs whose elements decide shapes: with their content known, fewer steps would be dynamic.
     pub shape_inputs: Vec<usize>,
 }
@@ -129,6 +131,7 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
         outputs,
         arena_bytes: buffers.arena_bytes,
         dynamic_values: dynamic.iter().flatten().count(),
+        packed: cache.clone(),
         shape_inputs: shape_inputs(graph, &facts, &nodes, &dynamic),
     })
 }
@@ -155,7 +158,19 @@ fn prepare(node: &Node, facts: &[Option<Fact>], cache: &PackCache, cx: &Cx) -> R
     let inputs = operand_facts(node, facts)?;
     let outputs: Option<Vec<Fact>> = node.outputs.iter().map(|o| facts[o.index()].clone()).collect();
     let outputs = outputs.ok_or_else(|| Error::internal("a result has no fact"))?;
-    node.op.prepare(&Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache })
+    let compute = node.op.prepare(&Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache })?;
+    check_released(&inputs, compute.as_deref())?;
+    Ok(compute)
+}
+
+/// Refuses a kernel that would read elements that are gone: a defect of its `prepack`.
+pub(crate) fn check_released(operands: &[Option<Fact>], compute: Option<&dyn Compute>) -> Result<()> {
+    let packed = compute.map_or(&[][..], |c| c.packed_operands());
+    let is_released = |f: &Option<Fact>| f.as_ref().and_then(Fact::tensor).is_some_and(|t| t.is_released());
+    match operands.iter().enumerate().find(|(k, f)| is_released(f) && !packed.contains(k)) {
+        Some((k, _)) => Err(Error::internal(format!("operand {k} was packed, and the kernel wants its elements"))),
+        None => Ok(()),
+    }
 }
 
 fn is_constant(facts: &[Option<Fact>], id: ValueId) -> bool {

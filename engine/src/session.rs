@@ -8,8 +8,10 @@ use crate::graph::{Graph, ValueId};
 use crate::import::import;
 use crate::onnx::{Limits, Model, Reader};
 use crate::ops::PackCache;
+use crate::ops::if_::If;
 use crate::optimize::{Specialized, optimize, promote_half, specialize};
 use crate::plan::{Plan, plan_for};
+use crate::prepack;
 use crate::tensor::{DType, Tensor, TensorView};
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -194,15 +196,24 @@ impl Session {
             })
             .collect::<Result<Vec<Fact>>>()?;
         let isa = options.isa;
-        let (graph, output_facts) = pool.run(isa, |cx| -> Result<_> {
+        let packed = PackCache::default();
+        let (graph, output_facts, constant_bytes) = pool.run(isa, |cx| -> Result<_> {
             let facts = analyze(&graph, &declared, cx, Folding { max_bytes: 0 })?;
             let output_facts: Vec<_> = graph.outputs.iter().map(|o| facts[o.index()].clone()).collect();
             let graph = promote_half(graph, &facts)?;
-            let graph = match options.optimize {
+            // They hold on to constants.
+            drop(facts);
+            let mut graph = match options.optimize {
                 Optimize::None => graph,
                 Optimize::All => optimize(graph, &declared, cx)?,
             };
-            Ok((graph, output_facts))
+            let constants = graph.values.iter().filter_map(|v| v.constant.as_ref());
+            let constant_bytes = constants.map(|t| t.bytes().len()).sum();
+            // A branch may take the place of its If when a plan is made, and that wants the elements of constants.
+            if !graph.nodes.iter().any(|n| n.op.is::<If>()) {
+                prepack::run(&mut graph, &declared, &packed, cx)?;
+            }
+            Ok((graph, output_facts, constant_bytes))
         })?;
         let describe = |id: &ValueId, fact: &Fact| ValueInfo {
             name: graph.value(*id).name.clone(),
@@ -223,7 +234,7 @@ impl Session {
             outputs.push(describe(id, fact));
         }
         info.nodes = graph.nodes.len();
-        info.constant_bytes = graph.values.iter().filter_map(|v| v.constant.as_ref()).map(|t| t.bytes().len()).sum();
+        info.constant_bytes = constant_bytes;
         Ok(Session {
             graph: Arc::new(graph),
             variants: Vec::new(),
@@ -233,7 +244,7 @@ impl Session {
             info,
             options,
             pool,
-            packed: PackCache::default(),
+            packed,
             plans: Vec::new(),
             memory: Memory::default(),
             running: None,

@@ -198,6 +198,8 @@ pub fn byte_count(dtype: DType, dims: &[usize]) -> Result<usize> {
 enum Data {
     Bytes(AlignedBytes),
     Strings(Vec<String>),
+    /// The elements are gone: kernels hold them in a packed form.
+    Released,
 }
 
 /// A tensor that owns its elements.
@@ -252,6 +254,16 @@ impl Tensor {
         Ok(Tensor { dtype: DType::String, dims: dims.into(), data: Data::Strings(values) })
     }
 
+    /// What is left of a constant when kernels hold its elements in packed form: element type and shape.
+    pub fn released(dtype: DType, dims: &[usize]) -> Self {
+        Tensor { dtype, dims: dims.into(), data: Data::Released }
+    }
+
+    /// Whether the elements are gone; see [`released`](Self::released).
+    pub fn is_released(&self) -> bool {
+        matches!(self.data, Data::Released)
+    }
+
     /// Truth values.
     pub fn from_bools(dims: &[usize], values: &[bool]) -> Result<Self> {
         let bytes: Vec<u8> = values.iter().map(|&b| u8::from(b)).collect();
@@ -289,19 +301,19 @@ impl Tensor {
         Ok(self)
     }
 
-    /// Raw bytes; none for strings.
+    /// Raw bytes; none for strings and released tensors.
     pub fn bytes(&self) -> &[u8] {
         match &self.data {
             Data::Bytes(b) => b.as_ref(),
-            Data::Strings(_) => &[],
+            Data::Strings(_) | Data::Released => &[],
         }
     }
 
-    /// Raw bytes for writing; none for strings.
+    /// Raw bytes for writing; none for strings and released tensors.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.data {
             Data::Bytes(b) => b.as_mut(),
-            Data::Strings(_) => &mut [],
+            Data::Strings(_) | Data::Released => &mut [],
         }
     }
 
@@ -309,7 +321,7 @@ impl Tensor {
     pub fn strings(&self) -> Option<&[String]> {
         match &self.data {
             Data::Strings(s) => Some(s),
-            Data::Bytes(_) => None,
+            Data::Bytes(_) | Data::Released => None,
         }
     }
 
@@ -328,6 +340,7 @@ impl Tensor {
         let data = match &mut self.data {
             Data::Bytes(b) => MutData::Bytes(b.as_mut()),
             Data::Strings(s) => MutData::Strings(s),
+            Data::Released => MutData::Bytes(&mut []),
         };
         TensorMut { dtype: self.dtype, dims: &self.dims, data }
     }
@@ -339,6 +352,8 @@ impl PartialEq for Tensor {
             && self.dims == other.dims
             && self.bytes() == other.bytes()
             && self.strings() == other.strings()
+            && !self.is_released()
+            && !other.is_released()
     }
 }
 
@@ -346,6 +361,7 @@ impl PartialEq for Tensor {
 enum ViewData<'a> {
     Bytes(&'a [u8]),
     Strings(&'a [String]),
+    Released,
 }
 
 impl<'a> ViewData<'a> {
@@ -353,6 +369,7 @@ impl<'a> ViewData<'a> {
         match &t.data {
             Data::Bytes(b) => ViewData::Bytes(b.as_ref()),
             Data::Strings(s) => ViewData::Strings(s),
+            Data::Released => ViewData::Released,
         }
     }
 }
@@ -395,11 +412,16 @@ impl<'a> TensorView<'a> {
         self.dims.len()
     }
 
-    /// Raw bytes; none for strings.
+    /// Whether the elements are gone; see [`Tensor::released`].
+    pub fn is_released(&self) -> bool {
+        matches!(self.data, ViewData::Released)
+    }
+
+    /// Raw bytes; none for strings and released tensors.
     pub fn bytes(&self) -> &'a [u8] {
         match self.data {
             ViewData::Bytes(b) => b,
-            ViewData::Strings(_) => &[],
+            ViewData::Strings(_) | ViewData::Released => &[],
         }
     }
 
@@ -407,13 +429,16 @@ impl<'a> TensorView<'a> {
     pub fn strings(&self) -> Option<&'a [String]> {
         match self.data {
             ViewData::Strings(s) => Some(s),
-            ViewData::Bytes(_) => None,
+            ViewData::Bytes(_) | ViewData::Released => None,
         }
     }
 
     /// The elements, if they are of type `T` (`u8` serves `Bool` too).
     pub fn as_slice<T: Element>(&self) -> Result<&'a [T]> {
         check_dtype::<T>(self.dtype)?;
+        if self.is_released() {
+            return Err(gone());
+        }
         bytemuck::try_cast_slice(self.bytes())
             .map_err(|e| Error::invalid_input(format!("the bytes of a {} tensor cannot be viewed: {e}", self.dtype)))
     }
@@ -432,6 +457,7 @@ impl<'a> TensorView<'a> {
         let data = match self.data {
             ViewData::Bytes(b) => Data::Bytes(AlignedBytes::copy_of(b)?),
             ViewData::Strings(s) => Data::Strings(s.to_vec()),
+            ViewData::Released => return Err(gone()),
         };
         Ok(Tensor { dtype: self.dtype, dims: self.dims.into(), data })
     }
@@ -501,6 +527,10 @@ impl<'a> TensorMut<'a> {
         };
         TensorView { dtype: self.dtype, dims: self.dims, data }
     }
+}
+
+fn gone() -> Error {
+    Error::internal("the elements of a constant are read that were packed")
 }
 
 fn check_dtype<T: Element>(dtype: DType) -> Result<()> {

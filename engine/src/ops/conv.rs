@@ -52,6 +52,14 @@ impl Conv {
         (count > 2 && self.residual_index(count) != Some(2)).then_some(2)
     }
 
+    /// What does not depend on the input, from the shape of the weights.
+    fn params(&self, w: &[usize]) -> Result<ConvParams> {
+        let &[_, per_group, ref kernel @ ..] = w else { return Err(Error::shape(format!("weights of shape {w:?}"))) };
+        // Any input will do that the window fits into.
+        let x = self.window.least_input(per_group.saturating_mul(self.groups), kernel, self.layout)?;
+        Ok(self.geometry(&x, w)?.0)
+    }
+
     fn geometry(&self, x: &[usize], w: &[usize]) -> Result<(ConvParams, ConvInput)> {
         let (batch, in_channels, spatial) = split_dims(x, self.layout)?;
         let kernel = w.get(2..).ok_or_else(|| Error::shape(format!("weights of shape {w:?}")))?;
@@ -163,6 +171,17 @@ impl Operator for Conv {
         let packed = pack(cx, weights, bias, params)?;
         let flops = input_flops(&packed.kernel, &input)?;
         Ok(Some(Arc::new(Prepared { op: self.clone(), packed, input, flops })))
+    }
+
+    fn prepack(&self, cx: &Prepare) -> Result<&'static [usize]> {
+        let Some(weights) = cx.constant(1).filter(|w| w.dtype() == DType::F32) else { return Ok(&[]) };
+        let bias_index = self.bias_index(cx.inputs.len()).filter(|&i| cx.has(i));
+        let bias = bias_index.and_then(|i| cx.constant(i)).cloned();
+        if bias_index.is_some() && bias.is_none() {
+            return Ok(&[]);
+        }
+        pack(cx, weights, bias, self.params(weights.dims())?)?;
+        Ok(&[1])
     }
 
     fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {

@@ -222,14 +222,22 @@ impl Operator for ConvTranspose {
             return Ok(None);
         }
         let (params, input) = self.geometry(&cx.dims(0)?, weights.dims())?;
-        let isa = cx.isa;
-        let kind = format!("conv_transpose {isa} {params:?} {:?}", bias.as_ref().map(Arc::as_ptr));
-        let packed = cx.cache.get(weights, &kind, |w| {
-            let b = bias.as_ref().map(|b| b.as_slice::<f32>()).transpose()?;
-            let kernel = Kernel::new(isa, params, w.as_slice::<f32>()?, b)?;
-            Ok(Packed { kernel, bias })
-        })?;
+        let packed = pack(cx, weights, bias, params)?;
         Ok(Some(Arc::new(Prepared { op: self.clone(), packed, input })))
+    }
+
+    fn prepack(&self, cx: &Prepare) -> Result<&'static [usize]> {
+        let Some(weights) = cx.constant(1).filter(|w| w.dtype() == DType::F32) else { return Ok(&[]) };
+        let bias = cx.constant(2).cloned();
+        let &[in_channels, _, ref kernel @ ..] = weights.dims() else { return Ok(&[]) };
+        // An output_shape may fit no input but the model's own.
+        let x = self.window.least_input(in_channels, kernel, self.layout)?;
+        let Ok((params, _)) = self.geometry(&x, weights.dims()) else { return Ok(&[]) };
+        if cx.has(2) && bias.is_none() {
+            return Ok(&[]);
+        }
+        pack(cx, weights, bias, params)?;
+        Ok(&[1])
     }
 
     fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
@@ -241,6 +249,16 @@ impl Operator for ConvTranspose {
         roles[0] = Role::Permute;
         Some(Permuted { op: ConvTranspose { layout: Layout::Nhwc, ..self.clone() }.into(), roles })
     }
+}
+
+fn pack(cx: &Prepare, weights: &Arc<Tensor>, bias: Option<Arc<Tensor>>, params: ConvParams) -> Result<Arc<Packed>> {
+    let isa = cx.isa;
+    let kind = format!("conv_transpose {isa} {params:?} {:?}", bias.as_ref().map(Arc::as_ptr));
+    cx.cache.get(weights, &kind, |w| {
+        let b = bias.as_ref().map(|b| b.as_slice::<f32>()).transpose()?;
+        let kernel = Kernel::new(isa, params, w.as_slice::<f32>()?, b)?;
+        Ok(Packed { kernel, bias })
+    })
 }
 
 /// Packed weights; the bias tensor stays alive because its address is part of the key in the cache.

@@ -158,6 +158,14 @@ impl Operator for Gemm {
         };
         Ok(Some(Arc::new(Prepared { op: self.clone(), packed, bias, flops })))
     }
+
+    fn prepack(&self, cx: &Prepare) -> Result<&'static [usize]> {
+        let Some(b) = cx.constant(1).filter(|b| b.dtype() == DType::F32) else { return Ok(&[]) };
+        let &[rows, cols] = b.dims() else { return Ok(&[]) };
+        let (k, n) = if self.trans_b { (cols, rows) } else { (rows, cols) };
+        pack_rhs(cx, b, k, n, self.trans_b, self.alpha)?;
+        Ok(&[1])
+    }
 }
 
 /// Packs a constant `[k, n]` (stored `[n, k]` when `transposed`) times `alpha`.

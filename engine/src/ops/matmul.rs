@@ -5,7 +5,7 @@ use super::{Attributes, Compute, Infer, Io, Op, Operator, Prepare, Registration,
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape, broadcast, broadcast_dims};
 use crate::for_dtype;
-use crate::tensor::{DType, Dims, element_count};
+use crate::tensor::{DType, Dims, Tensor, element_count};
 use std::sync::Arc;
 use weblane_kernels::epilogue::{Activation, Epilogue};
 use weblane_kernels::finish::{Finish, finish};
@@ -95,6 +95,16 @@ impl MatMul {
         }
         let batch = broadcast_dims(a_batch, b_batch)?;
         Ok(Sizes { batch, a_batch: a_batch.into(), b_batch: b_batch.into(), m, n, k })
+    }
+
+    /// A constant vector or matrix, packed.
+    fn pack(&self, cx: &Prepare, b: &Arc<Tensor>) -> Result<Arc<PackedB>> {
+        match *b.dims() {
+            [k] => pack_rhs(cx, b, k, 1, false, self.alpha),
+            [n, k] if self.trans_b => pack_rhs(cx, b, k, n, true, self.alpha),
+            [k, n] => pack_rhs(cx, b, k, n, false, self.alpha),
+            _ => Err(Error::internal("a stack of matrices is not packed")),
+        }
     }
 
     fn bias<'a>(&self, io: &Io<'a, '_>) -> Result<Option<&'a [f32]>> {
@@ -264,9 +274,19 @@ impl Operator for MatMul {
             return Ok(None);
         }
         let s = self.sizes(&a, &b)?;
-        let packed = pack_rhs(cx, weights, s.k, s.n, self.trans_b && b.len() == 2, self.alpha)?;
+        let packed = self.pack(cx, weights)?;
         let rows = s.m * element_count(&s.a_batch)?;
         Ok(Some(Arc::new(Prepared { op: self.clone(), packed, rows })))
+    }
+
+    fn prepack(&self, cx: &Prepare) -> Result<&'static [usize]> {
+        match (cx.constant(1).filter(|b| b.dtype() == DType::F32), cx.rank(0)) {
+            (Some(b), Some(rank)) if is_zero_fold(rank, self.trans_a, b.dims().len()) => {
+                self.pack(cx, b)?;
+                Ok(&[1])
+            }
+            _ => Ok(&[]),
+        }
     }
 }
 

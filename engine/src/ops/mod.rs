@@ -107,6 +107,13 @@ pub trait Operator: Any + Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Packs constant operands before any input shape is known, by the same calls of the cache as
+    /// [`prepare`](Self::prepare). Names the operands of which every later `prepare` and what it returns read the packed
+    /// form only, whatever the shapes: their elements may be dropped. The others stay as they are.
+    fn prepack(&self, _cx: &Prepare) -> Result<&'static [usize]> {
+        Ok(&[])
+    }
+
     /// The operand in whose buffer result 0 may be computed by [`run`](Self::run), in order of preference; both have
     /// the same size then. `run` sees that by [`Io::in_place`].
     fn in_place(&self) -> &'static [usize] {

@@ -5,9 +5,9 @@ use crate::error::{Error, Result};
 use crate::fact::Fact;
 use crate::tensor::{Dims, Tensor};
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
 
@@ -19,7 +19,8 @@ pub trait Compute: Debug + Send + Sync {
     /// Name of the kernel, for profiles.
     fn kernel(&self) -> &str;
 
-    /// Operands that were packed: the plan need not keep their original form.
+    /// Operands that are read in packed form only, so that their elements may be gone; see
+    /// [`super::Operator::prepack`].
     fn packed_operands(&self) -> &[usize] {
         &[]
     }
@@ -68,22 +69,58 @@ impl<'a> Prepare<'a> {
         self.inputs.get(i).and_then(Option::as_ref).and_then(Fact::tensor)
     }
 
+    /// Rank of an operand, when it is known.
+    pub fn rank(&self, i: usize) -> Option<usize> {
+        self.inputs.get(i).and_then(Option::as_ref).and_then(Fact::rank)
+    }
+
     /// Whether the operand is there.
     pub fn has(&self, i: usize) -> bool {
         self.inputs.get(i).is_some_and(Option::is_some)
     }
 }
 
-type Key = (usize, String);
-type Entry = (Weak<Tensor>, Arc<dyn Any + Send + Sync>);
+/// Packed forms of constants, shared by all plans of a session; a clone is another handle to the same forms.
+#[derive(Clone, Debug, Default)]
+pub struct PackCache(Arc<Mutex<Forms>>);
 
-/// Packed forms of constants, shared by all plans of a session.
 #[derive(Debug, Default)]
-pub struct PackCache {
-    entries: Mutex<HashMap<Key, Entry>>,
+struct Forms {
+    /// Identity of each tensor by its address. The weak reference keeps the address from being used again for another.
+    ids: HashMap<usize, (Weak<Tensor>, u64)>,
+    next_id: u64,
+    packed: HashMap<(u64, String), Arc<dyn Any + Send + Sync>>,
+}
+
+impl Forms {
+    fn id(&mut self, tensor: &Arc<Tensor>) -> u64 {
+        let Forms { ids, next_id, .. } = self;
+        let new = || {
+            *next_id += 1;
+            (Arc::downgrade(tensor), *next_id)
+        };
+        ids.entry(Arc::as_ptr(tensor) as usize).or_insert_with(new).1
+    }
 }
 
 impl PackCache {
+    fn forms(&self) -> Result<MutexGuard<'_, Forms>> {
+        self.0.lock().map_err(|_| broken())
+    }
+
+    /// A number that stands for this tensor in this cache, for the `kind` of a form that depends on several tensors.
+    pub fn id(&self, tensor: &Arc<Tensor>) -> Result<u64> {
+        Ok(self.forms()?.id(tensor))
+    }
+
+    /// From now on the forms of `original` are found under `released`, which has no elements.
+    pub fn release(&self, original: &Arc<Tensor>, released: &Arc<Tensor>) -> Result<()> {
+        let mut forms = self.forms()?;
+        let id = forms.id(original);
+        forms.ids.insert(Arc::as_ptr(released) as usize, (Arc::downgrade(released), id));
+        Ok(())
+    }
+
     /// The packed form of `source` under `kind`, made by `pack` the first time. `kind` names everything but the
     /// source that the packed form depends on.
     pub fn get<T: Any + Send + Sync>(
@@ -92,34 +129,42 @@ impl PackCache {
         kind: &str,
         pack: impl FnOnce(&Tensor) -> Result<T>,
     ) -> Result<Arc<T>> {
-        let key = (Arc::as_ptr(source) as usize, kind.to_owned());
-        let broken = || Error::internal("the cache of packed weights is broken");
-        if let Some((_, packed)) = self.entries.lock().map_err(|_| broken())?.get(&key) {
-            return packed.clone().downcast().map_err(|_| broken());
-        }
-        let packed = Arc::new(pack(source)?);
-        // The weak reference keeps the address from being used again for another tensor.
-        let entry: Entry = (Arc::downgrade(source), packed.clone());
-        self.entries.lock().map_err(|_| broken())?.insert(key, entry);
-        Ok(packed)
+        let key = {
+            let mut forms = self.forms()?;
+            let key = (forms.id(source), kind.to_owned());
+            if let Some(packed) = forms.packed.get(&key) {
+                return packed.clone().downcast().map_err(|_| broken());
+            }
+            key
+        };
+        // Not under the lock: other lanes pack meanwhile. Whoever is first with the same form wins.
+        let packed: Arc<dyn Any + Send + Sync> = Arc::new(pack(source)?);
+        self.forms()?.packed.entry(key).or_insert(packed).clone().downcast().map_err(|_| broken())
     }
 
     /// Frees the forms of constants that are gone.
     pub fn forget_dead(&self) {
-        if let Ok(mut entries) = self.entries.lock() {
-            entries.retain(|_, (source, _)| source.strong_count() > 0);
+        if let Ok(mut forms) = self.0.lock() {
+            let Forms { ids, packed, .. } = &mut *forms;
+            ids.retain(|_, (tensor, _)| tensor.strong_count() > 0);
+            let alive: HashSet<u64> = ids.values().map(|(_, id)| *id).collect();
+            packed.retain(|(id, _), _| alive.contains(id));
         }
     }
 
     /// Number of packed forms.
     pub fn len(&self) -> usize {
-        self.entries.lock().map_or(0, |e| e.len())
+        self.0.lock().map_or(0, |forms| forms.packed.len())
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+fn broken() -> Error {
+    Error::internal("the cache of packed weights is broken")
 }
 
 #[cfg(test)]
@@ -138,5 +183,20 @@ mod tests {
         cache.forget_dead();
         assert_eq!(cache.len(), 2);
         assert!(cache.get::<String>(&a, "x", |_| Ok(String::new())).is_err(), "another type under the same kind");
+    }
+
+    #[test]
+    fn forms_outlive_the_elements_they_were_made_of() {
+        let cache = PackCache::default();
+        let original = Arc::new(Tensor::from_slice(&[2], &[3f32, 4.0]).unwrap());
+        let sum = |t: &Tensor| Ok(t.as_slice::<f32>()?.iter().sum::<f32>());
+        assert_eq!(*cache.get(&original, "sum", sum).unwrap(), 7.0);
+        let released = Arc::new(Tensor::released(original.dtype(), original.dims()));
+        cache.release(&original, &released).unwrap();
+        let (id, elements) = (cache.id(&original).unwrap(), Arc::downgrade(&original));
+        drop(original);
+        assert!(elements.upgrade().is_none(), "the cache keeps the elements");
+        assert_eq!((cache.id(&released).unwrap(), *cache.get(&released, "sum", sum).unwrap()), (id, 7.0));
+        assert!(cache.get(&released, "another", sum).unwrap_err().message.contains("packed"));
     }
 }

@@ -276,18 +276,38 @@ impl Operator for Recurrent {
             return Ok(None);
         }
         let (layer, sizes) = self.sized(&cx.dims(0)?, r.dims())?;
-        // The packed form depends on three constants: the addresses of the others name it, and it holds on to them.
-        let address = |t: Option<&Arc<Tensor>>| t.map_or(0, |t| Arc::as_ptr(t) as usize);
-        let kind = format!("rnn {} {:?} {} {}", cx.isa, layer.cell, address(Some(r)), address(bias));
-        let kept = cx.cache.get(w, &kind, |w| {
-            let weights = Weights { w: w.as_slice()?, r: r.as_slice()?, bias: bias.map(|b| b.as_slice()).transpose()? };
-            let packed = layer.pack(cx.isa, sizes.input, &weights)?;
-            Ok((Arc::new(packed), Arc::downgrade(r), bias.map(Arc::downgrade)))
-        })?;
+        let packed = pack(cx, &layer, sizes.input, [w, r], bias)?;
         let steps = (sizes.steps * sizes.batch) as u64;
         let flops = 2 * steps * (w.len() + r.len()) as u64;
-        Ok(Some(Arc::new(Prepared { layer, sizes, packed: kept.0.clone(), flops })))
+        Ok(Some(Arc::new(Prepared { layer, sizes, packed, flops })))
     }
+
+    fn prepack(&self, cx: &Prepare) -> Result<&'static [usize]> {
+        let (Some(w), Some(r)) = (cx.constant(1), cx.constant(2)) else { return Ok(&[]) };
+        let bias = cx.constant(3);
+        let (&[_, _, input], &[_, _, hidden]) = (w.dims(), r.dims()) else { return Ok(&[]) };
+        if w.dtype() != DType::F32 || (cx.has(3) && bias.is_none()) {
+            return Ok(&[]);
+        }
+        pack(cx, &Layer { hidden, ..self.layer.clone() }, input, [w, r], bias)?;
+        Ok(&[1, 2, 3])
+    }
+}
+
+/// Weights W and R of a layer with its bias, in one packed form.
+fn pack(
+    cx: &Prepare,
+    layer: &Layer,
+    input: usize,
+    [w, r]: [&Arc<Tensor>; 2],
+    bias: Option<&Arc<Tensor>>,
+) -> Result<Arc<Packed>> {
+    let bias_id = bias.map(|b| cx.cache.id(b)).transpose()?;
+    let kind = format!("rnn {} {:?} {} {bias_id:?}", cx.isa, layer.cell, cx.cache.id(r)?);
+    cx.cache.get(w, &kind, |w| {
+        let weights = Weights { w: w.as_slice()?, r: r.as_slice()?, bias: bias.map(|b| b.as_slice()).transpose()? };
+        Ok(layer.pack(cx.isa, input, &weights)?)
+    })
 }
 
 #[derive(Debug)]

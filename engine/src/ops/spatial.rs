@@ -3,6 +3,7 @@
 use super::Attributes;
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape};
+use crate::tensor::Dims;
 use smallvec::SmallVec;
 use weblane_kernels::conv::Layout;
 
@@ -128,6 +129,14 @@ impl Window {
         let span = kernel.saturating_sub(1).checked_mul(self.dilation(axis)).and_then(|n| n.checked_add(1));
         span.filter(|&n| n < usize::MAX / 8 && kernel > 0)
             .ok_or_else(|| Error::shape(format!("a window of {kernel} with dilation {}", self.dilation(axis))))
+    }
+
+    /// Shape of an input that a window of this shape fits into, with one image.
+    pub fn least_input(&self, channels: usize, kernel: &[usize], layout: Layout) -> Result<Dims> {
+        let mut shape: Dims = kernel.iter().enumerate().map(|(i, &k)| self.extent(i, k)).collect::<Result<_>>()?;
+        shape.insert(if layout == Layout::Nchw { 0 } else { shape.len() }, channels);
+        shape.insert(0, 1);
+        Ok(shape)
     }
 
     /// Padding before, padding after and number of windows along one axis.
