@@ -1,5 +1,5 @@
 /**
- * weblane beside other runtimes: rounds of one run each, in turns on one page, so that a noisy machine disturbs all
+ * weblane beside other runtimes: rounds in which each has a turn on one page, so that a noisy machine disturbs all
  * alike. Prints a table and writes a record to benches/records/. Called by `cargo xtask bench peers`.
  */
 import { existsSync } from "node:fs";
@@ -18,6 +18,10 @@ const { values: options } = parseArgs({
     peers: { type: "string" },
     seconds: { type: "string", default: "12" },
     rounds: { type: "string", default: "60" },
+    pause: { type: "string", default: "20" },
+    pages: { type: "string", default: "3" },
+    row: { type: "string", default: "40" },
+    warmup: { type: "string", default: "700" },
     record: { type: "string" },
   },
 });
@@ -44,8 +48,24 @@ function twin({ name }) {
 }
 
 const server = await serveBench();
-const driver = await startDriver(options.browser, { url: server.url });
+const driver = await startDriver(options.browser, { url: server.url, quiet: true });
 const results = [];
+
+/**
+ * Rounds of several pages together: engines compile and lay out memory anew in each, and now and then a runtime is slow
+ * on one page from beginning to end.
+ */
+async function measure(config, pages) {
+  const times = [];
+  let last;
+  for (let page = 0; page < pages; page++) {
+    await driver.open();
+    await driver.call("create");
+    last = await driver.call("measure", config);
+    times.push(...last.times);
+  }
+  return { ...last, times };
+}
 const ms = (times) => `${round(median(times))} ms`;
 
 try {
@@ -57,15 +77,16 @@ try {
       const config = {
         runtimes: names.map((runtime) => ({ runtime, ...models[runtime] })),
         threads,
-        seconds: Number(options.seconds),
+        seconds: Number(options.seconds) / Number(options.pages),
         rounds: Number(options.rounds),
+        pause: Number(options.pause),
+        row: Number(options.row),
+        warmup: Number(options.warmup),
       };
       const row = { workload: name, threads };
       results.push(row);
       try {
-        await driver.open();
-        await driver.call("create");
-        const measured = await driver.call("measure", config);
+        const measured = await measure(config, Number(options.pages));
         const times = Object.fromEntries(
           names.map((runtime, k) => [runtime, measured.times.map((row) => row[k])]),
         );
@@ -102,7 +123,7 @@ try {
   await server.close();
 }
 await writeRecord(options.record ?? recordPath(`peers-${options.browser}`), {
-  what: "milliseconds are medians; a ratio is the median of the peer's time / weblane's time over interleaved rounds on one page",
+  what: "milliseconds are medians; a ratio is the median of the peer's time / weblane's time over interleaved rounds, on one page at a time",
   command: "cargo xtask bench peers",
   browser: driver.version,
   peers: Object.fromEntries(

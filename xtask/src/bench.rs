@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: measurements. Each prepares what it needs and hands over to a program under `benches/`.
 
+use crate::browsers::{self, Browser};
 use crate::context::Context;
-use crate::{browsers, build, models, node};
+use crate::{build, models, node};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
@@ -26,9 +27,18 @@ enum Bench {
 /// Runs a benchmark.
 pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
     match bench.what {
-        Bench::Peers => page(ctx, "run.mjs", &bench.args),
+        Bench::Peers => peers(ctx, &bench.args),
         Bench::Memory => page(ctx, "memory.mjs", &bench.args),
     }
+}
+
+fn peers(ctx: &Context, args: &[String]) -> Result<()> {
+    let listed = args.iter().position(|arg| arg.starts_with("--peers")).map(|at| args[at..].join(" "));
+    // By default LiteRT.js takes part in Chromium only, whose figures it is compared by.
+    if listed.map_or(browser(args) == Browser::Chromium, |list| list.contains("litert")) {
+        models::ensure_tflite(ctx)?;
+    }
+    page(ctx, "run.mjs", args)
 }
 
 /// A bench of `benches/peers`: the package beside others in a browser.
@@ -38,23 +48,21 @@ fn page(ctx: &Context, script: &str, args: &[String]) -> Result<()> {
     in_browser(ctx, &format!("benches/peers/{script}"), args)
 }
 
-/// Runs a script that drives the browser which `--browser` names, by default Chromium.
+/// Runs a script that drives a browser.
 fn in_browser(ctx: &Context, script: &str, args: &[String]) -> Result<()> {
     // The benches drive browsers with the code of the test harness.
     for directory in ["tests/wasm", "benches/peers"] {
         node::install(ctx, directory)?;
     }
-    let named = |name: &str| args.iter().any(|arg| arg.trim_start_matches("--browser=") == name);
-    let browser = if named("firefox") {
-        browsers::Browser::Firefox
-    } else if named("webkit") {
-        browsers::Browser::Webkit
-    } else {
-        browsers::Browser::Chromium
-    };
     let mut command = ctx.cmd("node").arg(script).args(args);
-    for (key, value) in browsers::ensure(ctx, browser)?.environment() {
+    for (key, value) in browsers::ensure(ctx, browser(args))?.environment() {
         command = command.env(key, value);
     }
     ctx.run(command)
+}
+
+/// The browser that `--browser` names, by default Chromium.
+fn browser(args: &[String]) -> Browser {
+    let named = |browser: &Browser| args.iter().any(|arg| arg.trim_start_matches("--browser=") == browser.name());
+    [Browser::Firefox, Browser::Webkit].into_iter().find(named).unwrap_or(Browser::Chromium)
 }

@@ -31,6 +31,12 @@ pub(crate) fn ensure_workloads(ctx: &Context) -> Result<()> {
     build(ctx, &WORKLOADS)
 }
 
+/// Builds the twins that LiteRT.js runs. Only its bench needs them, so no other command does this.
+pub(crate) fn ensure_tflite(ctx: &Context) -> Result<()> {
+    let python = python::ensure_tflite(ctx)?;
+    ctx.run(ctx.cmd(python).args(["models/build_tflite.py", "--out", "target/models-tflite"]))
+}
+
 /// Builds the models of the demo and copies them to where the site is built from.
 pub(crate) fn ensure_for_demo(ctx: &Context) -> Result<()> {
     build(ctx, &DEMO)?;

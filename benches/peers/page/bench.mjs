@@ -15,11 +15,33 @@ function difference(a, b) {
   return worst / (scale || 1);
 }
 
+const milliseconds = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** Runs in a row for at least `ms`, and at least one; gives the time of each. */
+async function burst({ run }, ms) {
+  const times = [];
+  const end = performance.now() + ms;
+  do {
+    const start = performance.now();
+    await run();
+    times.push(performance.now() - start);
+  } while (performance.now() < end);
+  return times;
+}
+
+function median(times) {
+  const sorted = times.toSorted((a, b) => a - b);
+  const middle = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+}
+
 /**
- * Rounds of one run of each runtime, until `seconds` have passed or `rounds` are done; who begins changes with each.
- * `differences` are those of the runtimes that were given the same model as the first.
+ * Rounds in which every runtime has a turn, until `seconds` have passed or `rounds` are done; who begins changes with
+ * each. A turn is a pause of `pause` ms, in which threads of the one before that still spin go to sleep, and runs in a
+ * row for at least `row` ms, whose median counts. `differences` are those of the runtimes that were given the same
+ * model as the first.
  */
-async function measure({ runtimes, threads, seconds, rounds }) {
+async function measure({ runtimes, threads, seconds, rounds, pause, row, warmup }) {
   const loaded = [];
   for (const { runtime, url, inputs, output } of runtimes) {
     loaded.push(await load(runtime, await importRuntime(runtime), url, inputs, { threads, output }));
@@ -30,18 +52,18 @@ async function measure({ runtimes, threads, seconds, rounds }) {
   runtimes.forEach(({ runtime, url }, k) => {
     if (k > 0 && url === runtimes[0].url) differences[runtime] = difference(first[0], first[k]);
   });
-  for (let i = 0; i < 2; i++) for (const { run } of loaded) await run();
+  // Long enough for the engine to have compiled with its optimising compiler what runs often.
+  for (const runtime of loaded) await burst(runtime, warmup);
   const times = [];
   const end = performance.now() + seconds * 1000;
   for (let i = 0; i < rounds && (performance.now() < end || i < 5); i++) {
-    const row = [];
+    const turns = [];
     for (let k = 0; k < loaded.length; k++) {
       const turn = (i + k) % loaded.length;
-      const start = performance.now();
-      await loaded[turn].run();
-      row[turn] = performance.now() - start;
+      await milliseconds(pause);
+      turns[turn] = median(await burst(loaded[turn], row));
     }
-    times.push(row);
+    times.push(turns);
   }
   const about = {};
   for (const [k, { runtime }] of runtimes.entries()) {

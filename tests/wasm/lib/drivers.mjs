@@ -44,7 +44,7 @@ export async function launchPuppeteer(engine) {
   });
 }
 
-async function puppeteerDriver(engine, url) {
+async function puppeteerDriver(engine, url, quiet) {
   const browser = await launchPuppeteer(engine);
   let page;
   return {
@@ -55,7 +55,7 @@ async function puppeteerDriver(engine, url) {
       page = await browser.newPage();
       page.on("pageerror", (error) => console.error(`page: ${error.message}`));
       page.on("console", (message) => {
-        if (["error", "warn"].includes(message.type())) console.error(`page: ${message.text()}`);
+        if (!quiet && ["error", "warn"].includes(message.type())) console.error(`page: ${message.text()}`);
       });
       if (old) await Promise.race([old.close().catch(() => {}), delay(2000)]);
       await page.goto(url);
@@ -146,11 +146,11 @@ async function nodeDriver(packageDirectory) {
   };
 }
 
-/** The driver of an engine by name. */
-export function startDriver(engine, { url, packageDirectory }) {
+/** The driver of an engine by name. With `quiet` only uncaught errors of a page are shown, not what it logs. */
+export function startDriver(engine, { url, packageDirectory, quiet = false }) {
   if (engine === "node") return nodeDriver(packageDirectory);
   if (engine === "webkit") return webkitDriver(url);
-  return puppeteerDriver(engine, url);
+  return puppeteerDriver(engine, url, quiet);
 }
 
 export function delay(ms) {
