@@ -20,6 +20,8 @@ pub(crate) struct BenchArgs {
 enum Bench {
     /// Time of a run beside other runtimes, in turns on one page
     Peers,
+    /// Time from the call that loads a model to its first result, first and second visit
+    Load,
     /// Peak memory of the page's process, weblane and onnxruntime-web
     Memory,
 }
@@ -28,6 +30,7 @@ enum Bench {
 pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
     match bench.what {
         Bench::Peers => peers(ctx, &bench.args),
+        Bench::Load => page(ctx, "load.mjs", &bench.args),
         Bench::Memory => page(ctx, "memory.mjs", &bench.args),
     }
 }

@@ -1,5 +1,5 @@
 /** The page's half of the benches in this directory. Holds no runtime until one is asked for. */
-import { importRuntime, load } from "./runtimes.mjs";
+import { fillInputs, importRuntime, load } from "./runtimes.mjs";
 
 /** Largest difference of the first floating-point output, relative to its largest value: both must compute the same. */
 function difference(a, b) {
@@ -44,7 +44,9 @@ function median(times) {
 async function measure({ runtimes, threads, seconds, rounds, pause, row, warmup }) {
   const loaded = [];
   for (const { runtime, url, inputs, output } of runtimes) {
-    loaded.push(await load(runtime, await importRuntime(runtime), url, inputs, { threads, output }));
+    loaded.push(
+      await load(runtime, await importRuntime(runtime), url, fillInputs(inputs), { threads, output }),
+    );
   }
   const first = [];
   for (const { run } of loaded) first.push(await run());
@@ -78,7 +80,7 @@ let model;
 
 /** For the benches that look at the page from outside: loads a model and keeps it. */
 async function loadModel({ runtime, url, inputs, threads }) {
-  model = await load(runtime, await importRuntime(runtime), url, inputs, { threads });
+  model = await load(runtime, await importRuntime(runtime), url, fillInputs(inputs), { threads });
   return null;
 }
 
@@ -87,10 +89,24 @@ async function runModel(times) {
   return null;
 }
 
+/**
+ * Milliseconds from the call that loads a model to its first result, with the runtime's script and the inputs at hand;
+ * and to where the load alone ended.
+ */
+async function firstResult({ runtime, url, inputs, threads }) {
+  const code = await importRuntime(runtime);
+  const feeds = fillInputs(inputs);
+  const start = performance.now();
+  model = await load(runtime, code, url, feeds, { threads });
+  const loaded = performance.now() - start;
+  await model.run();
+  return { loaded, ms: performance.now() - start };
+}
+
 /** What the model's runtime says about itself, and bytes of its WebAssembly memory where it tells. */
 async function describeModel() {
   return { about: await model.about(), memory: await model.memory() };
 }
 
 /** The drivers of the test harness look for this. */
-window.createHarness = async () => ({ measure, loadModel, runModel, describeModel });
+window.createHarness = async () => ({ measure, loadModel, runModel, firstResult, describeModel });

@@ -1,5 +1,5 @@
 /**
- * The runtimes, all behind one shape: `load(name, code, url, inputs, options)` gives `{ about, run, memory, close }`.
+ * The runtimes, all behind one shape: `load(name, code, url, feeds, options)` gives `{ about, run, memory, close }`.
  * A runtime's code is imported when it is first asked for, so that a page holds only what it measures.
  */
 const TYPES = { float32: Float32Array, int64: BigInt64Array, float16: Uint16Array };
@@ -24,6 +24,11 @@ function fill({ type, dims, kind }) {
   return data;
 }
 
+/** Values for the inputs of a workload, as `{ name, type, dims, data }`. */
+export function fillInputs(inputs) {
+  return inputs.map((input) => ({ name: input.name, type: input.type, dims: input.dims, data: fill(input) }));
+}
+
 const plural = (threads) => `${threads} thread${threads > 1 ? "s" : ""}`;
 
 const IMPORTS = {
@@ -33,47 +38,45 @@ const IMPORTS = {
 };
 
 const LOADERS = {
-  async weblane({ Session }, url, inputs, { threads }) {
+  async weblane({ Session }, url, feeds, { threads }) {
     const session = await Session.load(url, { threads });
-    const feeds = {};
-    for (const input of inputs) feeds[input.name] = { type: input.type, data: fill(input), dims: input.dims };
+    const named = Object.fromEntries(feeds.map(({ name, ...value }) => [name, value]));
     return {
       about: async () => {
         const info = await session.info();
         return `${info.variant}, ${plural(info.threads)}`;
       },
-      run: () => session.run(feeds),
+      run: () => session.run(named),
       memory: async () => (await session.info()).memory,
       close: () => session.dispose(),
     };
   },
-  async "onnxruntime-web"(ort, url, inputs, { threads }) {
+  async "onnxruntime-web"(ort, url, feeds, { threads }) {
     ort.env.wasm.wasmPaths = "/ort/";
     // Left alone, it chooses by itself, as it does on a default page.
     if (threads) ort.env.wasm.numThreads = threads;
     const session = await ort.InferenceSession.create(url, { executionProviders: ["wasm"] });
-    const feeds = {};
-    for (const input of inputs) feeds[input.name] = new ort.Tensor(input.type, fill(input), input.dims);
+    const named = Object.fromEntries(feeds.map((f) => [f.name, new ort.Tensor(f.type, f.data, f.dims)]));
     return {
       about: async () => `${ort.env.versions.web}, ${plural(ort.env.wasm.numThreads)}`,
-      run: () => session.run(feeds),
+      run: () => session.run(named),
       memory: async () => 0,
       close: () => session.release(),
     };
   },
   /** Its CPU path. It has no worker: a run blocks the page's own thread. */
-  async litert({ Tensor, loadLiteRt, loadAndCompile, supportsFeature }, url, inputs, { threads, output }) {
+  async litert({ Tensor, loadLiteRt, loadAndCompile, supportsFeature }, url, feeds, { threads, output }) {
     const relaxed = await supportsFeature("relaxedSimd");
     if (threads > 1 && !relaxed) throw new Error("LiteRT.js has threads only where relaxed SIMD is");
     await loadLiteRt("/litert/wasm/", { threads: threads > 1 });
     const model = await loadAndCompile(url, { accelerator: "wasm", cpuOptions: { numThreads: threads } });
-    const feeds = inputs.map((input) => new Tensor(fill(input), input.dims));
+    const tensors = feeds.map(({ data, dims }) => new Tensor(data, dims));
     const shapes = model.getOutputDetails().map(({ shape }) => [...shape].join("x"));
     if (shapes.join() !== output) throw new Error(`outputs are ${shapes.join()}, not ${output}`);
     return {
       about: async () => `${relaxed ? "relaxed SIMD" : "SIMD"}, ${plural(threads)}`,
       async run() {
-        const results = await model.run(feeds);
+        const results = await model.run(tensors);
         // As the others do: the numbers end in an array of the page.
         const data = results.map((tensor) => tensor.toTypedArray().slice());
         for (const tensor of results) tensor.delete();
@@ -96,9 +99,9 @@ export function importRuntime(name) {
  * @param {string} name - of the runtime
  * @param {object} code - what `importRuntime` gave
  * @param {string} url - of the model
- * @param {object[]} inputs - as in workloads.mjs, with text for big integers
+ * @param {object[]} feeds - what `fillInputs` gave
  * @param {{ threads?: number, output?: string }} options - threads; by default what the runtime takes by itself
  */
-export function load(name, code, url, inputs, options) {
-  return LOADERS[name](code, url, inputs, options);
+export function load(name, code, url, feeds, options) {
+  return LOADERS[name](code, url, feeds, options);
 }

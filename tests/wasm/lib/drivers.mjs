@@ -30,14 +30,15 @@ async function inPage(name, argument) {
   return window.harness[name](argument);
 }
 
-/** Chromium or Firefox through puppeteer. */
-export async function launchPuppeteer(engine) {
+/** Chromium or Firefox through puppeteer. `userDataDir` is a profile that outlives it; by default it has a fresh one. */
+export async function launchPuppeteer(engine, { userDataDir } = {}) {
   const chromium = engine === "chromium";
   const root = process.getuid?.() === 0;
   return puppeteer.launch({
     browser: chromium ? "chrome" : "firefox",
     executablePath: program(chromium ? "WEBLANE_CHROMIUM" : "WEBLANE_FIREFOX"),
     headless: true,
+    userDataDir,
     protocolTimeout: CALL_LIMIT_MS,
     // Chromium's sandbox does not start as root, as in containers.
     args: chromium ? ["--disable-gpu", "--disable-dev-shm-usage", ...(root ? ["--no-sandbox"] : [])] : [],

@@ -14,12 +14,12 @@ const ISOLATION = {
  * Serves directories until `close` is called.
  *
  * @param {Record<string, string>} mounts - directory by path prefix; prefixes start and end with a slash
- * @param {{ isolated?: boolean, port?: number }} [options]
+ * @param {{ isolated?: boolean, port?: number, cacheControl?: string }} [options]
  * @returns {Promise<{ url: string, close(): Promise<void> }>}
  */
-export async function serve(mounts, { isolated = true, port = 0 } = {}) {
+export async function serve(mounts, { isolated = true, port = 0, cacheControl = "no-store" } = {}) {
   const setHeaders = (response) => {
-    response.setHeader("Cache-Control", "no-store");
+    response.setHeader("Cache-Control", cacheControl);
     if (!isolated) return;
     for (const [name, value] of Object.entries(ISOLATION)) response.setHeader(name, value);
   };

@@ -1,0 +1,113 @@
+/**
+ * Time from the call that loads a model to its first result, weblane and onnxruntime-web, on a first visit and on a second
+ * one. Called by `cargo xtask bench load`.
+ *
+ * Every measurement has a browser of its own. A first visit has a fresh profile, hence no cache; a second visit is a new
+ * browser on the profile of the first, with the HTTP cache and the engine's code cache that it left. Files come over
+ * loopback. The runtime's script is imported and the inputs are filled before the clock starts; WebAssembly is not
+ * compiled, and no worker is started, before it.
+ */
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { max, median, min } from "simple-statistics";
+import { delay, launchPuppeteer } from "../../tests/wasm/lib/drivers.mjs";
+import {
+  findWorkloads,
+  openPage,
+  peerVersion,
+  recordPath,
+  round,
+  serveBench,
+  writeRecord,
+} from "./common.mjs";
+
+const { values: options } = parseArgs({
+  options: {
+    workloads: { type: "string", default: "mobilenet_v2" },
+    threads: { type: "string" },
+    rounds: { type: "string", default: "5" },
+    record: { type: "string" },
+  },
+});
+const RUNTIMES = ["weblane", "onnxruntime-web"];
+const VISITS = ["first", "second"];
+/** Until a page that has just opened is at rest. */
+const REST_MS = 500;
+/** Until the engine has written what it compiled to its code cache, with runs meanwhile so that all of it is hot. */
+const STAY_MS = 3000;
+
+let version;
+
+/** One visit: `{ loaded, ms, about }`. */
+async function visit(url, profile, config, stay) {
+  const browser = await launchPuppeteer("chromium", { userDataDir: profile });
+  try {
+    version = await browser.version();
+    const page = await openPage(browser, url);
+    await delay(REST_MS);
+    const call = (name, argument) => page.evaluate((n, a) => window.harness[n](a), name, argument ?? null);
+    const result = await call("firstResult", config);
+    const { about } = await call("describeModel");
+    const end = performance.now() + stay;
+    while (performance.now() < end) await call("runModel", 10);
+    return { ...result, about };
+  } finally {
+    await browser.close();
+  }
+}
+
+// Pages and modules may be kept, as a site's are; without that there is no code cache.
+const server = await serveBench({ cacheControl: "max-age=3600" });
+const results = [];
+const threads = options.threads ? Number(options.threads) : undefined;
+for (const { name, url, inputs } of findWorkloads(options.workloads)) {
+  const seen = {
+    first: { weblane: [], "onnxruntime-web": [] },
+    second: { weblane: [], "onnxruntime-web": [] },
+  };
+  for (let i = 0; i < Number(options.rounds); i++) {
+    for (const runtime of i % 2 ? RUNTIMES.toReversed() : RUNTIMES) {
+      const profile = await mkdtemp(join(tmpdir(), "weblane-bench-"));
+      try {
+        const config = { runtime, url, inputs, threads };
+        seen.first[runtime].push(await visit(server.url, profile, config, STAY_MS));
+        seen.second[runtime].push(await visit(server.url, profile, config, 0));
+      } finally {
+        await rm(profile, { recursive: true, force: true, maxRetries: 5 });
+      }
+    }
+  }
+  for (const which of VISITS) {
+    const row = { workload: name, visit: which, rounds: Number(options.rounds) };
+    for (const runtime of RUNTIMES) {
+      const times = seen[which][runtime].map(({ ms }) => ms);
+      row[runtime] = {
+        ms: round(median(times)),
+        range: [round(min(times)), round(max(times))],
+        loaded_ms: round(median(seen[which][runtime].map(({ loaded }) => loaded))),
+        about: seen[which][runtime][0].about,
+      };
+    }
+    const ratios = seen[which].weblane.map(({ ms }, i) => seen[which]["onnxruntime-web"][i].ms / ms);
+    row.ratio = round(median(ratios));
+    row.ratio_range = [round(min(ratios)), round(max(ratios))];
+    results.push(row);
+    const cells = RUNTIMES.map((runtime) => {
+      const { ms, range, loaded_ms } = row[runtime];
+      return `${runtime} ${ms} ms (${range.join(" .. ")}; loaded at ${loaded_ms})`;
+    });
+    console.log(
+      `${name.padEnd(20)} ${which.padEnd(6)} visit  ${cells.join("  ")}  ratio ${row.ratio} (${row.ratio_range.join(" .. ")})`,
+    );
+  }
+}
+await server.close();
+await writeRecord(options.record ?? recordPath("load"), {
+  what: "milliseconds from the call that loads the model to its first result, medians and ranges; ratio: median of onnxruntime-web's / weblane's in the same round",
+  command: "cargo xtask bench load",
+  browser: version,
+  peers: { "onnxruntime-web": await peerVersion("onnxruntime-web") },
+  results,
+});
