@@ -112,25 +112,26 @@ pub(crate) fn row_max<S: Simd>(s: S, x: &[f32]) -> f32 {
     s.reduce_max(max)
 }
 
-/// `sum exp(y - max)`; the terms are stored if `keep`.
+/// `sum exp(y - max)` for `max` not below any element; the terms are stored if `keep`.
 #[inline(always)]
 pub(crate) fn row_exp_sum<S: Simd>(s: S, y: &mut [f32], max: f32, keep: bool) -> f32 {
     let m = s.splat(max);
-    let mut acc = s.splat(0.0);
-    let mut chunks = y.chunks_exact_mut(S::LANES);
+    let mut acc = [s.splat(0.0); 2];
+    let mut chunks = y.chunks_exact_mut(2 * S::LANES);
     for chunk in &mut chunks {
-        let e = math::exp(s, s.sub(s.load(chunk), m));
-        acc = s.add(acc, e);
+        let (low, high) = chunk.split_at_mut(S::LANES);
+        let e = [math::exp_minus(s, s.sub(m, s.load(low))), math::exp_minus(s, s.sub(m, s.load(high)))];
+        acc = [s.add(acc[0], e[0]), s.add(acc[1], e[1])];
         if keep {
-            s.store(chunk, e);
+            s.store(low, e[0]);
+            s.store(high, e[1]);
         }
     }
-    let rest = chunks.into_remainder();
-    let mut sum = s.reduce_add(acc);
-    if !rest.is_empty() {
+    let mut sum = s.reduce_add(s.add(acc[0], acc[1]));
+    for part in chunks.into_remainder().chunks_mut(S::LANES) {
         let mut terms = [0.0; 16];
-        s.store(&mut terms, math::exp(s, s.sub(s.load_partial(rest), m)));
-        for (y, &e) in rest.iter_mut().zip(&terms) {
+        s.store(&mut terms, math::exp_minus(s, s.sub(m, s.load_partial(part))));
+        for (y, &e) in part.iter_mut().zip(&terms) {
             sum += e;
             if keep {
                 *y = e;
@@ -153,7 +154,7 @@ fn columns<S: Simd>(s: S, y: &mut [f32], n: usize, inner: usize, log: bool) {
         let mut sum = s.splat(0.0);
         for i in 0..n {
             let part = &mut y[i * inner + j..][..width];
-            let e = math::exp(s, s.sub(s.load_partial(part), max));
+            let e = math::exp_minus(s, s.sub(max, s.load_partial(part)));
             sum = s.add(sum, e);
             if !log {
                 s.store_partial(part, e);

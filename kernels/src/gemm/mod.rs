@@ -28,6 +28,7 @@ pub use pack::PackedB;
 
 use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
+use crate::math;
 use crate::par::Cx;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
@@ -640,18 +641,40 @@ impl Kernel for Activate {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { activation, c, rows, cols, ld } = self;
-        for i in 0..rows {
+        // A loop for each of the functions that take long: a branch inside would cost as much as a quarter of them.
+        match self.activation {
+            Activation::Silu => self.sweep(s, |x| math::silu(s, x)),
+            Activation::Gelu => self.sweep(s, |x| math::gelu(s, x)),
+            Activation::Sigmoid => self.sweep(s, |x| math::sigmoid(s, x)),
+            Activation::HardSwish => self.sweep(s, |x| Activation::HardSwish.apply(s, x)),
+            other => self.sweep(s, |x| other.apply(s, x)),
+        }
+    }
+}
+
+impl Activate {
+    /// Two vectors at a time: engines of WebAssembly load the constants of a function anew for each time around.
+    #[inline(always)]
+    fn sweep<S: Simd>(self, s: S, f: impl Fn(S::F32) -> S::F32) {
+        for i in 0..self.rows {
             // SAFETY: the contract of the type.
-            let mut rest = unsafe { core::slice::from_raw_parts_mut(c.add(i * ld), cols) };
-            while rest.len() >= S::LANES {
-                let (head, tail) = rest.split_at_mut(S::LANES);
-                s.store(head, activation.apply(s, s.load(head)));
-                rest = tail;
-            }
-            if !rest.is_empty() {
-                let x = s.load_partial(rest);
-                s.store_partial(rest, activation.apply(s, x));
+            let row = unsafe { core::slice::from_raw_parts_mut(self.c.add(i * self.ld), self.cols) };
+            for part in row.chunks_mut(2 * S::LANES) {
+                let whole = part.len() == 2 * S::LANES;
+                let (low, high) = part.split_at_mut(S::LANES.min(part.len()));
+                let (x, y) = if whole {
+                    (s.load(low), s.load(high))
+                } else {
+                    (s.load_partial(low), s.load_partial(high))
+                };
+                let (x, y) = (f(x), f(y));
+                if whole {
+                    s.store(low, x);
+                    s.store(high, y);
+                } else {
+                    s.store_partial(low, x);
+                    s.store_partial(high, y);
+                }
             }
         }
     }
