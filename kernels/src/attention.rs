@@ -2,17 +2,20 @@
 //! softmax is Milakov and Gimelshein, 2018).
 //!
 //! ```text
-//! for each (batch, head, block of queries), in parallel
+//! for each (batch, head, 128 queries), in parallel
 //!     m = -inf, l = 0, o = 0                                   one per query
-//!     for each block of keys that any of the queries may see
-//!         s = q k^T * scale, capped, + mask; -inf where not seen
-//!         m' = max(m, max s);  p = exp(s - m')
-//!         l = l * exp(m - m') + sum p;  o = o * exp(m - m') + p v;  m = m'
-//!     y = o / l                                                0 for a query that sees nothing
+//!     for each block of 128 keys that any of the queries may see
+//!         pack k^T and v into panels of two vectors' width
+//!         for each 32 of the queries
+//!             s = q k^T * scale, capped, + mask; -inf where not seen
+//!             m' = max(m, max s);  p = exp(s - m')
+//!             l = l * exp(m - m') + sum p;  o = o * exp(m - m') + p v;  m = m'
+//!     y = o / l                                                `unseen` for a query that sees nothing
 //! ```
 //!
-//! Both products run on one small tile of 4 rows by 2 vectors. The block of keys is transposed into scratch first, which
-//! a block of 32 queries pays back; for fewer than 4 queries (a decoder's step) rows of keys are read as they lie.
+//! Both products run on one small tile of 4 rows by 2 vectors, over panels as in a GEMM: rows of heads lie so many bytes
+//! apart that few of them fit into the first-level cache together. The packing is paid back by the queries; for fewer
+//! than 4 of them (a decoder's step) rows of keys are read as they lie.
 
 use crate::error::{Error, Result};
 use crate::math;
@@ -21,8 +24,12 @@ use crate::simd::{Kernel, Simd, dispatch};
 use crate::softmax::{map_row, row_exp_sum, row_max};
 use core::ops::Range;
 
-/// Queries of a task.
+/// Queries of a task, at most: they share the packed keys and values.
+const BLOCK: usize = 128;
+/// Queries that are scored at a time: their scores stay in the first-level cache.
 const QUERIES: usize = 32;
+/// Tasks of fewer queries are made if there would be fewer than this many of them.
+const MIN_TASKS: usize = 8;
 /// Keys that are scored at a time.
 const KEYS: usize = 128;
 
@@ -44,6 +51,8 @@ pub struct Mask<'a> {
     pub strides: [usize; 3],
     /// Keys that it covers; those behind are hidden.
     pub keys: usize,
+    /// Whether an element that is not 0 takes the place of the score instead of being added to it.
+    pub replaces: bool,
 }
 
 /// Which keys query `i` of batch `b` may see.
@@ -80,6 +89,8 @@ pub struct Attention<'a> {
     pub mask: Option<Mask<'a>>,
     /// Which keys a query may see; all of them if absent.
     pub visible: Option<Visible<'a>>,
+    /// The result of a query that sees no key: 0, or NaN, which is what `softmax` of nothing but minus infinity gives.
+    pub unseen: f32,
     /// Strides of the result: batch, head, position.
     pub y_strides: [usize; 3],
 }
@@ -137,14 +148,16 @@ pub fn attention(cx: &Cx, a: &Attention, y: &mut [f32]) -> Result<()> {
     let lanes = cx.isa().lanes();
     let width = a.value_size.next_multiple_of(lanes);
     let cost = 4 * (a.batch * a.heads * a.queries * a.keys) as u64 * (a.size + a.value_size).max(1) as u64;
-    let blocks = a.queries.div_ceil(QUERIES);
-    let scratch = QUERIES * (a.size + KEYS + width + 2) + KEYS * (a.size + width);
+    let many = a.batch * a.heads * a.queries.div_ceil(BLOCK) >= MIN_TASKS;
+    let per_task = if many { BLOCK } else { QUERIES }.min(a.queries);
+    let blocks = a.queries.div_ceil(per_task);
+    let scratch = per_task * (width + 2) + QUERIES * (a.size + KEYS) + KEYS * (a.size + width);
     let out = DisjointMut::new(y);
     cx.for_each_scratch(a.batch * a.heads * blocks, cost, scratch, &|task, scratch| {
         let (block, head) = (task % blocks, task / blocks % a.heads);
         let batch = task / blocks / a.heads;
-        let first = block * QUERIES;
-        let rows = QUERIES.min(a.queries - first);
+        let first = block * per_task;
+        let rows = per_task.min(a.queries - first);
         dispatch(cx.isa(), Block { a, batch, head, first, rows, width, scratch });
         for i in 0..rows {
             let at = batch * a.y_strides[0] + head * a.y_strides[1] + (first + i) * a.y_strides[2];
@@ -173,23 +186,17 @@ impl Kernel for Block<'_> {
     fn run<S: Simd>(self, s: S) {
         let Block { a, batch, head, first, rows, width, scratch } = self;
         let kv_head = head / (a.heads / a.kv_heads);
-        let (o, rest) = scratch.split_at_mut(QUERIES * width);
+        let (o, rest) = scratch.split_at_mut(rows * width);
+        let (max, rest) = rest.split_at_mut(rows);
+        let (sum, rest) = rest.split_at_mut(rows);
         let (q, rest) = rest.split_at_mut(QUERIES * a.size);
         let (scores, rest) = rest.split_at_mut(QUERIES * KEYS);
-        let (max, rest) = rest.split_at_mut(QUERIES);
-        let (sum, rest) = rest.split_at_mut(QUERIES);
-        let (kt, vs) = rest.split_at_mut(KEYS * a.size);
-        o[..rows * width].fill(0.0);
+        let (k_panels, v_panels) = rest.split_at_mut(KEYS * a.size);
+        o.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
-        for i in 0..rows {
-            let at = batch * a.q.strides[0] + head * a.q.strides[1] + (first + i) * a.q.strides[2];
-            let to = &mut q[i * a.size..][..a.size];
-            to.copy_from_slice(&a.q.data[at..][..a.size]);
-            // Exact for powers of two; else the scores are as close as if they were scaled themselves.
-            map_row(s, to, |v| s.mul(v, s.splat(a.scale)));
-        }
         let all = 0..a.keys;
+        // What query `i` of the task sees.
         let seen = |i: usize| match a.visible {
             None => all.clone(),
             Some(f) => {
@@ -198,89 +205,142 @@ impl Kernel for Block<'_> {
             }
         };
         let limit = a.mask.map_or(a.keys, |m| m.keys.min(a.keys));
-        let begin = (0..rows).map(|i| seen(i).start).min().unwrap_or(0);
-        let end = (0..rows).map(|i| seen(i).end).max().unwrap_or(0).min(limit);
-        let mut at = begin;
+        // What any of some queries sees.
+        let span = |queries: Range<usize>| {
+            let begin = queries.clone().map(|i| seen(i).start).min().unwrap_or(0);
+            begin..queries.map(|i| seen(i).end).max().unwrap_or(0).min(limit)
+        };
+        let Range { start: mut at, end } = span(0..rows);
         while at < end {
             let count = KEYS.min(end - at);
             let keys = &a.k.data[batch * a.k.strides[0] + kv_head * a.k.strides[1] + at * a.k.strides[2]..];
             let values = &a.v.data[batch * a.v.strides[0] + kv_head * a.v.strides[1] + at * a.v.strides[2]..];
-            if rows < 4 {
-                for i in 0..rows {
-                    for j in 0..count {
-                        let key = &keys[j * a.k.strides[2]..][..a.size];
-                        scores[i * KEYS + j] = dot(s, &q[i * a.size..][..a.size], key);
-                    }
-                }
-            } else {
-                let padded = count.next_multiple_of(2 * S::LANES).min(KEYS);
-                for j in 0..count {
-                    let key = &keys[j * a.k.strides[2]..][..a.size];
-                    for (e, &v) in key.iter().enumerate() {
-                        kt[e * KEYS + j] = v;
-                    }
-                }
-                for e in 0..a.size {
-                    kt[e * KEYS + count..e * KEYS + padded].fill(0.0);
-                }
-                product(s, rows, padded, a.size, (q, a.size), (kt, KEYS), (scores, KEYS), false);
+            let padded = count.next_multiple_of(2 * S::LANES).min(KEYS);
+            if rows >= 4 {
+                pack_keys::<S>(keys, a.k.strides[2], count, padded, a.size, k_panels);
             }
-            for i in 0..rows {
-                let row = &mut scores[i * KEYS..][..count];
-                if a.cap != 0.0 {
-                    let (cap, inverse) = (s.splat(a.cap), s.splat(1.0 / a.cap));
-                    map_row(s, row, |v| s.mul(cap, math::tanh(s, s.mul(v, inverse))));
-                }
-                if let Some(m) = a.mask {
-                    let from = batch * m.strides[0] + head * m.strides[1] + (first + i) * m.strides[2] + at;
-                    add_mask(s, row, &m.data[from..][..count]);
-                }
-                if a.visible.is_some() {
-                    let r = seen(i);
-                    let hidden = |j: usize| j.saturating_sub(at).min(count);
-                    row[..hidden(r.start)].fill(f32::NEG_INFINITY);
-                    row[hidden(r.end).max(hidden(r.start))..].fill(f32::NEG_INFINITY);
-                }
-                let old = max[i];
-                let highest = row_max(s, row);
-                let new = if highest > old || highest.is_nan() { highest } else { old };
-                if new == f32::NEG_INFINITY {
-                    // Nothing to see yet; differences of infinities would be NaN.
-                    row.fill(0.0);
+            // For a decoder's step the packing would cost as much as the product.
+            let direct = rows < 4 && width == a.value_size;
+            if !direct {
+                pack_values::<S>(values, a.v.strides[2], count, a.value_size, width, v_panels);
+            }
+            let mut from = 0;
+            while from < rows {
+                let part = from..(from + QUERIES).min(rows);
+                from = part.end;
+                let wanted = span(part.clone());
+                if wanted.end <= at || wanted.start >= at + count {
                     continue;
                 }
-                let total = row_exp_sum(s, row, new, true);
-                // exp(-inf) is 0: the first block that shows something starts from nothing.
-                let keep = (old - new).exp();
-                if keep != 1.0 {
-                    map_row(s, &mut o[i * width..][..width], |v| s.mul(v, s.splat(keep)));
+                for (i, to) in part.clone().zip(q.chunks_exact_mut(a.size.max(1))) {
+                    let from = batch * a.q.strides[0] + head * a.q.strides[1] + (first + i) * a.q.strides[2];
+                    to.copy_from_slice(&a.q.data[from..][..a.size]);
+                    // Exact for powers of two; else the scores are as close as if they were scaled themselves.
+                    map_row(s, to, |v| s.mul(v, s.splat(a.scale)));
                 }
-                sum[i] = sum[i] * keep + total;
-                max[i] = new;
-            }
-            if width == a.value_size {
-                product(s, rows, width, count, (scores, KEYS), (values, a.v.strides[2]), (o, width), true);
-            } else {
-                for j in 0..count {
-                    let (to, rest) = vs[j * width..][..width].split_at_mut(a.value_size);
-                    to.copy_from_slice(&values[j * a.v.strides[2]..][..a.value_size]);
-                    rest.fill(0.0);
+                if rows < 4 {
+                    for i in 0..part.len() {
+                        for j in 0..count {
+                            let key = &keys[j * a.k.strides[2]..][..a.size];
+                            scores[i * KEYS + j] = dot(s, &q[i * a.size..][..a.size], key);
+                        }
+                    }
+                } else {
+                    let k_panels = Columns::Panels { data: k_panels, depth: a.size };
+                    product(s, part.len(), padded, a.size, (q, a.size), k_panels, (scores, KEYS), false);
                 }
-                product(s, rows, width, count, (scores, KEYS), (vs, width), (o, width), true);
+                for i in part.clone() {
+                    let row = &mut scores[(i - part.start) * KEYS..][..count];
+                    if a.cap != 0.0 {
+                        let (cap, inverse) = (s.splat(a.cap), s.splat(1.0 / a.cap));
+                        map_row(s, row, |v| s.mul(cap, math::tanh(s, s.mul(v, inverse))));
+                    }
+                    if let Some(m) = a.mask {
+                        let from = batch * m.strides[0] + head * m.strides[1] + (first + i) * m.strides[2] + at;
+                        add_mask(s, row, &m.data[from..][..count], m.replaces);
+                    }
+                    if a.visible.is_some() {
+                        let r = seen(i);
+                        let hidden = |j: usize| j.saturating_sub(at).min(count);
+                        row[..hidden(r.start)].fill(f32::NEG_INFINITY);
+                        row[hidden(r.end).max(hidden(r.start))..].fill(f32::NEG_INFINITY);
+                    }
+                    let old = max[i];
+                    let highest = row_max(s, row);
+                    let new = if highest > old || highest.is_nan() { highest } else { old };
+                    if new == f32::NEG_INFINITY {
+                        // Nothing to see yet; differences of infinities would be NaN.
+                        row.fill(0.0);
+                        continue;
+                    }
+                    let total = row_exp_sum(s, row, new, true);
+                    // exp(-inf) is 0: the first block that shows something starts from nothing.
+                    let keep = (old - new).exp();
+                    if keep != 1.0 {
+                        map_row(s, &mut o[i * width..][..width], |v| s.mul(v, s.splat(keep)));
+                    }
+                    sum[i] = sum[i] * keep + total;
+                    max[i] = new;
+                }
+                let o = &mut o[part.start * width..][..part.len() * width];
+                let v = if direct {
+                    Columns::Rows { data: values, stride: a.v.strides[2] }
+                } else {
+                    Columns::Panels { data: v_panels, depth: KEYS }
+                };
+                product(s, part.len(), width, count, (scores, KEYS), v, (o, width), true);
             }
             at += count;
         }
-        for i in 0..rows {
-            let scale = if sum[i] == 0.0 { 0.0 } else { 1.0 / sum[i] };
-            map_row(s, &mut o[i * width..][..width], |v| s.mul(v, s.splat(scale)));
+        for (row, sum) in o.chunks_exact_mut(width).zip(sum) {
+            if *sum == 0.0 {
+                row.fill(if a.keys == 0 { 0.0 } else { a.unseen });
+            } else {
+                let scale = s.splat(1.0 / *sum);
+                map_row(s, row, |v| s.mul(v, scale));
+            }
         }
     }
 }
 
-/// `row += mask`, and exactly minus infinity where the mask is, whatever stood there.
+/// Panels of two vectors of keys, one after the other, each `size` rows: element `(e, j)` of the transposed keys. Keys from
+/// `count` to `padded` are zeros.
 #[inline(always)]
-fn add_mask<S: Simd>(s: S, row: &mut [f32], mask: &[f32]) {
-    let hidden = s.splat(f32::NEG_INFINITY);
+fn pack_keys<S: Simd>(keys: &[f32], stride: usize, count: usize, padded: usize, size: usize, panels: &mut [f32]) {
+    let width = 2 * S::LANES;
+    for j in 0..padded {
+        let panel = &mut panels[j / width * width * size..][..width * size];
+        let column = panel.iter_mut().skip(j % width).step_by(width);
+        if j < count {
+            column.zip(&keys[j * stride..][..size]).for_each(|(to, &v)| *to = v);
+        } else {
+            column.for_each(|to| *to = 0.0);
+        }
+    }
+}
+
+/// Panels of two vectors of elements (the last one may have one), each of `KEYS` rows: value `j`, elements of the panel.
+/// Elements from `size` to `width` are zeros.
+#[inline(always)]
+fn pack_values<S: Simd>(values: &[f32], stride: usize, count: usize, size: usize, width: usize, panels: &mut [f32]) {
+    let mut e = 0;
+    while e < width {
+        let panel = (2 * S::LANES).min(width - e);
+        let have = panel.min(size - e);
+        for (j, to) in panels[e * KEYS..][..count * panel].chunks_exact_mut(panel).enumerate() {
+            let (to, rest) = to.split_at_mut(have);
+            to.copy_from_slice(&values[j * stride + e..][..have]);
+            rest.fill(0.0);
+        }
+        e += panel;
+    }
+}
+
+/// `row += mask`, and exactly minus infinity where the mask is, whatever stood there. If it `replaces`, the same holds for
+/// all elements that are not 0.
+#[inline(always)]
+fn add_mask<S: Simd>(s: S, row: &mut [f32], mask: &[f32], replaces: bool) {
+    let (hidden, zero) = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
     let mut j = 0;
     while j < row.len() {
         let end = (j + S::LANES).min(row.len());
@@ -290,7 +350,11 @@ fn add_mask<S: Simd>(s: S, row: &mut [f32], mask: &[f32]) {
         } else {
             (s.load_partial(&row[j..end]), s.load_partial(&mask[j..end]))
         };
-        let x = s.select(s.eq(m, hidden), hidden, s.add(x, m));
+        let x = if replaces {
+            s.select(s.eq(m, zero), x, m)
+        } else {
+            s.select(s.eq(m, hidden), hidden, s.add(x, m))
+        };
         if whole {
             s.store(&mut row[j..], x)
         } else {
@@ -319,7 +383,16 @@ fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     s.reduce_add(s.add(acc[0], acc[1]))
 }
 
-/// `c (+)= a b` for `rows` rows and whole vectors of columns; each operand with its row stride.
+/// The right-hand side of a [`product`], whole vectors of columns.
+#[derive(Clone, Copy)]
+enum Columns<'a> {
+    /// Panels of two vectors (the last one may have one), one after the other, each with room for `depth` rows.
+    Panels { data: &'a [f32], depth: usize },
+    /// Rows, `stride` apart.
+    Rows { data: &'a [f32], stride: usize },
+}
+
+/// `c (+)= a b` for `rows` rows and whole vectors of columns; a and c with their row strides.
 #[inline(always)]
 fn product<S: Simd>(
     s: S,
@@ -327,7 +400,7 @@ fn product<S: Simd>(
     cols: usize,
     k: usize,
     (a, lda): (&[f32], usize),
-    (b, ldb): (&[f32], usize),
+    b: Columns<'_>,
     (c, ldc): (&mut [f32], usize),
     accumulate: bool,
 ) {
@@ -335,17 +408,30 @@ fn product<S: Simd>(
         return;
     }
     assert!(cols.is_multiple_of(S::LANES) && (rows - 1) * ldc + cols <= c.len());
-    assert!(k == 0 || ((rows - 1) * lda + k <= a.len() && (k - 1) * ldb + cols <= b.len()));
-    let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
+    // Elements of b from a column to the next panel's, and from row to row.
+    let (b, step, stride) = match b {
+        Columns::Panels { data, depth } => {
+            assert!(k <= depth && depth * cols <= data.len());
+            (data.as_ptr(), depth, None)
+        }
+        Columns::Rows { data, stride } => {
+            assert!(k == 0 || (k - 1) * stride + cols <= data.len());
+            (data.as_ptr(), 1, Some(stride))
+        }
+    };
+    assert!(k == 0 || (rows - 1) * lda + k <= a.len());
+    let (a, c) = (a.as_ptr(), c.as_mut_ptr());
     let mut j = 0;
     while j < cols {
         let wide = cols - j >= 2 * S::LANES;
+        let panel = if wide { 2 } else { 1 } * S::LANES;
+        let ldb = stride.unwrap_or(panel);
         let mut i = 0;
         while i < rows {
             let tall = rows - i >= 4;
             // SAFETY: the assertions cover all rows and columns of all operands.
             unsafe {
-                let (a, b, c) = (a.add(i * lda), b.add(j), c.add(i * ldc + j));
+                let (a, b, c) = (a.add(i * lda), b.add(j * step), c.add(i * ldc + j));
                 match (tall, wide) {
                     (true, true) => tile::<S, 4, 2>(s, k, a, lda, b, ldb, c, ldc, accumulate),
                     (true, false) => tile::<S, 4, 1>(s, k, a, lda, b, ldb, c, ldc, accumulate),
@@ -355,7 +441,7 @@ fn product<S: Simd>(
             }
             i += if tall { 4 } else { 1 };
         }
-        j += if wide { 2 } else { 1 } * S::LANES;
+        j += panel;
     }
 }
 
@@ -428,6 +514,7 @@ mod tests {
                 (4, 2, 33, 130, 16, 20),
                 (1, 1, 5, 300, 7, 32),
                 (2, 2, 65, 64, 32, 32),
+                (3, 1, 150, 270, 32, 40),
                 (1, 1, 2, 0, 4, 4),
             ] {
                 let batch = 2;
@@ -453,8 +540,9 @@ mod tests {
                         v: Heads { data: &v, strides: [kv_heads * keys * value_size, keys * value_size, value_size] },
                         scale: 0.3,
                         cap,
-                        mask: masked.then_some(Mask { data: &mask, strides: [0, 0, keys], keys }),
+                        mask: masked.then_some(Mask { data: &mask, strides: [0, 0, keys], keys, replaces: cap == 3.0 }),
                         visible: if hides { Some(&causal) } else { None },
+                        unseen: 0.0,
                         // Heads inside: the layout of the layer that follows.
                         y_strides: [queries * heads * value_size, value_size, heads * value_size],
                     };
@@ -486,13 +574,18 @@ mod tests {
                 v: heads,
                 scale: 1.0,
                 cap: 0.0,
-                mask: Some(Mask { data: &mask, strides: [0, 0, 2], keys: 2 }),
+                mask: Some(Mask { data: &mask, strides: [0, 0, 2], keys: 2, replaces: false }),
                 visible: None,
+                unseen: 0.0,
                 y_strides: [4, 4, 2],
             };
             let mut y = [9.0; 4];
             attention(cx, &a, &mut y).unwrap();
             assert_eq!(y, [0.0, 0.0, 1.0, 2.0]);
+            attention(cx, &Attention { unseen: f32::NAN, ..a }, &mut y).unwrap();
+            assert!(y[0].is_nan() && y[1].is_nan() && y[2..] == [1.0, 2.0], "{y:?}");
+            attention(cx, &Attention { unseen: f32::NAN, keys: 0, ..a }, &mut y).unwrap();
+            assert_eq!(y, [0.0; 4], "a product over no keys");
             assert!(attention(cx, &Attention { y_strides: [4, 4, 1], ..a }, &mut y).is_err(), "overlapping results");
             assert!(attention(cx, &Attention { keys: 3, ..a }, &mut y).is_err(), "too few keys");
         });

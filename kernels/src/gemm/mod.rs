@@ -641,41 +641,43 @@ impl Kernel for Activate {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // A loop for each of the functions that take long: a branch inside would cost as much as a quarter of them.
-        match self.activation {
-            Activation::Silu => self.sweep(s, |x| math::silu(s, x)),
-            Activation::Gelu => self.sweep(s, |x| math::gelu(s, x)),
-            Activation::Sigmoid => self.sweep(s, |x| math::sigmoid(s, x)),
-            Activation::HardSwish => self.sweep(s, |x| Activation::HardSwish.apply(s, x)),
-            other => self.sweep(s, |x| other.apply(s, x)),
-        }
-    }
-}
-
-impl Activate {
-    /// Two vectors at a time: engines of WebAssembly load the constants of a function anew for each time around.
-    #[inline(always)]
-    fn sweep<S: Simd>(self, s: S, f: impl Fn(S::F32) -> S::F32) {
-        for i in 0..self.rows {
-            // SAFETY: the contract of the type.
-            let row = unsafe { core::slice::from_raw_parts_mut(self.c.add(i * self.ld), self.cols) };
-            for part in row.chunks_mut(2 * S::LANES) {
-                let whole = part.len() == 2 * S::LANES;
-                let (low, high) = part.split_at_mut(S::LANES.min(part.len()));
-                let (x, y) = if whole {
-                    (s.load(low), s.load(high))
-                } else {
-                    (s.load_partial(low), s.load_partial(high))
-                };
-                let (x, y) = (f(x), f(y));
-                if whole {
-                    s.store(low, x);
-                    s.store(high, y);
-                } else {
-                    s.store_partial(low, x);
-                    s.store_partial(high, y);
+        let Self { activation, c, rows, cols, ld } = self;
+        // Two vectors at a time: engines of WebAssembly load the constants of a function anew each time around. A macro:
+        // a closure would not be compiled for the instruction set.
+        macro_rules! sweep {
+            (|$x:ident| $f:expr) => {
+                for i in 0..rows {
+                    // SAFETY: the contract of the type.
+                    let row = unsafe { core::slice::from_raw_parts_mut(c.add(i * ld), cols) };
+                    for part in row.chunks_mut(2 * S::LANES) {
+                        let whole = part.len() == 2 * S::LANES;
+                        let (low, high) = part.split_at_mut(S::LANES.min(part.len()));
+                        let mut v = if whole {
+                            [s.load(low), s.load(high)]
+                        } else {
+                            [s.load_partial(low), s.load_partial(high)]
+                        };
+                        for $x in &mut v {
+                            *$x = $f;
+                        }
+                        if whole {
+                            s.store(low, v[0]);
+                            s.store(high, v[1]);
+                        } else {
+                            s.store_partial(low, v[0]);
+                            s.store_partial(high, v[1]);
+                        }
+                    }
                 }
-            }
+            };
+        }
+        // A loop for each of the functions that take long: a branch inside would cost as much as a quarter of them.
+        match activation {
+            Activation::Silu => sweep!(|x| math::silu(s, *x)),
+            Activation::Gelu => sweep!(|x| math::gelu(s, *x)),
+            Activation::Sigmoid => sweep!(|x| math::sigmoid(s, *x)),
+            Activation::HardSwish => sweep!(|x| Activation::HardSwish.apply(s, *x)),
+            other => sweep!(|x| other.apply(s, *x)),
         }
     }
 }
