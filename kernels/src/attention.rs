@@ -350,11 +350,7 @@ fn add_mask<S: Simd>(s: S, row: &mut [f32], mask: &[f32], replaces: bool) {
         } else {
             (s.load_partial(&row[j..end]), s.load_partial(&mask[j..end]))
         };
-        let x = if replaces {
-            s.select(s.eq(m, zero), x, m)
-        } else {
-            s.select(s.eq(m, hidden), hidden, s.add(x, m))
-        };
+        let x = if replaces { s.select(s.eq(m, zero), x, m) } else { s.select(s.eq(m, hidden), hidden, s.add(x, m)) };
         if whole {
             s.store(&mut row[j..], x)
         } else {

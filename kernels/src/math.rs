@@ -72,11 +72,7 @@ fn exp_minus_parts<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32) {
     let n = s.sub(shifted, s.splat(ROUND));
     let r = s.mul_add(n, s.splat(0.693_359_4), x);
     let r = s.mul_add(n, s.splat(-2.121_944_4e-4), r);
-    let p = poly(
-        s,
-        r,
-        [1.383_679_2e-3, -8.374_858e-3, 4.166_823e-2, -1.666_642e-1, 4.999_999e-1, -1.0, 1.0],
-    );
+    let p = poly(s, r, [1.383_679_2e-3, -8.374_858e-3, 4.166_823e-2, -1.666_642e-1, 4.999_999e-1, -1.0, 1.0]);
     (p, exp2i(s, s.bits(shifted)))
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
-use crate::fact::{Dim, Fact, Shape};
+use crate::fact::{Dim, Fact, Shape, broadcast};
 use crate::tensor::{DType, Dims, TensorView};
 use std::ops::Range;
 use weblane_kernels::attention::{Attention as Kernel, Heads, Mask, Visible, attention};
@@ -74,8 +74,8 @@ fn mask_strides(dims: &[usize], wanted: [usize; 3]) -> Result<[usize; 3]> {
     Ok(strides)
 }
 
-/// `softmax(scale q k^T + mask) v`, set by the optimiser. Operands q, k, v, optional additive mask that broadcasts to
-/// `[batch, heads, queries, keys]`.
+/// `softmax(scale q k^T + mask) v`, set by the optimiser. Operands q, k, v, optional mask that broadcasts against the scores
+/// `[batch, heads, queries, keys]`; batch and queries of 1 broadcast against those of the mask too.
 #[derive(Clone, Debug)]
 pub struct FusedAttention {
     /// Factor of the scores.
@@ -92,6 +92,10 @@ pub struct FusedAttention {
     pub v: Form,
     /// Of the result; `HeadsInside` gives `[batch, queries, heads * size]`.
     pub y: Form,
+    /// Whether an element of the mask that is not 0 takes the place of the score instead of being added to it.
+    pub replaces: bool,
+    /// The result of a query that sees no key: NaN, as softmax says, or the 0 that a model puts in its place.
+    pub unseen: f32,
 }
 
 /// The dims of batch, positions and head size, as far as they are known.
@@ -149,13 +153,23 @@ impl Operator for FusedAttention {
         agree("positions of k and v", &tk, &tv)?;
         agree("batches of q and k", &b, &kb)?;
         agree("batches of k and v", &kb, &vb)?;
-        if let Some(mask) = cx.optional(3)
-            && let (Some(dims), Some(b), Some(tq), Some(tk)) = (mask.dims(), b.known(), tq.known(), tk.known())
-        {
-            mask_strides(&dims, [b, self.heads, tq])?;
-            if dims.last().is_none_or(|&keys| keys != tk && keys != 1) {
-                return Err(Error::shape(format!("the mask is of shape {dims:?}; its last axis must have {tk} keys")));
+        let (mut b, mut tq) = (b, tq);
+        if let Some(mask) = cx.optional(3) {
+            let refuse = || Error::shape(format!("the mask is {}, which does not fit the scores", mask.shape_text()));
+            let Some(shape) = &mask.shape else { return cx.results(vec![Fact::of_dtype(q.dtype)]) };
+            let (keys, lead) = shape.split_last().filter(|(_, lead)| lead.len() <= 3).ok_or_else(refuse)?;
+            if let (Some(keys), Some(tk)) = (keys.known(), tk.known())
+                && keys != tk
+                && keys != 1
+            {
+                return Err(refuse());
             }
+            let joint = broadcast(&[b, Dim::Known(self.heads), tq], lead)?;
+            let [joint_b, heads, joint_tq] = joint.as_slice() else { return Err(refuse()) };
+            if heads.known() != Some(self.heads) {
+                return Err(refuse());
+            }
+            (b, tq) = (joint_b.clone(), joint_tq.clone());
         }
         cx.results(vec![Fact::with_shape(q.dtype, result_shape(self.y, b, self.heads, tq, dv))])
     }
@@ -167,6 +181,13 @@ impl Operator for FusedAttention {
         }
         let qs = self.q.sizes("q", q.dims, self.heads)?;
         let (ks, vs) = (self.k.sizes("k", k.dims, self.kv_heads)?, self.v.sizes("v", v.dims, self.kv_heads)?);
+        // The mask may have more batches, and more queries, than the operands.
+        let ys = self.y.sizes("y", io.output(0)?.dims, self.heads)?;
+        let strides = |form: Form, s: Sizes, positions: usize| {
+            let [batch, head, position] = form.strides(s);
+            let step = |size: usize, joint: usize, step: usize| if size == joint { step } else { 0 };
+            [step(s.batch, ys.batch, batch), head, step(s.positions, positions, position)]
+        };
         let repeated: Vec<f32>;
         let mask = match io.optional(3) {
             Some(m) => {
@@ -177,27 +198,28 @@ impl Operator for FusedAttention {
                     repeated = data.iter().flat_map(|&v| std::iter::repeat_n(v, ks.positions)).collect();
                     data = &repeated;
                 }
-                let strides = mask_strides(&dims, [qs.batch, qs.heads, qs.positions])?;
-                Some(Mask { data, strides, keys: ks.positions })
+                let strides = mask_strides(&dims, [ys.batch, ys.heads, ys.positions])?;
+                Some(Mask { data, strides, keys: ks.positions, replaces: self.replaces })
             }
             None => None,
         };
         let a = Kernel {
-            batch: qs.batch,
+            batch: ys.batch,
             heads: self.heads,
             kv_heads: self.kv_heads,
-            queries: qs.positions,
+            queries: ys.positions,
             keys: ks.positions,
             size: qs.size,
             value_size: vs.size,
-            q: Heads { data: q.as_slice::<f32>()?, strides: self.q.strides(qs) },
-            k: Heads { data: k.as_slice::<f32>()?, strides: self.k.strides(ks) },
-            v: Heads { data: v.as_slice::<f32>()?, strides: self.v.strides(vs) },
+            q: Heads { data: q.as_slice::<f32>()?, strides: strides(self.q, qs, ys.positions) },
+            k: Heads { data: k.as_slice::<f32>()?, strides: strides(self.k, ks, ks.positions) },
+            v: Heads { data: v.as_slice::<f32>()?, strides: strides(self.v, vs, ks.positions) },
             scale: self.scale,
             cap: 0.0,
             mask,
             visible: None,
-            y_strides: self.y.strides(Sizes { size: vs.size, ..qs }),
+            unseen: self.unseen,
+            y_strides: self.y.strides(ys),
         };
         Ok(attention(cx, &a, io.output(0)?.as_slice::<f32>()?)?)
     }
@@ -272,6 +294,7 @@ impl Operator for MultiHeadAttention {
                 data: m.as_slice::<f32>()?,
                 strides: mask_strides(m.dims, [qs.batch, qs.heads, qs.positions])?,
                 keys: m.dims.last().copied().unwrap_or(1),
+                replaces: false,
             }),
             None => None,
         };
@@ -291,6 +314,7 @@ impl Operator for MultiHeadAttention {
             cap: 0.0,
             mask,
             visible: if self.causal { Some(&before) } else { None },
+            unseen: 0.0,
             y_strides: Form::HeadsInside.strides(Sizes { size: vs.size, ..qs }),
         };
         Ok(attention(cx, &a, io.output(0)?.as_slice::<f32>()?)?)
@@ -467,7 +491,7 @@ impl Operator for Attention {
                     _ => m.as_slice::<f32>()?,
                 };
                 let strides = mask_strides(m.dims, [qs.batch, qs.heads, qs.positions])?;
-                Some(Mask { data, strides, keys: m.dims.last().copied().unwrap_or(1) })
+                Some(Mask { data, strides, keys: m.dims.last().copied().unwrap_or(1), replaces: false })
             }
         };
         let valid = io.optional(6).map(|n| n.to_i64s()).transpose()?;
@@ -503,6 +527,7 @@ impl Operator for Attention {
             cap: self.cap,
             mask,
             visible: if limited { Some(&visible as Visible) } else { None },
+            unseen: 0.0,
             y_strides: form.strides(Sizes { size: vs.size, ..qs }),
         };
         if self.double {

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! scores = q kᵀ * factor                    the factor on the product, on q, on k or on both
-//! scores = scores + mask                    or Where(condition, -huge, scores)
-//! y = softmax(scores) v
+//! scores = scores + mask                    or Where(condition, number, scores)
+//! y = softmax(scores) v                     zeros for rows of NaN, if the model says so
 //! ```
 //!
-//! The transposes between `[batch, positions, heads, size]` and `[batch, heads, positions, size]` around it go as well,
-//! the kernel reads and writes both forms.
+//! for `[batch, heads, positions, size]`, and for `[batch * heads, positions, size]`. The transposes between
+//! `[batch, positions, heads, size]` and the first form go as well, the kernel reads and writes both; so do the copies of
+//! keys and values that several heads of queries share.
 
 use super::Pass;
 use super::pattern::{Match, Operand, Pattern, Replacement, View, any, constant, op, op_if, rewrite, var};
@@ -16,16 +17,12 @@ use crate::fact::{Dim, Fact, axis_index};
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::attention::{Form, FusedAttention};
 use crate::ops::matmul::MatMul;
-use crate::ops::reshape::Reshape;
+use crate::ops::reshape::{Reshape, Unsqueeze};
 use crate::ops::softmax::Softmax;
 use crate::ops::transpose::Transpose;
 use crate::ops::where_::Where;
 use crate::tensor::Tensor;
 use weblane_kernels::epilogue::Activation;
-
-/// Scores that a mask replaces by a number below this one are as good as minus this number added to them: any score is
-/// lost in the rounding.
-const HUGE: f32 = -1e30;
 
 /// Replaces the spelled-out form by [`FusedAttention`].
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
@@ -65,9 +62,9 @@ fn patterns() -> (Pattern, Pattern) {
     ]);
     let softmax = op_if(&["Softmax"], [masked], |view, node| along_last_axis(view, node).unwrap_or(false));
     // PyTorch: rows that see nothing become zeros instead of NaN, as they do in the kernel.
-    let safe = op("Where", [op("IsNaN", [softmax.clone()]), 0.0.into(), softmax.clone()]);
+    let safe = op("Where", [op("IsNaN", [softmax.clone()]).named("lost"), 0.0.into(), softmax.clone()]);
     let y = product_of(any([softmax, safe]), var("v"));
-    let inside = op_if(&["Transpose"], [y.clone()], |view, node| permutes(view, node, [0, 2, 1, 3]));
+    let inside = op_if(&["Transpose"], [y.clone()], |view, node| permutes(view, node, &[0, 2, 1, 3]));
     (inside, y)
 }
 
@@ -77,18 +74,21 @@ fn along_last_axis(view: &View, node: &Node) -> Option<bool> {
     Some(axis_index(axis, rank).ok()? + 1 == rank)
 }
 
-fn permutes(view: &View, node: &Node, perm: [usize; 4]) -> bool {
+fn permutes(view: &View, node: &Node, perm: &[usize]) -> bool {
     let of = || {
         let rank = view.fact(node.inputs.first().copied()??)?.rank()?;
         node.op.get::<Transpose>()?.permutation(rank).ok()
     };
-    of().is_some_and(|p| p.as_slice() == perm)
+    of().is_some_and(|p| *p == *perm)
 }
 
+/// Batch, heads, rows and columns; a value of rank 3 has one head in each batch.
 fn sizes(view: &View, id: ValueId) -> Option<[Dim; 4]> {
-    let shape = view.fact(id)?.shape.as_ref()?;
-    Some([shape.first()?.clone(), shape.get(1)?.clone(), shape.get(2)?.clone(), shape.get(3)?.clone()])
-        .filter(|_| shape.len() == 4)
+    match view.fact(id)?.shape.as_deref()? {
+        [b, h, r, c] => Some([b.clone(), h.clone(), r.clone(), c.clone()]),
+        [b, r, c] => Some([b.clone(), Dim::Known(1), r.clone(), c.clone()]),
+        _ => None,
+    }
 }
 
 fn agree(a: &Dim, b: &Dim) -> bool {
@@ -134,43 +134,90 @@ fn operands(view: &View, found: &Match, inside: bool) -> Result<Option<(FusedAtt
         && [q, kt, v].iter().all(|&id| view.is_f32(id))
         && scale.is_finite();
     let (Some(heads), Some(_), true) = (heads.known(), vs[3].known(), fits) else { return Ok(None) };
-
-    let Some((k, k_form)) = untransposed(view, kt) else { return Ok(None) };
-    let (q, q_form) = heads_inside(view, q).unwrap_or((q, Form::HeadsFirst));
-    let (v, v_form) = heads_inside(view, v).unwrap_or((v, Form::HeadsFirst));
-    let y_form = if inside { Form::HeadsInside } else { Form::HeadsFirst };
-    let mut operands: Vec<Operand> = [(q, q_form), (k, k_form), (v, v_form)]
-        .into_iter()
-        .map(|(id, form)| if form == Form::HeadsInside { joined(view, id) } else { id }.into())
-        .collect();
-    let wanted = [batch.clone(), Dim::Known(heads), queries.clone(), keys.clone()];
-    match mask(view, found, &wanted)? {
-        Masking::None => {}
-        Masking::Operand(mask) => operands.push(mask),
-        Masking::Other => return Ok(None),
+    let rank = |id| view.fact(id).and_then(Fact::rank);
+    let flat = rank(q) == Some(3);
+    if [kt, v].iter().any(|&id| rank(id) != rank(q)) {
+        return Ok(None);
     }
-    Ok(Some((FusedAttention { scale, heads, kv_heads: heads, q: q_form, k: k_form, v: v_form, y: y_form }, operands)))
+
+    let mut kv_heads = heads;
+    let parts = if flat {
+        // One head is as good as inside.
+        let before = view.producer(kt).filter(|(_, n)| permutes(view, n, &[0, 2, 1]));
+        let k = match before.and_then(|(_, n)| n.inputs.first().copied().flatten()) {
+            Some(k) => k.into(),
+            None => Operand::Computed(Transpose::new(&[0, 2, 1]).into(), vec![kt.into()]),
+        };
+        [q.into(), k, v.into()].map(|operand| (operand, Form::HeadsInside))
+    } else {
+        let mut k = match untransposed(view, kt) {
+            Some((k, form)) => (k.into(), form),
+            // For a single query that would cost more than the attention.
+            None if queries.known() == Some(1) => return Ok(None),
+            None => (Operand::Computed(Transpose::new(&[0, 1, 3, 2]).into(), vec![kt.into()]), Form::HeadsFirst),
+        };
+        let mut v = (v.into(), Form::HeadsFirst);
+        if let (Some((one, groups)), Some((other, same))) = (ungrouped(view, &k), ungrouped(view, &v))
+            && groups == same
+        {
+            kv_heads = groups;
+            (k, v) = ((one.into(), Form::HeadsFirst), (other.into(), Form::HeadsFirst));
+        }
+        [(q.into(), Form::HeadsFirst), k, v].map(|(operand, form)| match (operand, form) {
+            (Operand::Value(id), Form::HeadsFirst) => match heads_inside(view, id) {
+                Some((id, form)) => (joined(view, id).into(), form),
+                None => (id.into(), form),
+            },
+            (Operand::Value(id), Form::HeadsInside) => (joined(view, id).into(), form),
+            other => other,
+        })
+    };
+    let [(q, q_form), (k, k_form), (v, v_form)] = parts;
+    let y_form = if inside || flat { Form::HeadsInside } else { Form::HeadsFirst };
+    let mut operands = vec![q, k, v];
+    let wanted = [batch.clone(), Dim::Known(heads), queries.clone(), keys.clone()];
+    let replaces = match mask(view, found, &wanted, flat)? {
+        Masking::None => false,
+        Masking::Operand { mask, replaces } => {
+            operands.push(mask);
+            replaces
+        }
+        Masking::Other => return Ok(None),
+    };
+    let unseen = if found.get("lost").is_some() { 0.0 } else { f32::NAN };
+    let op = FusedAttention { scale, heads, kv_heads, q: q_form, k: k_form, v: v_form, y: y_form, replaces, unseen };
+    Ok(Some((op, operands)))
 }
 
 enum Masking {
     None,
-    Operand(Operand),
+    Operand {
+        mask: Operand,
+        replaces: bool,
+    },
     /// One that the operator does not have.
     Other,
 }
 
-fn mask(view: &View, found: &Match, wanted: &[Dim; 4]) -> Result<Masking> {
+/// `flat`: the scores are of rank 3, with one head in each batch.
+fn mask(view: &View, found: &Match, wanted: &[Dim; 4], flat: bool) -> Result<Masking> {
+    let covered = |id: ValueId| view.fact(id).is_some_and(|f| covers(f, wanted, flat));
+    // The batch of a mask of rank 3 stands where heads would.
+    let placed = |id: ValueId, mask: Operand| match flat && view.fact(id).and_then(Fact::rank) == Some(3) {
+        true => Operand::Computed(Unsqueeze { axes: Some(vec![1]) }.into(), vec![mask]),
+        false => mask,
+    };
     if let Some(mask) = found.get("mask") {
-        let fits = view.is_f32(mask) && view.fact(mask).is_some_and(|f| covers(f, wanted));
-        return Ok(if fits { Masking::Operand(mask.into()) } else { Masking::Other });
+        let fits = view.is_f32(mask) && covered(mask);
+        let mask = Masking::Operand { mask: placed(mask, mask.into()), replaces: false };
+        return Ok(if fits { mask } else { Masking::Other });
     }
     let (condition, hides) = match (found.get("hidden"), found.get("visible")) {
         (Some(c), _) => (c, true),
         (None, Some(c)) => (c, false),
         (None, None) => return Ok(Masking::None),
     };
-    let fill = found.scalar("fill").filter(|f| *f <= HUGE);
-    let (Some(fill), Some(true)) = (fill, view.fact(condition).map(|f| covers(f, wanted))) else {
+    let (Some(fill), true) = (found.scalar("fill").filter(|f| *f < 0.0), covered(condition)) else {
         return Ok(Masking::Other);
     };
     let numbers = if hides { [fill, 0.0] } else { [0.0, fill] };
@@ -178,35 +225,59 @@ fn mask(view: &View, found: &Match, wanted: &[Dim; 4]) -> Result<Masking> {
     for number in numbers {
         operands.push(Operand::Constant(Tensor::scalar(number)?));
     }
-    Ok(Masking::Operand(Operand::Computed(Where.into(), operands)))
+    let mask = Operand::Computed(Where.into(), operands);
+    Ok(Masking::Operand { mask: placed(condition, mask), replaces: true })
 }
 
-/// Whether a mask broadcasts to the scores without adding axes or sizes. A size that has only a name may turn out to be
-/// 1 or that of the scores, the operator takes both; anything else is an error there.
-fn covers(mask: &Fact, wanted: &[Dim; 4]) -> bool {
-    let Some(shape) = mask.shape.as_ref().filter(|s| (1..=4).contains(&s.len())) else { return false };
-    shape.iter().rev().zip(wanted.iter().rev()).enumerate().all(|(back, (have, want))| match have {
+/// Whether a mask broadcasts against the scores without adding axes or heads. Batches and queries of any name will do: of
+/// two sizes that turn out to differ one is 1, and the operator broadcasts either way; so does a single key.
+fn covers(mask: &Fact, wanted: &[Dim; 4], flat: bool) -> bool {
+    let most = if flat { 3 } else { 4 };
+    let Some(shape) = mask.shape.as_ref().filter(|s| (1..=most).contains(&s.len())) else { return false };
+    // From the last axis to the first.
+    let wanted = wanted.iter().rev().enumerate().filter(|(back, _)| !(flat && *back == 2));
+    shape.iter().rev().zip(wanted).all(|(have, (back, want))| match have {
         // One number for all keys does not change the distribution, but rounding; it is left as it is.
         Dim::Known(1) => back > 0 || have == want,
         Dim::Known(_) => have == want,
-        _ => true,
+        _ => back != 2,
     })
 }
 
 /// What stands before `Transpose(x, [0, 2, 1, 3])`.
 fn heads_inside(view: &View, id: ValueId) -> Option<(ValueId, Form)> {
     let (_, node) = view.producer(id)?;
-    permutes(view, node, [0, 2, 1, 3]).then_some((node.inputs.first().copied()??, Form::HeadsInside))
+    permutes(view, node, &[0, 2, 1, 3]).then_some((node.inputs.first().copied()??, Form::HeadsInside))
 }
 
 /// Keys before they were transposed for the product.
 fn untransposed(view: &View, id: ValueId) -> Option<(ValueId, Form)> {
     let (_, node) = view.producer(id)?;
     let x = node.inputs.first().copied()??;
-    if permutes(view, node, [0, 2, 3, 1]) {
+    if permutes(view, node, &[0, 2, 3, 1]) {
         return Some((x, Form::HeadsInside));
     }
-    permutes(view, node, [0, 1, 3, 2]).then(|| heads_inside(view, x).unwrap_or((x, Form::HeadsFirst)))
+    permutes(view, node, &[0, 1, 3, 2]).then_some((x, Form::HeadsFirst))
+}
+
+/// Keys or values before each head of them was repeated for neighbouring heads of queries, and how many there are:
+/// `Reshape(Expand(Unsqueeze(x, 2)))`, as PyTorch writes `repeat_interleave` over heads.
+fn ungrouped(view: &View, (operand, form): &(Operand, Form)) -> Option<(ValueId, usize)> {
+    let &Operand::Value(id) = operand else { return None };
+    let step = |id: ValueId, names: &[&str]| {
+        let (_, node) = view.producer(id).filter(|(_, n)| names.contains(&n.op.name()))?;
+        node.inputs.first().copied().flatten()
+    };
+    let shape = |id: ValueId| view.fact(id)?.shape.as_deref();
+    let repeated = step(id, &["Reshape"]).filter(|_| *form == Form::HeadsFirst)?;
+    let single = step(repeated, &["Expand"])?;
+    let x = step(single, &["Unsqueeze", "Reshape"])?;
+    let ([b, h, t, d], [sb, sh, Dim::Known(1), st, sd]) = (shape(x)?, shape(single)?) else { return None };
+    let ([rb, rh, rg, rt, rd], [yb, yh, yt, yd]) = (shape(repeated)?, shape(id)?) else { return None };
+    let alike = [(b, sb), (h, sh), (t, st), (d, sd), (b, rb), (h, rh), (t, rt), (d, rd), (b, yb), (t, yt), (d, yd)];
+    let heads = h.known()?;
+    let all = heads.checked_mul(rg.known()?)?;
+    (alike.iter().all(|(a, b)| agree(a, b)) && yh.known() == Some(all)).then_some((x, heads))
 }
 
 /// `[batch, positions, heads * size]` before a reshape to `[batch, positions, heads, size]`: the same bytes.
@@ -347,17 +418,162 @@ mod tests {
         };
         assert!(build(-1, &["1", "1", "4"], f32::NEG_INFINITY, false));
         assert!(!build(2, &["1", "1", "4"], f32::MIN, false), "another axis");
-        assert!(!build(-1, &["1", "1", "4"], -10.0, false), "a score that counts");
+        assert!(build(-1, &["1", "1", "4"], -10.0, false), "a score that counts");
         assert!(!build(-1, &["1", "4", "1"], f32::MIN, false), "a mask that repeats along keys");
         assert!(!build(-1, &["4", "1", "1", "1", "4"], f32::MIN, false), "a mask with an axis of its own");
         assert!(!build(-1, &["1", "1", "4"], f32::MIN, true), "the distribution is an output");
-        // Keys that come transposed already.
+    }
+
+    #[test]
+    fn keys_that_come_transposed() {
+        for queries in ["4", "1"] {
+            let mut n = Net::new(14);
+            let q = n.symbolic("q", &["batch", "2", queries, "4"]);
+            let [k, v] = ["k", "v"].map(|name| n.symbolic(name, &["batch", "2", "4", "4"]));
+            let y = n.op("MatMul", &[q, k]);
+            let y = n.op("Softmax", &[y]);
+            let y = n.op("MatMul", &[y, v]);
+            n.output(y);
+            let fused: &[&str] = &["Transpose", "weblane.FusedAttention"];
+            assert_eq!(n.passed(run), if queries == "4" { fused } else { &["MatMul", "Softmax", "MatMul"] });
+        }
+    }
+
+    #[test]
+    fn rows_that_see_nothing() {
+        // PyTorch's guard gives zeros, softmax alone gives NaN; numbers that only look like infinity give the mean.
+        for (low, guard) in [(f32::NEG_INFINITY, true), (f32::NEG_INFINITY, false), (f32::MIN, false), (-1e9, false)] {
+            let mut n = Net::new(17);
+            let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "2", "4", "4"]));
+            let seen = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0];
+            let (seen, half, low, zero) = (n.constant(&[4, 4], &seen), n.scalar(0.5), n.scalar(low), n.scalar(0.0));
+            let seen = n.op("Greater", &[seen, half]);
+            let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
+            let y = n.op("MatMul", &[q, k]);
+            let y = n.op("Where", &[seen, y, low]);
+            let mut y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+            if guard {
+                let lost = n.op("IsNaN", &[y]);
+                y = n.op("Where", &[lost, zero, y]);
+            }
+            let y = n.op("MatMul", &[y, v]);
+            n.output(y);
+            assert!(n.passed(run).contains(&"weblane.FusedAttention".to_owned()));
+        }
+    }
+
+    #[test]
+    fn masks_of_other_names_broadcast() {
+        // Symbols get the sizes 3, 4, ... in this order: the mask has three batches, the operands have one.
+        for (mask, batch, queries) in [
+            (["many", "1", "1", "keys"], "1", "1"),
+            (["many", "1", "queries", "keys"], "1", "queries"),
+            (["many", "2", "more", "keys"], "many", "1"),
+        ] {
+            let mut n = Net::new(14);
+            let m = n.symbolic("mask", &mask);
+            let q = n.symbolic("q", &[batch, "2", queries, "4"]);
+            let [k, v] = ["k", "v"].map(|name| n.symbolic(name, &[batch, "2", "keys", "4"]));
+            let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
+            let y = n.op("MatMul", &[q, k]);
+            let y = n.op("Add", &[y, m]);
+            let y = n.op("Softmax", &[y]);
+            let y = n.op("MatMul", &[y, v]);
+            n.output(y);
+            assert_eq!(n.passed(run), ["weblane.FusedAttention"], "{mask:?}");
+        }
+        // Heads of an unknown number could be more than those of the operands.
         let mut n = Net::new(14);
-        let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "2", "4", "4"]));
+        let m = n.symbolic("mask", &["batch", "heads", "1", "keys"]);
+        let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "1", "keys", "4"]));
+        let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
+        let y = n.op("MatMul", &[q, k]);
+        let y = n.op("Add", &[y, m]);
+        let y = n.op("Softmax", &[y]);
+        let y = n.op("MatMul", &[y, v]);
+        n.output(y);
+        assert_eq!(n.passed(run).len(), 5);
+    }
+
+    #[test]
+    fn as_tf2onnx_writes_it() {
+        // Dense layers on [batch * tokens, hidden], the factor as a product, a mask that is added.
+        let mut n = Net::new(13);
+        let x = n.input("x", &[10, 8]);
+        let mask = n.input("mask", &[2, 1, 1, 5]);
+        let [q, k, v] = [(); 3].map(|()| {
+            let w = n.weights(&[8, 8]);
+            let y = n.op("MatMul", &[x, w]);
+            let shape = n.i64s(&[2, 5, HEADS, SIZE]);
+            let y = n.op("Reshape", &[y, shape]);
+            n.op_with("Transpose", &[y], &[("perm", ints(&[0, 2, 1, 3]))])
+        });
+        let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
+        let y = n.op("MatMul", &[q, k]);
+        let half = n.scalar(0.5);
+        let y = n.op("Mul", &[y, half]);
+        let y = n.op("Add", &[y, mask]);
+        let y = n.op_with("Softmax", &[y], &[("axis", int(3))]);
+        let y = n.op("MatMul", &[y, v]);
+        let y = n.op_with("Transpose", &[y], &[("perm", ints(&[0, 2, 1, 3]))]);
+        let shape = n.i64s(&[10, 8]);
+        let y = n.op("Reshape", &[y, shape]);
+        let y = n.op("Abs", &[y]);
+        n.output(y);
+        let left = n.optimized();
+        assert!(
+            left.contains(&"weblane.FusedAttention".to_owned()) && !left.contains(&"Transpose".to_owned()),
+            "{left:?}"
+        );
+    }
+
+    #[test]
+    fn batched_products_of_rank_3() {
+        // As nn.MultiheadAttention writes it: batch * heads in one axis.
+        for mask in [&["n", "keys", "keys"][..], &["keys", "keys"], &["1", "keys", "keys"]] {
+            let mut n = Net::new(14);
+            let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["n", "keys", "4"]));
+            let mask = n.symbolic("mask", mask);
+            let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 2, 1]))]);
+            let half = n.scalar(0.5);
+            let q = n.op("Mul", &[q, half]);
+            let y = n.op("MatMul", &[q, k]);
+            let y = n.op("Add", &[mask, y]);
+            let y = n.op_with("Softmax", &[y], &[("axis", int(2))]);
+            let y = n.op("MatMul", &[y, v]);
+            n.output(y);
+            let left = n.passed(run);
+            assert_eq!(left.last().unwrap(), "weblane.FusedAttention");
+            assert!(left.len() <= 2, "{left:?}");
+        }
+    }
+
+    #[test]
+    fn shared_keys_and_values() {
+        // Grouped queries: two heads of keys and values for four of queries.
+        let mut n = Net::new(14);
+        let q = n.symbolic("q", &["batch", "4", "tokens", "4"]);
+        let [k, v] = ["k", "v"].map(|name| {
+            let x = n.symbolic(name, &["batch", "tokens", "2", "4"]);
+            let x = n.op_with("Transpose", &[x], &[("perm", ints(&[0, 2, 1, 3]))]);
+            let axis = n.i64s(&[2]);
+            let y = n.op("Unsqueeze", &[x, axis]);
+            let sizes = n.op("Shape", &[q]);
+            let [at0, at2] = [0, 2].map(|i| n.i64s(&[i]));
+            let batch = n.op_with("Gather", &[sizes, at0], &[("axis", int(0))]);
+            let tokens = n.op_with("Gather", &[sizes, at2], &[("axis", int(0))]);
+            let [two, four] = [2, 4].map(|i| n.i64s(&[i]));
+            let shape = n.op_with("Concat", &[batch, two, two, tokens, four], &[("axis", int(0))]);
+            let y = n.op("Expand", &[y, shape]);
+            let shape = n.op_with("Concat", &[batch, four, tokens, four], &[("axis", int(0))]);
+            n.op("Reshape", &[y, shape])
+        });
+        let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
         let y = n.op("MatMul", &[q, k]);
         let y = n.op("Softmax", &[y]);
         let y = n.op("MatMul", &[y, v]);
         n.output(y);
-        assert_eq!(n.passed(run), ["MatMul", "Softmax", "MatMul"]);
+        assert_eq!(n.optimized(), ["weblane.FusedAttention"]);
+        assert_eq!(fused(&n).kv_heads, 2);
     }
 }

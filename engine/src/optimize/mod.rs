@@ -18,6 +18,7 @@ mod layer_norm;
 mod layout;
 mod padding;
 mod pattern;
+mod pooling;
 mod simplify;
 mod specialize;
 #[cfg(test)]
@@ -79,6 +80,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     // Into weights first: it leaves nothing to compute.
     padding::run(&mut graph, &pass)?;
     affine::run(&mut graph, &pass)?;
+    pooling::run(&mut graph, &pass)?;
     // Many nodes into one, then that one into the product before it.
     layer_norm::run(&mut graph, &pass)?;
     activation::run(&mut graph, &pass)?;
