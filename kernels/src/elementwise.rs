@@ -13,7 +13,7 @@
 use crate::error::{Error, Result};
 use crate::math;
 use crate::par::{Cx, DisjointMut};
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
 
 /// Elements that make a task.
 const TASK: usize = 16 * 1024;
@@ -279,7 +279,7 @@ impl Unary {
     }
 
     /// About how many scalar operations one element takes.
-    fn cost(self) -> u64 {
+    pub(crate) fn cost(self) -> u64 {
         match self {
             Self::Abs
             | Self::Neg
@@ -328,16 +328,23 @@ fn unary_tasks(cx: &Cx<'_>, op: Unary, x: Option<&[f32]>, y: &mut [f32]) {
         // SAFETY: every task has its own elements.
         let y = unsafe { out.range(start, n) };
         let x = x.map(|x| &x[start..start + n]);
-        if let Some(f) = op.scalar() {
-            match x {
-                Some(x) => x.iter().zip(y).for_each(|(&x, y)| *y = f(x)),
-                None => y.iter_mut().for_each(|y| *y = f(*y)),
-            }
-        } else {
-            let y = y.as_mut_ptr();
-            dispatch(cx.isa(), UnaryKernel { op, x: x.map_or(y.cast_const(), <[f32]>::as_ptr), y, n });
-        }
+        unary_part(cx.isa(), op, x, y);
     });
+}
+
+/// `y = f(x)`, or `y = f(y)`, on this thread.
+pub(crate) fn unary_part(isa: Isa, op: Unary, x: Option<&[f32]>, y: &mut [f32]) {
+    let n = y.len();
+    if let Some(f) = op.scalar() {
+        match x {
+            Some(x) => x.iter().zip(y).for_each(|(&x, y)| *y = f(x)),
+            None => y.iter_mut().for_each(|y| *y = f(*y)),
+        }
+    } else {
+        assert!(x.is_none_or(|x| x.len() == n));
+        let y = y.as_mut_ptr();
+        dispatch(isa, UnaryKernel { op, x: x.map_or(y.cast_const(), <[f32]>::as_ptr), y, n });
+    }
 }
 
 /// `x` and `y` are the same or do not overlap; both have `n` elements.

@@ -6,6 +6,7 @@
 //! [`reference`](mod@reference) that tests and benches compare it with.
 
 pub mod attention;
+pub mod chain;
 pub mod conv;
 pub mod conv_transpose;
 pub mod convert;

@@ -264,6 +264,7 @@ ops! {
     bit_cast
     cast
     center_crop_pad
+    chain
     clip
     concat
     constant

@@ -10,6 +10,7 @@ mod activation;
 mod affine;
 mod attention;
 mod bodies;
+mod chain;
 mod cse;
 mod epilogue;
 mod fold;
@@ -19,6 +20,7 @@ mod layout;
 mod padding;
 mod pattern;
 mod pooling;
+mod products;
 mod simplify;
 mod specialize;
 #[cfg(test)]
@@ -88,7 +90,10 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     // The masks that attention made, once per layer, and the reshapes around it.
     cse::run(&mut graph, &pass)?;
     simplify::run(&mut graph, &pass)?;
+    products::run(&mut graph, &pass)?;
     epilogue::run(&mut graph, &pass)?;
+    // What no product could take.
+    chain::run(&mut graph, &pass)?;
     graph.sort()?;
     // Last, so that every pass before it sees the layout of the model.
     layout::run(&mut graph, &pass)?;
