@@ -26,9 +26,12 @@ pub(crate) struct Bench {
     /// Number that all elements of an input have as NAME=N; others get random floats, or ones
     #[arg(long = "fill", value_name = "NAME=N")]
     fills: Vec<String>,
-    /// Print time by node and by operator
+    /// Print time, speed and memory traffic by node and by operator
     #[arg(long)]
     profile: bool,
+    /// Write the profile as a trace for chrome://tracing and ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -62,8 +65,15 @@ impl Bench {
             session.arena_bytes() / 1024
         );
         println!("run  median {:.3} ms  quartiles {:.3} .. {:.3}  best {:.3}", at(0.5), at(0.25), at(0.75), ms[0]);
-        if self.profile {
-            profile(&mut session, &views)?;
+        if self.profile || self.trace.is_some() {
+            let steps = profile(&mut session, &views)?;
+            if self.profile {
+                print(&steps);
+            }
+            if let Some(path) = &self.trace {
+                let text = serde_json::to_string(&trace(&steps))?;
+                std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            }
         }
         Ok(())
     }
@@ -120,7 +130,8 @@ fn assignments<T>(arguments: &[String], parse: impl Fn(&str) -> Result<T>) -> Re
     Ok(found)
 }
 
-fn profile(session: &mut Session, views: &[(&str, TensorView)]) -> Result<()> {
+/// One run, the times of its steps being the medians of several.
+fn profile(session: &mut Session, views: &[(&str, TensorView)]) -> Result<Vec<Timing>> {
     const RUNS: usize = 5;
     let epoch = Instant::now();
     let clock = move || epoch.elapsed().as_secs_f64() * 1e3;
@@ -131,28 +142,95 @@ fn profile(session: &mut Session, views: &[(&str, TensorView)]) -> Result<()> {
         session.advance_timed(|_, _| false, Some(&clock), &mut times)?;
         runs.push(times);
     }
-    // Of each step the median over the runs.
-    let mut steps = runs[0].clone();
+    let mut steps = runs.pop().unwrap_or_default();
+    runs.push(steps.clone());
+    let mut at = 0.0;
     for (i, step) in steps.iter_mut().enumerate() {
         let mut ms: Vec<f64> = runs.iter().map(|r| r[i].ms).collect();
         ms.sort_by(f64::total_cmp);
-        step.ms = ms[RUNS / 2];
+        // One after another, as a single run of these times would have them.
+        (step.start, step.ms) = (at, ms[RUNS / 2]);
+        at += step.ms;
     }
+    Ok(steps)
+}
+
+fn print(steps: &[Timing]) {
     let total: f64 = steps.iter().map(|t| t.ms).sum();
-    println!("{:>9}  {:>6}  {:>8}  {:20}  {:24}  node", "ms", "share", "GFLOP/s", "operator", "kernel");
-    let mut by_op: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
-    for t in &steps {
-        let entry = by_op.entry(&t.op).or_default();
-        *entry = (entry.0 + t.ms, entry.1 + 1);
-        let speed = if t.flops > 0 { format!("{:.1}", t.flops as f64 / t.ms / 1e6) } else { String::new() };
+    println!(
+        "{:>9}  {:>6}  {:>8}  {:>7}  {:>9}  {:>9}  {:20}  {:24}  node",
+        "ms", "share", "GFLOP/s", "GB/s", "KiB read", "written", "operator", "kernel"
+    );
+    let mut by_op: BTreeMap<&str, (f64, usize, u64)> = BTreeMap::new();
+    for t in steps {
+        let (ms, count, flops) = by_op.get(t.op.as_str()).copied().unwrap_or_default();
+        by_op.insert(&t.op, (ms + t.ms, count + 1, flops + t.flops));
+        let speed = t.gflops().map_or_else(String::new, |g| format!("{g:.1}"));
+        let traffic = (t.read_bytes + t.written_bytes) as f64 / t.ms / 1e6;
         let share = t.ms / total * 100.0;
-        println!("{:9.3}  {share:5.1}%  {speed:>8}  {:20}  {:24}  {}", t.ms, t.op, t.kernel, t.node);
+        println!(
+            "{:9.3}  {share:5.1}%  {speed:>8}  {traffic:7.1}  {:9}  {:9}  {:20}  {:24}  {}",
+            t.ms,
+            t.read_bytes.div_ceil(1024),
+            t.written_bytes.div_ceil(1024),
+            t.op,
+            t.kernel,
+            t.node
+        );
     }
     println!();
     let mut by_op: Vec<_> = by_op.into_iter().collect();
     by_op.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
-    for (op, (ms, n)) in by_op {
-        println!("{ms:9.3} ms  {:5.1}%  {n:4} x {op}", ms / total * 100.0);
+    for (op, (ms, n, flops)) in by_op {
+        let speed = if flops > 0 { format!("{:8.1} GFLOP/s", flops as f64 / ms / 1e6) } else { String::new() };
+        println!("{ms:9.3} ms  {:5.1}%  {n:4} x {op:24}{speed}", ms / total * 100.0);
     }
-    Ok(())
+}
+
+/// The steps in Chrome's trace format ("JSON Object Format" with complete events), as `chromeTrace` of the npm package
+/// writes them.
+fn trace(steps: &[Timing]) -> serde_json::Value {
+    use serde_json::json;
+    let named =
+        |name: &str, value: &str| json!({ "name": name, "ph": "M", "pid": 1, "tid": 1, "args": { "name": value } });
+    let mut events = vec![named("process_name", "weblane"), named("thread_name", "run")];
+    events.extend(steps.iter().map(|t| {
+        json!({
+            "name": t.op, "cat": "node", "ph": "X", "pid": 1, "tid": 1, "ts": t.start * 1e3, "dur": t.ms * 1e3,
+            "args": {
+                "node": t.node, "kernel": t.kernel, "flops": t.flops, "gflops": t.gflops().unwrap_or(0.0),
+                "readBytes": t.read_bytes, "writtenBytes": t.written_bytes,
+            },
+        })
+    }));
+    json!({ "displayTimeUnit": "ms", "traceEvents": events })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn timing(start: f64, ms: f64) -> Timing {
+        let (op, kernel) = ("Conv".into(), "conv".into());
+        Timing { node: "a".into(), op, kernel, start, ms, flops: 4_000_000, read_bytes: 8, written_bytes: 16 }
+    }
+
+    #[test]
+    fn a_trace_has_one_complete_event_per_step() {
+        let made = trace(&[timing(0.0, 0.5), timing(0.5, 0.25)]);
+        let events = made["traceEvents"].as_array().unwrap();
+        let nodes: Vec<_> = events.iter().filter(|e| e["ph"] == "X").collect();
+        assert_eq!((events.len(), nodes.len()), (4, 2));
+        assert_eq!((nodes[1]["ts"].as_f64(), nodes[1]["dur"].as_f64()), (Some(500.0), Some(250.0)));
+        assert_eq!(nodes[0]["args"]["gflops"].as_f64(), Some(8.0));
+        assert_eq!(nodes[0]["args"]["writtenBytes"].as_u64(), Some(16));
+        assert!(events.iter().all(|e| e["pid"].is_u64() && e["tid"].is_u64() && e["name"].is_string()));
+    }
+
+    #[test]
+    fn names_and_values() {
+        let given = ["a=1x2".to_owned(), "b=".to_owned()];
+        assert_eq!(assignments(&given, |v| Ok(v.len())).unwrap(), BTreeMap::from([("a", 3), ("b", 0)]));
+        assert!(assignments(&["a".to_owned()], |v| Ok(v.len())).is_err());
+    }
 }

@@ -6,7 +6,7 @@ use crate::fact::{Content, Fact};
 use crate::ops::{Infer, Io, Prepare};
 use crate::plan::{Place, Plan, Step, check_released};
 use crate::storage::Arena;
-use crate::tensor::{Tensor, TensorMut, TensorView};
+use crate::tensor::{Tensor, TensorMut, TensorView, byte_count};
 use smallvec::SmallVec;
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
@@ -55,6 +55,17 @@ impl Memory {
                 .map(Tensor::view)
                 .ok_or_else(|| Error::internal("a value is read before it is computed")),
         }
+    }
+
+    /// Bytes of a step's operands and of its results. To be asked before it runs, and after.
+    pub fn bytes_of(&self, plan: &Plan, values: impl Iterator<Item = usize>) -> u64 {
+        let bytes = |v: usize| match &plan.values[v].place {
+            Place::Arena(range) => range.len(),
+            // Not of its elements, which may be gone into a packed form.
+            Place::Constant(t) => byte_count(t.dtype(), t.dims()).unwrap_or(0),
+            Place::Dynamic(slot) => self.dynamic[*slot].as_ref().map_or(0, |t| t.bytes().len()),
+        };
+        values.map(|v| bytes(v) as u64).sum()
     }
 
     /// Runs one step.

@@ -18,6 +18,7 @@ use crate::analyze::{Folding, analyze, operand_facts};
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
 use crate::graph::{Graph, Node, ValueId};
+use crate::ops::if_::If;
 use crate::ops::{Compute, PackCache, Prepare};
 use crate::storage::ALIGN;
 use crate::tensor::{DType, Dims, Tensor, TensorView, byte_count};
@@ -66,6 +67,24 @@ pub struct Step {
     pub frees: Vec<usize>,
 }
 
+impl Step {
+    /// About how many scalar operations it takes; `None` when that is known only at run time.
+    fn work(&self, values: &[Planned]) -> Option<u64> {
+        // An element that is moved or mapped costs about as much as this many operations of a matrix product.
+        const PER_ELEMENT: u64 = 8;
+        // Bodies of control flow do more than their results show.
+        if self.is_dynamic || self.node.op.shapes_by_running() || self.node.op.is::<If>() {
+            return None;
+        }
+        let counted = self.compute.as_ref().map_or(0, |c| c.flops());
+        let elements = |&v: &usize| values[v].dims.iter().product::<usize>() as u64;
+        // What was packed is counted already.
+        let computed = |v: &&usize| !matches!(values[**v].place, Place::Constant(_));
+        let moved: u64 = self.inputs.iter().flatten().filter(computed).chain(&self.outputs).map(elements).sum();
+        Some(counted.saturating_add(moved.saturating_mul(PER_ELEMENT)))
+    }
+}
+
 /// Everything that a run needs to know.
 #[derive(Debug)]
 pub struct Plan {
@@ -83,6 +102,8 @@ pub struct Plan {
     pub dynamic_values: usize,
     /// Packed constants, for dynamic steps.
     pub packed: PackCache,
+    /// About how many scalar operations a run takes; `None` when that is known only at run time.
+    pub work: Option<u64>,
     /// Graph inputs whose elements decide shapes: with their content known, fewer steps would be dynamic.
     pub shape_inputs: Vec<usize>,
 }
@@ -124,7 +145,9 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
     let outputs = graph.outputs.iter().map(|&id| planned.get(id)).collect::<Result<Vec<_>>>()?;
     let values = planned.values;
     note_frees(&mut steps, &values, &outputs);
+    let work = steps.iter().map(|step| step.work(&values)).try_fold(0u64, |sum, work| Some(sum.saturating_add(work?)));
     Ok(Plan {
+        work,
         steps,
         values,
         inputs,

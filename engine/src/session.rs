@@ -110,6 +110,10 @@ impl Loader {
     }
 }
 
+/// Runs of fewer scalar operations stay on the caller's lane: a few hundred microseconds of work, which waking the
+/// helpers and waiting for them would take longer than it saves.
+const MIN_PARALLEL_WORK: u64 = 8 << 20;
+
 /// One entry of a profile.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timing {
@@ -119,10 +123,23 @@ pub struct Timing {
     pub op: String,
     /// Kernel.
     pub kernel: String,
+    /// When it began, in milliseconds by the clock that was given.
+    pub start: f64,
     /// Milliseconds, by the clock that was given.
     pub ms: f64,
     /// Multiplications and additions; 0 where nobody counts them.
     pub flops: u64,
+    /// Bytes of its operands, weights as the graph has them included.
+    pub read_bytes: u64,
+    /// Bytes of its results.
+    pub written_bytes: u64,
+}
+
+impl Timing {
+    /// Multiplications and additions per nanosecond; `None` where nobody counts them.
+    pub fn gflops(&self) -> Option<f64> {
+        (self.flops > 0 && self.ms > 0.0).then(|| self.flops as f64 / self.ms / 1e6)
+    }
 }
 
 struct Cached {
@@ -327,25 +344,31 @@ impl Session {
         let plan = running.plan.clone();
         let memory = &mut self.memory;
         let first = running.next;
-        let (next, result) = self.pool.run(self.options.isa, |cx| {
+        let alone = plan.work.is_some_and(|work| work < MIN_PARALLEL_WORK);
+        let lanes = if alone { 1 } else { usize::MAX };
+        let (next, result) = self.pool.run_on(lanes, self.options.isa, |cx| {
             for (i, step) in plan.steps.iter().enumerate().skip(first) {
                 if pause(i, plan.steps.len()) {
                     return (i, Ok(()));
                 }
-                let start = clock.map(|c| c());
+                let start = clock.map(|c| (memory.bytes_of(&plan, step.inputs.iter().flatten().copied()), c()));
                 if let Err(e) = memory.run_step(&plan, step, cx) {
                     return (i, Err(e));
                 }
                 if cx.cancelled() {
                     return (i, Err(Error::new(ErrorCode::Aborted, "the run was stopped")));
                 }
-                if let (Some(start), Some(clock)) = (start, clock) {
+                if let (Some((read_bytes, start)), Some(clock)) = (start, clock) {
+                    let ms = clock() - start;
                     profile.push(Timing {
                         node: step.node.name.clone(),
                         op: step.node.op.name().to_owned(),
                         kernel: step.compute.as_ref().map_or_else(String::new, |c| c.kernel().to_owned()),
-                        ms: clock() - start,
+                        start,
+                        ms,
                         flops: step.compute.as_ref().map_or(0, |c| c.flops()),
+                        read_bytes,
+                        written_bytes: memory.bytes_of(&plan, step.outputs.iter().copied()),
                     });
                 }
             }

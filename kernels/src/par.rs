@@ -299,7 +299,12 @@ impl Pool {
     /// Runs may overlap (two sessions on one runtime): they take turns region by region, and a region that finds the
     /// helpers busy runs inline.
     pub fn run<R>(&self, isa: Isa, f: impl FnOnce(&Cx<'_>) -> R) -> R {
-        f(&Cx { shared: &self.shared, threads: self.threads, isa })
+        self.run_on(usize::MAX, isa, f)
+    }
+
+    /// [`Pool::run`] on no more lanes than that: one for work too small to wake the helpers for.
+    pub fn run_on<R>(&self, lanes: usize, isa: Isa, f: impl FnOnce(&Cx<'_>) -> R) -> R {
+        f(&Cx { shared: &self.shared, threads: self.threads.min(lanes), isa })
     }
 }
 

@@ -219,6 +219,11 @@ enum Which {
 trait Backend<T> {
     /// `c = a weights' + bias? + add?`, rows of c and `add` being `ld` apart.
     fn product(&self, d: usize, which: Which, a: &[T], add: Option<&[T]>, c: &mut [T], ld: usize) -> Result<()>;
+    /// The reset gate times the hidden state, of a GRU that resets before the product, in vectors; whether there is such a
+    /// form.
+    fn reset(&self, _gates: &[T], _h: &[T], _out: &mut [T]) -> bool {
+        false
+    }
     /// The step of a cell with all gates given, in vectors; whether there is such a form.
     fn step(&self, _gates: &[T], _add: &[T], _c: &mut [T], _h: &mut [T], _alive: &dyn Fn(usize) -> bool) -> bool {
         false
@@ -234,9 +239,7 @@ impl Layer {
             && match (self.cell, gates) {
                 (Cell::Rnn, Some(g)) => g[0] == Gate::Tanh,
                 (Cell::Lstm, Some(g)) => g == [Gate::Sigmoid, Gate::Tanh, Gate::Tanh],
-                (Cell::Gru { linear_before_reset }, Some(g)) => {
-                    linear_before_reset && g[..2] == [Gate::Sigmoid, Gate::Tanh]
-                }
+                (Cell::Gru { .. }, Some(g)) => g[..2] == [Gate::Sigmoid, Gate::Tanh],
                 _ => false,
             }
     }
@@ -422,7 +425,9 @@ impl Layer {
             match self.cell {
                 Cell::Gru { linear_before_reset: false } => {
                     backend.product(d, Which::Hidden, hs, Some(add), gates, g)?;
-                    cell.reset(gates, hs, reset);
+                    if !backend.reset(gates, hs, reset) {
+                        cell.reset(gates, hs, reset);
+                    }
                     backend.product(d, Which::Candidate, reset, Some(&add[2 * h..]), &mut gates[2 * h..], g)?;
                 }
                 Cell::Gru { .. } => backend.product(d, Which::Hidden, hs, None, gates, g)?,
@@ -566,6 +571,17 @@ impl Backend<f32> for Vectors<'_> {
         gemm(self.cx, Matrix::new(a, a.len() / k, k), Rhs::Packed(b), &epilogue, c, ld)
     }
 
+    fn reset(&self, gates: &[f32], h: &[f32], out: &mut [f32]) -> bool {
+        if !self.usual {
+            return false;
+        }
+        let n = self.hidden;
+        for ((gates, h), out) in gates.chunks_exact(3 * n).zip(h.chunks_exact(n)).zip(out.chunks_exact_mut(n)) {
+            dispatch(self.cx.isa(), ResetKernel { gate: &gates[n..2 * n], h, out });
+        }
+        true
+    }
+
     fn step(&self, gates: &[f32], add: &[f32], c: &mut [f32], h: &mut [f32], alive: &dyn Fn(usize) -> bool) -> bool {
         if !self.usual {
             return false;
@@ -594,6 +610,25 @@ impl Backend<f32> for Vectors<'_> {
             }
         });
         true
+    }
+}
+
+/// `out = sigmoid(gate) h`.
+struct ResetKernel<'a> {
+    gate: &'a [f32],
+    h: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for ResetKernel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let parts = self.gate.chunks(S::LANES).zip(self.h.chunks(S::LANES)).zip(self.out.chunks_mut(S::LANES));
+        for ((gate, h), out) in parts {
+            s.store_partial(out, s.mul(math::sigmoid(s, s.load_partial(gate)), s.load_partial(h)));
+        }
     }
 }
 
@@ -627,7 +662,14 @@ impl Kernel for CellKernel<'_> {
                     s.store_partial(c, new);
                     s.store_partial(h, s.mul(math::sigmoid(s, gate(1)), math::tanh(s, new)));
                 }
-                Cell::Gru { .. } => {
+                Cell::Gru { linear_before_reset: false } => {
+                    let z = math::sigmoid(s, gate(0));
+                    let candidate = math::tanh(s, gate(2));
+                    // As below.
+                    let before = s.load_partial(h);
+                    s.store_partial(h, s.mul_add(z, s.sub(before, candidate), candidate));
+                }
+                Cell::Gru { linear_before_reset: true } => {
                     let of_x = |i: usize| s.load_partial(&add[i * n + j..][..len]);
                     let z = math::sigmoid(s, s.add(gate(0), of_x(0)));
                     let r = math::sigmoid(s, s.add(gate(1), of_x(1)));

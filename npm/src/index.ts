@@ -24,4 +24,5 @@ export {
   type TensorType,
   type TypedArray,
 } from "./tensor.js";
+export { chromeTrace, type Trace, type TraceEvent } from "./trace.js";
 export { detectPlatform, type Platform, type Variant } from "./variant.js";

@@ -71,10 +71,16 @@ export interface NodeTiming {
   readonly op: string;
   /** Kernel that computes it; empty for operators that have only one. */
   readonly kernel: string;
+  /** Milliseconds from the beginning of the run to that of the node. */
+  readonly startMs: number;
   /** Milliseconds. */
   readonly ms: number;
   /** Multiplications and additions; 0 where nobody counts them. */
   readonly flops: number;
+  /** Bytes of the operands, weights included. */
+  readonly readBytes: number;
+  /** Bytes of the results. */
+  readonly writtenBytes: number;
 }
 
 /** A tensor on its way: raw little-endian bytes, or strings. */

@@ -53,6 +53,8 @@ export interface RunOptions {
   readonly transfer?: boolean | undefined;
   /** Hears how far a long run has come. */
   readonly onProgress?: ((progress: RunProgress) => void) | undefined;
+  /** Measures every node: the run gives a {@link Profile}, whose `outputs` are what it gives otherwise. */
+  readonly profile?: boolean | undefined;
 }
 
 /** What a session knows about itself. */
@@ -141,11 +143,21 @@ export class Session {
    * @returns output name to tensor
    * @throws WeblaneError, also for wrong inputs; the session can be used afterwards
    */
-  async run(feeds: Feeds, options: RunOptions = {}): Promise<Record<string, Tensor>> {
+  run(feeds: Feeds, options: RunOptions & { readonly profile: true }): Promise<Profile>;
+  run(
+    feeds: Feeds,
+    options?: RunOptions & { readonly profile?: false | undefined },
+  ): Promise<Record<string, Tensor>>;
+  run(feeds: Feeds, options?: RunOptions): Promise<Record<string, Tensor> | Profile>;
+  async run(feeds: Feeds, options: RunOptions = {}): Promise<Record<string, Tensor> | Profile> {
+    if (options.profile === true) return this.profile(feeds, options);
     return tensors(await this.#run(feeds, options, false));
   }
 
-  /** Runs the model and measures every node, which takes a little longer than {@link Session.run}. */
+  /**
+   * Runs the model and measures every node, which takes a little longer than {@link Session.run}. The same as `run`
+   * with `profile: true`.
+   */
   async profile(feeds: Feeds, options: RunOptions = {}): Promise<Profile> {
     const reply = await this.#run(feeds, options, true);
     return { outputs: tensors(reply), totalMs: reply.totalMs, nodes: reply.nodes };

@@ -32,7 +32,10 @@ export interface WasmSession {
   input(name: string, type: TensorType, dims: Uint32Array, byteLength: number): number;
   /** A string input of the next run. */
   inputStrings(name: string, dims: Uint32Array, values: readonly string[]): void;
-  /** Begins a run over the inputs given since the last one. */
+  /**
+   * Begins a run over the inputs given since the last one, or, when there were none, over those of the last one: their
+   * addresses stay.
+   */
   begin(outputs: readonly string[] | undefined, profile: boolean): void;
   /** Executes nodes until all are done (true) or about `budgetMs` have passed (false). */
   advance(budgetMs: number): boolean;
@@ -40,11 +43,13 @@ export interface WasmSession {
   done(): number;
   /** Nodes in all. */
   total(): number;
+  /** Whether `outputs` would say something else than when this was asked last. */
+  outputsChanged(): boolean;
   /** Outputs of the finished run, in the order asked for. */
   outputs(): readonly WasmOutput[];
   /** Times of the finished run, when `begin` asked for them. */
   timings(): readonly NodeTiming[];
-  /** Ends a run, finished or not, and forgets its inputs. */
+  /** Ends a run, finished or not. */
   end(): void;
   /** Frees everything. */
   free(): void;

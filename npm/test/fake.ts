@@ -5,7 +5,7 @@
 import type { Port, PortEvents, Spawn } from "../src/environment.js";
 import type { ErrorShape } from "../src/errors.js";
 import { Host, type HostEnvironment } from "../src/host.js";
-import type { ModelInfo, ToWorker } from "../src/protocol.js";
+import type { ModelInfo, NodeTiming, ToWorker } from "../src/protocol.js";
 import type { Platform } from "../src/variant.js";
 import type { Wasm, WasmOutput, WasmSession } from "../src/wasm.js";
 
@@ -23,6 +23,18 @@ export const MODEL: ModelInfo = {
   producer: "fake",
   nodes: 2,
   weightBytes: 0,
+};
+
+/** What a profile of the fake engine says. */
+export const TIMING: NodeTiming = {
+  node: "a",
+  op: "Identity",
+  kernel: "copy",
+  startMs: 0.25,
+  ms: 0.5,
+  flops: 1e6,
+  readBytes: 24,
+  writtenBytes: 24,
 };
 
 /** Steers what the fake engine does. */
@@ -117,6 +129,7 @@ export class FakeEngine {
       #inputs = new Map<string, Omit<WasmOutput, "name">>();
       #step = 0;
       #wanted: readonly string[] = [];
+      #ended = false;
 
       push(bytes: Uint8Array) {
         if (bytes[0] === 0x3c) throw { code: "not_onnx", message: "these bytes are not a model" };
@@ -135,6 +148,13 @@ export class FakeEngine {
       input(name: string, type: "float32", dims: Uint32Array, len: number) {
         // Growing detaches every view made before.
         memory.grow(1);
+        // The first input after a run begins a new set; without one the run has those of the last.
+        if (this.#ended) {
+          this.#inputs.clear();
+          this.#top = 64;
+          this.#ended = false;
+        }
+        log.push(`input ${name}`);
         const ptr = this.#top;
         this.#top += len;
         this.#inputs.set(name, { type, dims: [...dims], ptr, len });
@@ -145,6 +165,7 @@ export class FakeEngine {
       }
       begin(outputs: readonly string[] | undefined) {
         log.push("begin");
+        this.#ended = false;
         this.#wanted = outputs ?? ["y", "m"];
         this.#step = 0;
       }
@@ -161,6 +182,9 @@ export class FakeEngine {
       total() {
         return script.steps;
       }
+      outputsChanged() {
+        return true;
+      }
       outputs() {
         return this.#wanted.map((name) => {
           const input = this.#inputs.get(name === "y" ? "x" : "n") as Omit<WasmOutput, "name">;
@@ -168,12 +192,11 @@ export class FakeEngine {
         });
       }
       timings() {
-        return [{ node: "a", op: "Identity", kernel: "copy", ms: 0.5, flops: 0 }];
+        return [TIMING];
       }
       end() {
         log.push("end");
-        this.#inputs.clear();
-        this.#top = 64;
+        this.#ended = true;
       }
       free() {
         log.push("free");

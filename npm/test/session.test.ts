@@ -1,10 +1,10 @@
 import { expect, test } from "vitest";
 import type { LoadProgress, Session as SessionType } from "../src/index.js";
-import { Tensor, WeblaneError } from "../src/index.js";
+import { chromeTrace, Tensor, type Trace, WeblaneError } from "../src/index.js";
 import { Runtime, startEngine } from "../src/runtime.js";
 import { type LoadOptions, Session } from "../src/session.js";
 import { PIECE_BYTES } from "../src/source.js";
-import { FakeEngine } from "./fake.js";
+import { FakeEngine, TIMING } from "./fake.js";
 
 const x = () => Float32Array.of(1, 2, 3, 4, 5, 6);
 const feeds = () => ({ x: x(), n: [7, 8] });
@@ -76,10 +76,57 @@ test("only the outputs asked for come back", async () => {
 
 test("a profile has the nodes' times", async () => {
   const session = await load(new FakeEngine());
-  const { outputs, nodes, totalMs } = await session.profile(feeds());
-  expect(outputs.y?.data).toEqual(x());
-  expect(nodes).toEqual([{ node: "a", op: "Identity", kernel: "copy", ms: 0.5, flops: 0 }]);
-  expect(totalMs).toBeGreaterThanOrEqual(0);
+  for (const profile of [await session.profile(feeds()), await session.run(feeds(), { profile: true })]) {
+    expect(profile.outputs.y?.data).toEqual(x());
+    expect(profile.nodes).toEqual([TIMING]);
+    expect(profile.totalMs).toBeGreaterThanOrEqual(0);
+  }
+  expect((await session.run(feeds(), { profile: false })).y?.data).toEqual(x());
+});
+
+test("a trace has one complete event per node, in microseconds", async () => {
+  const session = await load(new FakeEngine());
+  const profile = await session.run(feeds(), { profile: true });
+  const { traceEvents } = JSON.parse(JSON.stringify(chromeTrace(profile))) as Trace;
+  expect(traceEvents.filter(({ ph }) => ph === "M").map(({ name }) => name)).toEqual([
+    "process_name",
+    "thread_name",
+  ]);
+  expect(traceEvents.filter(({ ph }) => ph === "X")).toEqual([
+    {
+      name: "Identity",
+      cat: "node",
+      ph: "X",
+      pid: 1,
+      tid: 1,
+      ts: 250,
+      dur: 500,
+      args: { node: "a", kernel: "copy", flops: 1e6, gflops: 2, readBytes: 24, writtenBytes: 24 },
+    },
+  ]);
+});
+
+test("inputs of the shapes of the last run are not announced again", async () => {
+  const engine = new FakeEngine();
+  const session = await load(engine);
+  const announced = () => engine.log.splice(0).filter((line) => line.startsWith("input"));
+  const run = async (n: bigint[], values = x()) => {
+    const { y, m } = await session.run({ x: values, n: BigInt64Array.from(n) });
+    expect([y?.data, m?.data]).toEqual([values, BigInt64Array.from(n)]);
+  };
+  await run([1n]);
+  expect(announced()).toEqual(["input x", "input n"]);
+  await run(
+    [2n],
+    x().map((v) => -v),
+  );
+  expect(announced()).toEqual([]);
+  await run([3n, 4n]);
+  expect(announced()).toEqual(["input x", "input n"]);
+  // A run that fails leaves nothing behind that the next one could trip over.
+  engine.script.fail = { code: "internal", message: "once" };
+  expect(await codeOf(run([5n, 6n]))).toBe("internal");
+  await run([7n, 8n]);
 });
 
 test("abort and timeout stop a run, and the session goes on", async () => {

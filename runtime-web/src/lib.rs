@@ -124,12 +124,16 @@ struct JsModelInfo<'a> {
 
 /// See `NodeTiming` in `npm/src/protocol.ts`.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct JsTiming<'a> {
     node: &'a str,
     op: &'a str,
     kernel: &'a str,
+    start_ms: f64,
     ms: f64,
     flops: f64,
+    read_bytes: f64,
+    written_bytes: f64,
 }
 
 /// See `WasmOutput` in `npm/src/wasm.ts`.
@@ -162,6 +166,15 @@ struct Input {
     given: bool,
 }
 
+/// Where an output of a run lies, as the caller was told.
+#[derive(Clone, PartialEq)]
+struct Place {
+    output: usize,
+    dtype: DType,
+    dims: Vec<usize>,
+    ptr: usize,
+}
+
 /// One model: first it takes the bytes, then it runs.
 #[wasm_bindgen]
 pub struct WasmSession {
@@ -169,8 +182,13 @@ pub struct WasmSession {
     inputs: Vec<Input>,
     /// Indices of the outputs that the run's caller wants.
     wanted: Vec<usize>,
+    /// Where the outputs were after the last run that somebody asked about, unless there were strings among them.
+    places: Vec<Place>,
+    /// The last run has ended: the next input is the first of a new set.
+    ended: bool,
     timings: Vec<Timing>,
     timed: bool,
+    began: f64,
     done: usize,
     total: usize,
 }
@@ -192,8 +210,11 @@ impl WasmSession {
             stage: Stage::Reading(Loader::new(options)),
             inputs: Vec::new(),
             wanted: Vec::new(),
+            places: Vec::new(),
+            ended: false,
             timings: Vec::new(),
             timed: false,
+            began: 0.0,
             done: 0,
             total: 0,
         })
@@ -257,6 +278,7 @@ impl WasmSession {
         let dtype = DType::ALL.iter().copied().find(|d| d.as_str() == dtype).ok_or_else(|| {
             throw(Error::unsupported_dtype(format!("the input \"{name}\": \"{dtype}\" is not an element type")))
         })?;
+        self.forget_given();
         let known = self.inputs.iter().position(|i| i.name == name);
         let fits = |i: &usize| self.inputs[*i].tensor.dtype() == dtype && self.inputs[*i].tensor.dims() == dims;
         let at = match known.filter(fits) {
@@ -276,13 +298,15 @@ impl WasmSession {
     /// A string input of the next run.
     #[wasm_bindgen(js_name = inputStrings)]
     pub fn input_strings(&mut self, name: &str, dims: &[u32], values: Vec<String>) -> Result<(), JsValue> {
+        self.forget_given();
         let dims: Vec<usize> = dims.iter().map(|&d| d as usize).collect();
         let at = self.set_input(name, Tensor::from_strings(&dims, values).map_err(throw)?);
         self.inputs[at].given = true;
         Ok(())
     }
 
-    /// Begins a run over the inputs given since the last one. `outputs` names those that [`outputs`](Self::outputs)
+    /// Begins a run over the inputs given since the last one, or, when there were none, over those of the last one,
+    /// whose elements may have been written anew at the same addresses. `outputs` names those that [`outputs`](Self::outputs)
     /// returns; all when absent.
     pub fn begin(&mut self, outputs: Option<Vec<String>>, profile: bool) -> Result<(), JsValue> {
         let Stage::Ready(session) = &mut self.stage else { return Err(out_of_turn("begin")) };
@@ -301,6 +325,8 @@ impl WasmSession {
         }
         self.timings.clear();
         self.timed = profile;
+        self.ended = false;
+        self.began = now();
         self.done = 0;
         self.total = 0;
         session.pool().cancel_flag().reset();
@@ -336,6 +362,31 @@ impl WasmSession {
         self.total
     }
 
+    /// Whether [`outputs`](Self::outputs) would say something else than the last time: a steady state need not ask.
+    #[wasm_bindgen(js_name = outputsChanged)]
+    pub fn outputs_changed(&mut self) -> Result<bool, JsValue> {
+        let Stage::Ready(session) = &self.stage else { return Err(out_of_turn("outputsChanged")) };
+        let mut same = self.places.len() == self.wanted.len();
+        for (k, &output) in self.wanted.iter().enumerate() {
+            let view = session.output(output).map_err(throw)?;
+            let ptr = view.bytes().as_ptr() as usize;
+            same = same
+                && view.strings().is_none()
+                && self.places.get(k).is_some_and(|p| {
+                    p.output == output && p.dtype == view.dtype && p.ptr == ptr && p.dims.as_slice() == view.dims
+                });
+        }
+        if !same {
+            self.places.clear();
+            for &output in &self.wanted {
+                let view = session.output(output).map_err(throw)?;
+                let (dims, ptr) = (view.dims.to_vec(), view.bytes().as_ptr() as usize);
+                self.places.push(Place { output, dtype: view.dtype, dims, ptr });
+            }
+        }
+        Ok(!same)
+    }
+
     /// The outputs of the finished run that were asked for. Their addresses hold until the next call.
     pub fn outputs(&self) -> Result<Vec<JsValue>, JsValue> {
         let Stage::Ready(session) = &self.stage else { return Err(out_of_turn("outputs")) };
@@ -356,17 +407,24 @@ impl WasmSession {
 
     /// Times of the finished run, when [`begin`](Self::begin) asked for them.
     pub fn timings(&self) -> Result<JsValue, JsValue> {
-        to_js(&self.timings.iter().map(JsTiming::from).collect::<Vec<_>>())
+        to_js(&self.timings.iter().map(|t| JsTiming::new(t, self.began)).collect::<Vec<_>>())
     }
 
-    /// Ends a run, finished or not. The inputs have to be given again for the next one.
+    /// Ends a run, finished or not.
     pub fn end(&mut self) {
-        self.inputs.iter_mut().for_each(|i| i.given = false);
+        self.ended = true;
         self.timings.clear();
     }
 }
 
 impl WasmSession {
+    /// The first input after a run begins a new set.
+    fn forget_given(&mut self) {
+        if std::mem::take(&mut self.ended) {
+            self.inputs.iter_mut().for_each(|i| i.given = false);
+        }
+    }
+
     /// Puts a tensor in the place of an input's former one.
     fn set_input(&mut self, name: &str, tensor: Tensor) -> usize {
         match self.inputs.iter().position(|i| i.name == name) {
@@ -414,8 +472,18 @@ impl<'a> From<&'a ValueInfo> for JsValueInfo<'a> {
     }
 }
 
-impl<'a> From<&'a Timing> for JsTiming<'a> {
-    fn from(t: &'a Timing) -> Self {
-        JsTiming { node: &t.node, op: &t.op, kernel: &t.kernel, ms: t.ms, flops: t.flops as f64 }
+impl<'a> JsTiming<'a> {
+    /// `began` is when the run did, by the same clock.
+    fn new(t: &'a Timing, began: f64) -> Self {
+        JsTiming {
+            node: &t.node,
+            op: &t.op,
+            kernel: &t.kernel,
+            start_ms: t.start - began,
+            ms: t.ms,
+            flops: t.flops as f64,
+            read_bytes: t.read_bytes as f64,
+            written_bytes: t.written_bytes as f64,
+        }
     }
 }

@@ -73,6 +73,10 @@ macro_rules! partial_methods {
     () => {
         #[inline(always)]
         fn load_partial(self, x: &[f32]) -> Self::F32 {
+            // Most are whole, and a copy of unknown length is a call.
+            if x.len() >= Self::LANES {
+                return self.load(x);
+            }
             let mut buffer = [0.0; Self::LANES];
             let n = x.len().min(Self::LANES);
             buffer[..n].copy_from_slice(&x[..n]);
@@ -80,6 +84,9 @@ macro_rules! partial_methods {
         }
         #[inline(always)]
         fn store_partial(self, x: &mut [f32], v: Self::F32) {
+            if x.len() >= Self::LANES {
+                return self.store(x, v);
+            }
             let mut buffer = [0.0; Self::LANES];
             self.store(&mut buffer, v);
             let n = x.len().min(Self::LANES);
