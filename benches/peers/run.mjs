@@ -26,7 +26,12 @@ const { values: options } = parseArgs({
   },
 });
 /** npm package of each peer. */
-const PACKAGES = { "onnxruntime-web": "onnxruntime-web", litert: "@litertjs/core" };
+const PACKAGES = {
+  "onnxruntime-web": "onnxruntime-web",
+  litert: "@litertjs/core",
+  // Beside ourselves on more threads.
+  "weblane-1t": undefined,
+};
 const peers = (
   options.peers ?? (options.browser === "chromium" ? "onnxruntime-web,litert" : "onnxruntime-web")
 ).split(",");
@@ -71,8 +76,9 @@ const ms = (times) => `${round(median(times))} ms`;
 try {
   for (const threads of options.threads.split(",").map(Number)) {
     for (const { name, url, inputs } of findWorkloads(options.workloads)) {
-      const models = { weblane: { url, inputs }, "onnxruntime-web": { url, inputs }, litert: twin({ name }) };
-      const names = ["weblane", ...peers.filter((peer) => models[peer])];
+      const model = (runtime) => (runtime === "litert" ? twin({ name }) : { url, inputs });
+      const models = Object.fromEntries(["weblane", ...peers].map((runtime) => [runtime, model(runtime)]));
+      const names = Object.keys(models).filter((runtime) => models[runtime]);
       if (names.length === 1) continue;
       const config = {
         runtimes: names.map((runtime) => ({ runtime, ...models[runtime] })),
@@ -127,7 +133,9 @@ await writeRecord(options.record ?? recordPath(`peers-${options.browser}`), {
   command: "cargo xtask bench peers",
   browser: driver.version,
   peers: Object.fromEntries(
-    await Promise.all(peers.map(async (peer) => [PACKAGES[peer], await peerVersion(PACKAGES[peer])])),
+    await Promise.all(
+      peers.flatMap((peer) => PACKAGES[peer] ?? []).map(async (name) => [name, await peerVersion(name)]),
+    ),
   ),
   results,
 });

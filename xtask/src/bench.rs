@@ -2,7 +2,7 @@
 
 use crate::browsers::{self, Browser};
 use crate::context::Context;
-use crate::{build, models, node};
+use crate::{build, models, node, python};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
@@ -22,6 +22,12 @@ enum Bench {
     Peers,
     /// Time from the call that loads a model to its first result, first and second visit
     Load,
+    /// Matrix products as a share of the peak of multiply-add, and the cost of a parallel region, in a browser
+    Gemm,
+    /// Two threads beside one, in turns on one page
+    Threads,
+    /// The native build beside native onnxruntime, and WebAssembly beside the native build
+    Native,
     /// Peak memory of the page's process, weblane and onnxruntime-web
     Memory,
 }
@@ -30,8 +36,24 @@ enum Bench {
 pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
     match bench.what {
         Bench::Peers => peers(ctx, &bench.args),
-        Bench::Load => page(ctx, "load.mjs", &bench.args),
-        Bench::Memory => page(ctx, "memory.mjs", &bench.args),
+        Bench::Load => page(ctx, "benches/peers/load.mjs", &bench.args),
+        Bench::Gemm => {
+            build::bench_module(ctx)?;
+            in_browser(ctx, "benches/kernels/run.mjs", &bench.args)
+        }
+        Bench::Threads => {
+            let record = ctx.path("benches/records/threads.json").display().to_string();
+            let workloads = "mobilenet_v2,resnet50,bert_base";
+            let own = ["--peers", "weblane-1t", "--threads", "2", "--workloads", workloads, "--record", &record];
+            let args: Vec<String> = own.into_iter().map(str::to_owned).chain(bench.args.iter().cloned()).collect();
+            page(ctx, "benches/peers/run.mjs", &args)
+        }
+        Bench::Native => {
+            ctx.run(ctx.cmd("cargo").args(["build", "--quiet", "--release", "-p", "weblane-cli"]))?;
+            python::ensure(ctx)?;
+            page(ctx, "benches/native/run.mjs", &bench.args)
+        }
+        Bench::Memory => page(ctx, "benches/peers/memory.mjs", &bench.args),
     }
 }
 
@@ -41,14 +63,14 @@ fn peers(ctx: &Context, args: &[String]) -> Result<()> {
     if listed.map_or(browser(args) == Browser::Chromium, |list| list.contains("litert")) {
         models::ensure_tflite(ctx)?;
     }
-    page(ctx, "run.mjs", args)
+    page(ctx, "benches/peers/run.mjs", args)
 }
 
-/// A bench of `benches/peers`: the package beside others in a browser.
+/// A bench of the package: builds it and the models first.
 fn page(ctx: &Context, script: &str, args: &[String]) -> Result<()> {
     build::run(ctx, &build::BuildArgs::default())?;
     models::ensure_workloads(ctx)?;
-    in_browser(ctx, &format!("benches/peers/{script}"), args)
+    in_browser(ctx, script, args)
 }
 
 /// Runs a script that drives a browser.

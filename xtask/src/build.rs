@@ -10,7 +10,7 @@ use crate::{models, node, size};
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -163,39 +163,76 @@ fn wasm(ctx: &Context, variants: &[Variant]) -> Result<()> {
 fn one_variant(ctx: &Context, variant: Variant, toolchain: &Toolchain, tools: &WasmTools) -> Result<()> {
     let start = Instant::now();
     let name = variant.name();
-    let compiled = ctx.path(format!("npm/build/{name}/weblane_web_bg.wasm"));
-    let mut command = toolchain
-        .apply(ctx.cmd(&tools.pack))
-        .env("PATH", tools.search_path()?)
-        .env("RUSTFLAGS", variant.rustflags())
-        .env("CARGO_TARGET_DIR", ctx.path("target/wasm").join(name))
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .args(["--log-level", "warn", "build", "--target", "web", "--no-opt", "--mode", "force", "--no-pack"])
-        .args(["--profile", "wasm", "--out-name", "weblane_web", "--out-dir"])
-        .arg(ctx.path("npm/build").join(name))
-        .arg(ctx.path("runtime-web"))
-        .args(["--", "--quiet", "-Zbuild-std=std,panic_abort"]);
-    if variant.threads() {
-        command = command.args(["--features", "threads"]);
-    }
-    logged(command, &ctx.path(format!("target/wasm/{name}.log")))?;
-
-    let flags = variant.wasm_opt_flags();
-    let stamp = format!("{} {}", hash_file(&compiled)?, flags.join(" "));
-    let output = variant.output(ctx);
-    let fresh = output.exists() && ctx.is_stamped(&format!("wasm-opt-{name}"), &stamp);
-    if !fresh {
-        let optimise = ctx.cmd(ctx.path(WASM_OPT)).args(&flags).arg(&compiled).arg("-o").arg(&output);
-        logged(optimise, &ctx.path(format!("target/wasm/{name}.opt.log")))?;
-        ctx.write_stamp(&format!("wasm-opt-{name}"), &stamp)?;
-    }
+    let directory = ctx.path("npm/build").join(name);
+    let module = Module { variant, name, source: "runtime-web", glue: "weblane_web", directory: &directory };
+    let fresh = module.build(ctx, toolchain, tools, &variant.output(ctx))?;
     let note = if fresh { "unchanged" } else { "built" };
     println!("   {name}: {note}, {:.1} s", start.elapsed().as_secs_f64());
     Ok(())
 }
 
+/// Builds the kernels' bench with the flags of `relaxed_mt` into `target/bench-kernels`.
+pub(crate) fn bench_module(ctx: &Context) -> Result<()> {
+    let toolchain = toolchain::ensure(ctx)?;
+    let tools = toolchain::ensure_wasm_tools(ctx)?;
+    node::install(ctx, "xtask/node")?;
+    let directory = ctx.path("target/bench-kernels");
+    fs::create_dir_all(ctx.path("target/wasm"))?;
+    let glue = "weblane_bench_kernels";
+    let (variant, name, source) = (Variant::RelaxedMt, "bench-kernels", "benches/kernels");
+    let module = Module { variant, name, source, glue, directory: &directory };
+    // In the place of the compiled module, where the glue looks for it.
+    module.build(ctx, &toolchain, &tools, &directory.join(format!("{glue}_bg.wasm"))).map(drop)
+}
+
+/// A crate that becomes a WebAssembly module with JavaScript glue.
+struct Module<'a> {
+    variant: Variant,
+    /// Of logs and stamps.
+    name: &'a str,
+    /// The crate's directory.
+    source: &'a str,
+    /// Base name of the glue.
+    glue: &'a str,
+    /// Where the glue and the module before optimisation go.
+    directory: &'a Path,
+}
+
+impl Module<'_> {
+    /// Compiles and optimises; returns whether `output` was up to date.
+    fn build(&self, ctx: &Context, toolchain: &Toolchain, tools: &WasmTools, output: &Path) -> Result<bool> {
+        let Self { variant, name, source, glue, directory } = *self;
+        let mut command = toolchain
+            .apply(ctx.cmd(&tools.pack))
+            .env("PATH", tools.search_path()?)
+            .env("RUSTFLAGS", variant.rustflags())
+            .env("CARGO_TARGET_DIR", ctx.path("target/wasm").join(variant.name()))
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .args(["--log-level", "warn", "build", "--target", "web", "--no-opt", "--mode", "force", "--no-pack"])
+            .args(["--profile", "wasm", "--out-name", glue, "--out-dir"])
+            .arg(directory)
+            .arg(ctx.path(source))
+            .args(["--", "--quiet", "-Zbuild-std=std,panic_abort"]);
+        if variant.threads() {
+            command = command.args(["--features", "threads"]);
+        }
+        logged(command, &ctx.path(format!("target/wasm/{name}.log")))?;
+
+        let compiled = directory.join(format!("{glue}_bg.wasm"));
+        let flags = variant.wasm_opt_flags();
+        let stamp = format!("{} {}", hash_file(&compiled)?, flags.join(" "));
+        let fresh = compiled != output && output.exists() && ctx.is_stamped(&format!("wasm-opt-{name}"), &stamp);
+        if !fresh {
+            let optimise = ctx.cmd(ctx.path(WASM_OPT)).args(&flags).arg(&compiled).arg("-o").arg(output);
+            logged(optimise, &ctx.path(format!("target/wasm/{name}.opt.log")))?;
+            ctx.write_stamp(&format!("wasm-opt-{name}"), &stamp)?;
+        }
+        Ok(fresh)
+    }
+}
+
 /// Runs a command with its output in a file, and shows the end of it when it fails.
-fn logged(command: xshell::Cmd<'_>, log: &std::path::Path) -> Result<()> {
+fn logged(command: xshell::Cmd<'_>, log: &Path) -> Result<()> {
     let output = command.quiet().ignore_status().output()?;
     let text = [output.stdout, output.stderr].concat();
     fs::write(log, &text)?;

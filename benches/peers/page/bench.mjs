@@ -89,6 +89,11 @@ async function runModel(times) {
   return null;
 }
 
+/** Median time of runs in a row for at least `ms`. */
+async function timeModel(ms) {
+  return median(await burst(model, ms));
+}
+
 /**
  * Milliseconds from the call that loads a model to its first result, with the runtime's script and the inputs at hand;
  * and to where the load alone ended.
@@ -109,4 +114,4 @@ async function describeModel() {
 }
 
 /** The drivers of the test harness look for this. */
-window.createHarness = async () => ({ measure, loadModel, runModel, firstResult, describeModel });
+window.createHarness = async () => ({ measure, loadModel, runModel, timeModel, firstResult, describeModel });

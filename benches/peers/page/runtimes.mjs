@@ -33,6 +33,7 @@ const plural = (threads) => `${threads} thread${threads > 1 ? "s" : ""}`;
 
 const IMPORTS = {
   weblane: () => import("/weblane/dist/index.js"),
+  "weblane-1t": () => import("/weblane/dist/index.js"),
   "onnxruntime-web": () => import("/ort/ort.wasm.min.mjs"),
   litert: () => import("/litert/dist/index.js"),
 };
@@ -51,6 +52,8 @@ const LOADERS = {
       close: () => session.dispose(),
     };
   },
+  /** On one thread whatever the others have: how much more threads give. */
+  "weblane-1t": (code, url, feeds) => LOADERS.weblane(code, url, feeds, { threads: 1 }),
   async "onnxruntime-web"(ort, url, feeds, { threads }) {
     ort.env.wasm.wasmPaths = "/ort/";
     // Left alone, it chooses by itself, as it does on a default page.

@@ -1,0 +1,74 @@
+/**
+ * Matrix products and convolutions in a browser as a share of the peak of multiply-add, measured in turns with it, and
+ * the cost of a parallel region. Called by `cargo xtask bench gemm`, which builds the module with the flags of `relaxed_mt`.
+ */
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { startDriver } from "../../tests/wasm/lib/drivers.mjs";
+import { serve } from "../../tests/wasm/lib/server.mjs";
+import { recordPath, root, round, writeRecord } from "../peers/common.mjs";
+import { median, quantile } from "../peers/statistics.mjs";
+
+const { values: options } = parseArgs({
+  options: {
+    browser: { type: "string", default: "chromium" },
+    filter: { type: "string", default: "gemm" },
+    rounds: { type: "string", default: "15" },
+    ms: { type: "string", default: "10" },
+    record: { type: "string" },
+  },
+});
+const LANES = 2;
+const rounds = Number(options.rounds);
+const server = await serve({
+  "/": join(root, "benches/kernels/page"),
+  "/module/": join(root, "target/bench-kernels"),
+});
+const driver = await startDriver(options.browser, { url: server.url, quiet: true });
+const results = [];
+let isa;
+let regions;
+try {
+  await driver.open();
+  await driver.call("create", { threads: LANES });
+  const about = await driver.call("about");
+  isa = about.isa;
+  console.log(`${isa}: GFLOP/s, share of the peak of multiply-add`);
+  for (const [index, name] of about.names.entries()) {
+    if (!name.includes(options.filter)) continue;
+    const rates = await driver.call("measure", { index, rounds, ms: Number(options.ms) });
+    const peaks = rates.filter((_, i) => i % 2 === 0);
+    const own = rates.filter((_, i) => i % 2 === 1);
+    const shares = own.map((rate, i) => rate / peaks[i]);
+    const row = {
+      name,
+      gflops: round(median(own)),
+      peak_gflops: round(median(peaks)),
+      share: round(median(shares)),
+      share_quartiles: [0.25, 0.75].map((q) => round(quantile(shares, q))),
+    };
+    results.push(row);
+    console.log(
+      `${name.padEnd(34)} ${String(row.gflops).padEnd(6)} of ${String(row.peak_gflops).padEnd(6)} ` +
+        `${(100 * row.share).toFixed(1)}% (${row.share_quartiles.map((q) => (100 * q).toFixed(1)).join(" .. ")})`,
+    );
+  }
+  const costs = await driver.call("regionCost", { lanes: LANES, rounds: 50 });
+  const summary = (times) => ({ median_us: round(median(times)), p10_us: round(quantile(times, 0.1)) });
+  regions = { lanes: LANES, empty: summary(costs.slice(0, 50)), every_lane_comes: summary(costs.slice(50)) };
+  console.log(
+    `parallel region on ${LANES} lanes: empty ${regions.empty.median_us} us (10%: ${regions.empty.p10_us}), ` +
+      `every lane comes ${regions.every_lane_comes.median_us} us (10%: ${regions.every_lane_comes.p10_us})`,
+  );
+} finally {
+  await driver.close();
+  await server.close();
+}
+await writeRecord(options.record ?? recordPath(`gemm-${options.browser}`), {
+  what: "GFLOP/s on one lane, and the median share of the peak of multiply-add, which was measured in turns; microseconds of a parallel region",
+  command: "cargo xtask bench gemm",
+  browser: driver.version,
+  isa,
+  results,
+  regions,
+});

@@ -1,0 +1,130 @@
+//! The kernels' own bench for a page: matrix products and convolutions beside the peak of multiply-add, and what a
+//! parallel region costs. `benches/kernels/run.mjs` drives it; the work is that of the native `gemm_bench`.
+
+#[path = "../../../kernels/examples/gemm_bench/shapes.rs"]
+mod shapes;
+
+use shapes::works;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use wasm_bindgen::prelude::*;
+use weblane_kernels::par::{Cx, Pool};
+use weblane_kernels::simd::{Isa, Kernel, Simd, dispatch};
+
+#[cfg(feature = "threads")]
+pub use wasm_bindgen_rayon::init_thread_pool;
+
+#[wasm_bindgen]
+extern "C" {
+    #[wasm_bindgen(js_namespace = performance)]
+    fn now() -> f64;
+}
+
+/// Multiply-adds per step of [`Peak`]: enough independent chains to hide the latency, few enough for 16 registers.
+const CHAINS: usize = 12;
+
+/// Independent multiply-adds in registers: what no kernel can exceed.
+struct Peak(usize);
+impl Kernel for Peak {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let (x, y) = (s.splat(black_box(0.999)), s.splat(black_box(1e-3)));
+        // Different chains, or the compiler would run one for all.
+        let mut acc: [S::F32; CHAINS] = core::array::from_fn(|i| s.splat(i as f32));
+        for _ in 0..self.0 {
+            for acc in &mut acc {
+                *acc = s.mul_add(*acc, x, y);
+            }
+        }
+        acc.iter().fold(0.0, |sum, acc| sum + s.reduce_add(*acc))
+    }
+}
+
+/// Calls of `f` per millisecond over at least `ms`, the clock read once per `batch` calls.
+fn rate(ms: f64, batch: usize, mut f: impl FnMut()) -> f64 {
+    let start = now();
+    let mut calls = 0;
+    loop {
+        for _ in 0..batch {
+            f();
+        }
+        calls += batch;
+        let elapsed = now() - start;
+        if elapsed >= ms {
+            return calls as f64 / elapsed;
+        }
+    }
+}
+
+/// Names of what [`measure`] measures, in order.
+#[wasm_bindgen]
+pub fn names() -> Vec<String> {
+    works().into_iter().map(|work| work.name).collect()
+}
+
+/// Name of the instruction set of this module.
+#[wasm_bindgen]
+pub fn isa() -> String {
+    Isa::best().name().to_owned()
+}
+
+/// `rounds` pairs of GFLOP/s on one lane: the peak of multiply-add, and then work `index`, each for at least `ms`
+/// milliseconds. `None` when there is no such work.
+#[wasm_bindgen]
+pub fn measure(index: usize, rounds: usize, ms: f64) -> Option<Vec<f64>> {
+    const STEPS: usize = 1 << 14;
+    let isa = Isa::best();
+    let work = works().into_iter().nth(index)?;
+    let mut run = (work.prepare)(isa);
+    let peak_flops = (2 * CHAINS * isa.lanes() * STEPS) as f64;
+    let peak = || assert!(dispatch(isa, Peak(black_box(STEPS))) > 0.0);
+    let rates = Pool::new(1).run(isa, |cx| {
+        // Warm, and compiled by the optimising compiler.
+        rate(20.0 * ms, 1, || run(cx));
+        rate(10.0 * ms, 1, peak);
+        // About a tenth of the time between two looks at the clock, which is coarse in a browser.
+        let batch = (rate(ms, 1, || run(cx)) * ms / 10.0).max(1.0) as usize;
+        let mut rates = Vec::with_capacity(2 * rounds);
+        for _ in 0..rounds {
+            rates.push(rate(ms, 1, peak) * peak_flops / 1e6);
+            rates.push(rate(ms, batch, || run(cx)) * work.flops / 1e6);
+        }
+        rates
+    });
+    Some(rates)
+}
+
+/// Microseconds of a parallel region on `lanes` lanes, back to back as inside a run, `rounds` means of a thousand each:
+/// first of one task per lane that does nothing, then of one in which every lane must come, since each task waits until
+/// all have begun.
+#[wasm_bindgen(js_name = regionCost)]
+pub fn region_cost(lanes: usize, rounds: usize) -> Vec<f64> {
+    const REGIONS: usize = 1000;
+    let empty = |cx: &Cx<'_>| cx.for_each(lanes, u64::MAX, &|_| {});
+    let meet = |cx: &Cx<'_>| {
+        let begun = AtomicUsize::new(0);
+        cx.for_each(lanes, u64::MAX, &|_| {
+            begun.fetch_add(1, Ordering::Relaxed);
+            while begun.load(Ordering::Relaxed) < lanes {
+                core::hint::spin_loop();
+            }
+        });
+    };
+    let time = |cx: &Cx<'_>, region: &dyn Fn(&Cx<'_>)| {
+        let start = now();
+        for _ in 0..REGIONS {
+            region(cx);
+        }
+        (now() - start) * 1e3 / REGIONS as f64
+    };
+    Pool::new(lanes).run(Isa::best(), |cx| {
+        for _ in 0..20 {
+            time(cx, &empty);
+            time(cx, &meet);
+        }
+        let empties: Vec<f64> = (0..rounds).map(|_| time(cx, &empty)).collect();
+        let meetings = (0..rounds).map(|_| time(cx, &meet));
+        empties.into_iter().chain(meetings).collect()
+    })
+}
