@@ -70,6 +70,10 @@ impl Variant {
     fn wasm_opt_flags(self) -> Vec<&'static str> {
         let mut flags = vec![
             "-O3",
+            // Lets constant parts of addresses become offsets of loads and stores. It assumes that no address wraps
+            // around into the first kilobyte, which is the far end of the stack: nothing computes addresses into it
+            // from above. 6% on products with k = 16 in Chromium.
+            "--low-memory-unused",
             "--enable-simd",
             "--enable-bulk-memory",
             "--enable-bulk-memory-opt",

@@ -588,7 +588,6 @@ impl Pass<'_> {
                         a: a.wrapping_add((i - rows.start) * lda),
                         lda,
                         b: b.as_ptr(),
-                        ldb: width,
                         c: self.c.at(i * ldc + j),
                         ldc,
                     },

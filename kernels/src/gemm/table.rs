@@ -9,7 +9,8 @@ pub struct Tile {
     pub mr: usize,
     /// Vectors of B (and C) per row of the tile. A panel of packed B is this wide.
     pub nrv: usize,
-    /// Rows of B per pass: `kc` x `nrv` vectors of B and `mr` x `kc` of A stay in the first-level cache.
+    /// Rows of B per pass: `kc` x `nrv` vectors of B and `mr` x `kc` of A stay in the first-level cache. In Chromium 512
+    /// (24 of 32 KB) was 1 to 5% faster than 256 at k = 384 to 3072.
     pub kc: usize,
     /// Rows of A per pass: `mc` x `kc` stay in the second-level cache.
     pub mc: usize,
@@ -33,7 +34,7 @@ pub const MAX_NRV: usize = 2;
 pub const fn tile(isa: Isa) -> Tile {
     match isa {
         Isa::Scalar => Tile { mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 },
-        Isa::WasmSimd128 | Isa::WasmRelaxedSimd => Tile { mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 1 },
+        Isa::WasmSimd128 | Isa::WasmRelaxedSimd => Tile { mr: 4, nrv: 2, kc: 512, mc: 128, unroll: 1 },
         Isa::Sse41 | Isa::Fma128 => Tile { mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 },
         Isa::Neon => Tile { mr: 8, nrv: 2, kc: 256, mc: 128, unroll: 4 },
         Isa::Avx2 => Tile { mr: 6, nrv: 2, kc: 256, mc: 144, unroll: 4 },

@@ -39,10 +39,8 @@ pub(super) struct Operands {
     pub(super) a: *const f32,
     /// Elements between rows of A.
     pub(super) lda: usize,
-    /// First row of the panel of B.
+    /// First row of the panel of B; rows are `panel_width` apart.
     pub(super) b: *const f32,
-    /// Elements between rows of the panel.
-    pub(super) ldb: usize,
     /// First element of the tile of C.
     pub(super) c: *mut f32,
     /// Elements between rows of C (and of the residual).
@@ -64,7 +62,8 @@ unsafe fn full<S: Simd, const H: usize, const NV: usize>(s: S, o: &Operands, f: 
             *row = o.a.add(i * o.lda);
         }
         let mut b = o.b;
-        let ldb = o.ldb;
+        // Constant, so that the second vector's offset is part of the instruction.
+        let ldb = const { table::panel_width(S::ISA) };
         let mut p = 0;
         if const { table::tile(S::ISA).unroll == 4 } {
             while p + 4 <= o.k {
