@@ -39,7 +39,7 @@ pub(super) struct Operands {
     pub(super) a: *const f32,
     /// Elements between rows of A.
     pub(super) lda: usize,
-    /// First row of the panel of B; rows are `panel_width` apart.
+    /// First row of the panel of B; rows are as wide as the tile, without gaps.
     pub(super) b: *const f32,
     /// First element of the tile of C.
     pub(super) c: *mut f32,
@@ -63,7 +63,7 @@ unsafe fn full<S: Simd, const H: usize, const NV: usize>(s: S, o: &Operands, f: 
         }
         let mut b = o.b;
         // Constant, so that the second vector's offset is part of the instruction.
-        let ldb = const { table::panel_width(S::ISA) };
+        let ldb = NV * lanes;
         let mut p = 0;
         if const { table::tile(S::ISA).unroll == 4 } {
             while p + 4 <= o.k {
