@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use weblane_engine::onnx::Model;
 use weblane_engine::session::Optimize;
 use weblane_engine::storage::AlignedBytes;
-use weblane_engine::{Error, ErrorCode, Options, Session};
+use weblane_engine::{Error, ErrorCode, Options, Precision, Session};
 use weblane_kernels::simd::Isa;
 
 #[derive(Parser)]
@@ -41,6 +41,12 @@ enum OptimizeArg {
     All,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum PrecisionArg {
+    Fast,
+    Exact,
+}
+
 /// How the engine is set up.
 #[derive(Args)]
 struct EngineArgs {
@@ -53,6 +59,9 @@ struct EngineArgs {
     /// Rewriting of the graph before it runs
     #[arg(long, value_enum, default_value = "all")]
     optimize: OptimizeArg,
+    /// What kernels may trade for speed: fast lets convolutions use Winograd's method
+    #[arg(long, value_enum, default_value = "fast")]
+    precision: PrecisionArg,
 }
 
 impl EngineArgs {
@@ -65,7 +74,11 @@ impl EngineArgs {
             OptimizeArg::None => Optimize::None,
             OptimizeArg::All => Optimize::All,
         };
-        Ok(Options { optimize, threads: self.threads, isa })
+        let precision = match self.precision {
+            PrecisionArg::Fast => Precision::Fast,
+            PrecisionArg::Exact => Precision::Exact,
+        };
+        Ok(Options { optimize, threads: self.threads, isa, precision })
     }
 }
 

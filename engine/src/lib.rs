@@ -28,5 +28,6 @@ pub mod storage;
 pub mod tensor;
 
 pub use error::{Error, ErrorCode, Result};
+pub use ops::Precision;
 pub use session::{Loader, Options, Session};
 pub use tensor::{DType, Tensor, TensorMut, TensorView};

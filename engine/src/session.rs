@@ -7,8 +7,8 @@ use crate::fact::{Dim, Fact, Shape};
 use crate::graph::{Graph, ValueId};
 use crate::import::import;
 use crate::onnx::{Limits, Model, Reader};
-use crate::ops::PackCache;
 use crate::ops::if_::If;
+use crate::ops::{PackCache, Precision};
 use crate::optimize::{Specialized, optimize, promote_half, specialize};
 use crate::plan::{Plan, plan_for};
 use crate::prepack;
@@ -47,11 +47,13 @@ pub struct Options {
     pub threads: usize,
     /// The instruction set.
     pub isa: Isa,
+    /// What kernels may trade for speed.
+    pub precision: Precision,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { optimize: Optimize::All, threads: 1, isa: Isa::best() }
+        Options { optimize: Optimize::All, threads: 1, isa: Isa::best(), precision: Precision::Fast }
     }
 }
 
@@ -213,7 +215,7 @@ impl Session {
             })
             .collect::<Result<Vec<Fact>>>()?;
         let isa = options.isa;
-        let packed = PackCache::default();
+        let packed = PackCache::new(options.precision);
         let (graph, output_facts, constant_bytes) = pool.run(isa, |cx| -> Result<_> {
             let facts = analyze(&graph, &declared, cx, Folding { max_bytes: 0 })?;
             let output_facts: Vec<_> = graph.outputs.iter().map(|o| facts[o.index()].clone()).collect();

@@ -9,6 +9,7 @@
 //!   from the image, with zeros for the padding. A patch is `kd * kh` runs of `kw * c` contiguous elements
 //!   (`kw` times as many of `c` if dilated or grouped). There is no im2col buffer.
 //! - One channel per group: the kernel of [`crate::depthwise`].
+//! - 3 x 3 of stride 1 where it is faster and allowed: [`crate::winograd`].
 //!
 //! Channels-first tensors are transposed in a workspace around this.
 
@@ -19,6 +20,7 @@ use crate::gemm::{self, Lhs, Matrix, OutPtr, PackedB, Problem, Rhs};
 use crate::movement;
 use crate::par::Cx;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::winograd::{self, TileSize, Winograd};
 use core::ops::Range;
 
 /// Where the channels of a tensor stand.
@@ -65,6 +67,34 @@ impl ConvParams {
         }
         Ok(())
     }
+
+    /// Size of the output for an input, `[d, h, w]`.
+    ///
+    /// # Errors
+    /// If the kernel does not fit into the padded input.
+    pub fn output_spatial(&self, input: &ConvInput) -> Result<[usize; 3]> {
+        let ConvParams { kernel, strides, dilations, .. } = self;
+        let mut out = [0; 3];
+        for d in 0..3 {
+            let reach = (kernel[d] - 1).checked_mul(dilations[d]).and_then(|x| x.checked_add(1));
+            let padded =
+                input.spatial[d].checked_add(input.pads_begin[d]).and_then(|x| x.checked_add(input.pads_end[d]));
+            out[d] = match (padded, reach) {
+                // Half of the address space: positions are computed with signed numbers.
+                (Some(padded), Some(reach)) if reach <= padded && padded <= isize::MAX as usize => {
+                    (padded - reach) / strides[d] + 1
+                }
+                _ => {
+                    return Err(Error::new(format!(
+                        "a kernel of {kernel:?} with dilations {dilations:?} does not fit an input of {:?} with pads \
+                         {:?} and {:?}",
+                        input.spatial, input.pads_begin, input.pads_end
+                    )));
+                }
+            };
+        }
+        Ok(out)
+    }
 }
 
 /// What of a convolution depends on its input.
@@ -78,6 +108,29 @@ pub struct ConvInput {
     pub pads_begin: [usize; 3],
     /// Zeros after each dimension.
     pub pads_end: [usize; 3],
+}
+
+/// How a convolution is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Algorithm {
+    /// Every product of an input and a weight, as the definition says.
+    Direct,
+    /// Fewer products of sums of inputs and sums of weights, see [`crate::winograd`].
+    Winograd(TileSize),
+}
+
+impl Algorithm {
+    /// The fastest for a convolution and an input that is worth its memory. The number of images does not count, which
+    /// often is known only when a model runs.
+    pub fn choose(isa: Isa, params: &ConvParams, input: &ConvInput) -> Self {
+        let size = params.output_spatial(input).ok().and_then(|out| winograd::choose(isa, params, out));
+        size.map_or(Self::Direct, Self::Winograd)
+    }
+
+    /// Whether [`choose`](Self::choose) looks at the input.
+    pub fn depends_on_input(isa: Isa, params: &ConvParams) -> bool {
+        Winograd::supports(isa, params)
+    }
 }
 
 /// A convolution with its weights packed for one instruction set.
@@ -95,6 +148,7 @@ enum Weights {
     Gemm(Vec<PackedB>),
     /// One channel per group.
     Depthwise(Depthwise),
+    Winograd(Winograd),
 }
 
 /// The product of sizes, or an error that they exceed the address space.
@@ -115,8 +169,15 @@ impl Conv {
     /// Packs `weights`, laid out `[out, in / groups, kd, kh, kw]` as in ONNX.
     ///
     /// # Errors
-    /// If sizes are zero, groups do not divide the channels, or `weights` or `bias` have the wrong length.
-    pub fn new(isa: Isa, params: ConvParams, weights: &[f32], bias: Option<&[f32]>) -> Result<Self> {
+    /// If sizes are zero, groups do not divide the channels, `weights` or `bias` have the wrong length, or the algorithm
+    /// is not for these parameters ([`Algorithm::choose`] names one that is).
+    pub fn new(
+        isa: Isa,
+        params: ConvParams,
+        algorithm: Algorithm,
+        weights: &[f32],
+        bias: Option<&[f32]>,
+    ) -> Result<Self> {
         params.check()?;
         let ConvParams { in_channels, out_channels, groups, kernel, .. } = params;
         let (ipg, opg) = (in_channels / groups, out_channels / groups);
@@ -125,7 +186,12 @@ impl Conv {
         if let Some(bias) = bias {
             check_len("the bias", bias.len(), out_channels)?;
         }
-        let weights = if ipg == 1 && opg == 1 && groups > 1 && Depthwise::supports(&params) {
+        let weights = if let Algorithm::Winograd(size) = algorithm {
+            if !Winograd::supports(isa, &params) {
+                return Err(Error::new(format!("no Winograd convolution for {params:?}")));
+            }
+            Weights::Winograd(Winograd::new(isa, size, &params, weights, bias)?)
+        } else if ipg == 1 && opg == 1 && groups > 1 && Depthwise::supports(&params) {
             Weights::Depthwise(Depthwise::new(&params, weights, bias)?)
         } else {
             let k = taps * ipg;
@@ -157,40 +223,29 @@ impl Conv {
         &self.params
     }
 
+    /// How it is computed.
+    pub fn algorithm(&self) -> Algorithm {
+        match &self.weights {
+            Weights::Gemm(_) | Weights::Depthwise(_) => Algorithm::Direct,
+            Weights::Winograd(winograd) => Algorithm::Winograd(winograd.size()),
+        }
+    }
+
     /// Memory the packed weights hold.
     pub fn bytes(&self) -> usize {
         match &self.weights {
             Weights::Gemm(groups) => groups.iter().map(PackedB::bytes).sum(),
             Weights::Depthwise(depthwise) => depthwise.bytes(),
+            Weights::Winograd(winograd) => winograd.bytes(),
         }
     }
 
-    /// Size of the output for an input, `[d, h, w]`.
+    /// See [`ConvParams::output_spatial`].
     ///
     /// # Errors
     /// If the kernel does not fit into the padded input.
     pub fn output_spatial(&self, input: &ConvInput) -> Result<[usize; 3]> {
-        let ConvParams { kernel, strides, dilations, .. } = &self.params;
-        let mut out = [0; 3];
-        for d in 0..3 {
-            let reach = (kernel[d] - 1).checked_mul(dilations[d]).and_then(|x| x.checked_add(1));
-            let padded =
-                input.spatial[d].checked_add(input.pads_begin[d]).and_then(|x| x.checked_add(input.pads_end[d]));
-            out[d] = match (padded, reach) {
-                // Half of the address space: positions are computed with signed numbers.
-                (Some(padded), Some(reach)) if reach <= padded && padded <= isize::MAX as usize => {
-                    (padded - reach) / strides[d] + 1
-                }
-                _ => {
-                    return Err(Error::new(format!(
-                        "a kernel of {kernel:?} with dilations {dilations:?} does not fit an input of {:?} with pads \
-                         {:?} and {:?}",
-                        input.spatial, input.pads_begin, input.pads_end
-                    )));
-                }
-            };
-        }
-        Ok(out)
+        self.params.output_spatial(input)
     }
 
     /// `out = activation(conv(x) + bias + residual)`; all tensors in `layout`.
@@ -249,6 +304,9 @@ impl Conv {
             Weights::Depthwise(depthwise) => {
                 depthwise.run(cx, &self.params, input, out_spatial, x, residual, activation, out);
                 return Ok(());
+            }
+            Weights::Winograd(winograd) => {
+                return winograd.run(cx, input, out_spatial, x, residual, activation, out);
             }
         };
         let (ipg, opg) = (in_channels / groups, out_channels / groups);

@@ -34,3 +34,4 @@ pub mod simd;
 pub mod softmax;
 #[cfg(test)]
 mod testing;
+pub mod winograd;

@@ -103,6 +103,7 @@ export interface StopWords {
 /** Options that reach the engine. */
 export interface EngineOptions {
   readonly optimize: "all" | "none";
+  readonly precision: "fast" | "exact";
 }
 
 /** Names a session of the worker. */

@@ -315,6 +315,7 @@ test("external data comes from the caller or from beside the model", async () =>
 test("options are checked", async () => {
   const bad: LoadOptions[] = [
     { optimize: "some" as never },
+    { precision: "half" as never },
     { threads: -1 },
     { threads: 1.5 },
     { variant: "fast" as never },

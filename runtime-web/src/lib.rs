@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use wasm_bindgen::prelude::*;
 use weblane_engine::fact::Dim;
 use weblane_engine::session::{Optimize, Timing, ValueInfo};
-use weblane_engine::{DType, Error, ErrorCode, Loader, Options, Session, Tensor, TensorView};
+use weblane_engine::{DType, Error, ErrorCode, Loader, Options, Precision, Session, Tensor, TensorView};
 use weblane_kernels::par::Pool;
 
 #[cfg(feature = "threads")]
@@ -92,6 +92,7 @@ fn throw(error: Error) -> JsValue {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct JsOptions {
     optimize: String,
+    precision: String,
 }
 
 /// See `ValueInfo` in `npm/src/protocol.ts`.
@@ -205,7 +206,12 @@ impl WasmSession {
             "none" => Optimize::None,
             other => return Err(bad(format!("optimize must be \"all\" or \"none\", not \"{other}\""))),
         };
-        let options = Options { optimize, threads: pool().threads(), ..Options::default() };
+        let precision = match options.precision.as_str() {
+            "fast" => Precision::Fast,
+            "exact" => Precision::Exact,
+            other => return Err(bad(format!("precision must be \"fast\" or \"exact\", not \"{other}\""))),
+        };
+        let options = Options { optimize, precision, threads: pool().threads(), ..Options::default() };
         Ok(WasmSession {
             stage: Stage::Reading(Loader::new(options)),
             inputs: Vec::new(),

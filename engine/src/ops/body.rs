@@ -1,6 +1,6 @@
 //! Bodies of control-flow operators: graphs whose last inputs are captured outer values.
 
-use super::PackCache;
+use super::{PackCache, Precision};
 use crate::analyze::{Folding, analyze};
 use crate::error::{Error, Result};
 use crate::execute::Memory;
@@ -54,7 +54,8 @@ impl PlannedBody {
 
     /// For certain inputs, of which those that decide shapes become part of the plan.
     pub fn of_inputs(body: &Graph, inputs: &[TensorView], cx: &Cx) -> Result<Self> {
-        let (plan, _) = plan_for(body, inputs, &PackCache::default(), cx)?;
+        // For few runs: transforming weights would not pay.
+        let (plan, _) = plan_for(body, inputs, &PackCache::new(Precision::Exact), cx)?;
         Ok(PlannedBody { plan, memory: Mutex::default() })
     }
 

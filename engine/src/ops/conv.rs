@@ -1,16 +1,17 @@
 //! Conv: convolution over 1 to 3 spatial axes, with bias, residual and activation in its epilogue.
 
 use super::spatial::{Window, join, split_dims, split_fact};
-use super::{Attributes, Compute, Infer, Io, Op, Operator, Permuted, Prepare, Registration, Role, wrong_dtype};
+use super::{Attributes, Compute, Infer, Io, Op, Operator, Permuted, Precision, Prepare, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
-use crate::fact::Fact;
+use crate::fact::{Dim, Fact};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
-use weblane_kernels::conv::{Conv as Kernel, ConvInput, ConvParams, Layout};
+use weblane_kernels::conv::{Algorithm, Conv as Kernel, ConvInput, ConvParams, Layout};
 use weblane_kernels::epilogue::Activation;
 use weblane_kernels::naive;
 use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
+use weblane_kernels::winograd::TileSize;
 
 /// The operators of this file.
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Conv", 1, parse)];
@@ -147,7 +148,7 @@ impl Operator for Conv {
         match x.dtype {
             DType::F32 => {
                 let bias = bias.map(|b| b.as_slice::<f32>()).transpose()?;
-                let kernel = Kernel::new(cx.isa(), params, w.as_slice::<f32>()?, bias)?;
+                let kernel = Kernel::new(cx.isa(), params, Algorithm::Direct, w.as_slice::<f32>()?, bias)?;
                 self.run_kernel(cx, io, &kernel, &input)
             }
             DType::F64 if self.layout == Layout::Nchw && !self.residual && self.activation == Activation::Identity => {
@@ -168,7 +169,8 @@ impl Operator for Conv {
             return Ok(None);
         }
         let (params, input) = self.geometry(&cx.dims(0)?, weights.dims())?;
-        let packed = pack(cx, weights, bias, params)?;
+        let algorithm = algorithm(cx, &params, Some(&input)).unwrap_or(Algorithm::Direct);
+        let packed = pack(cx, weights, bias, params, algorithm)?;
         let flops = input_flops(&packed.kernel, &input)?;
         Ok(Some(Arc::new(Prepared { op: self.clone(), packed, input, flops })))
     }
@@ -180,7 +182,11 @@ impl Operator for Conv {
         if bias_index.is_some() && bias.is_none() {
             return Ok(&[]);
         }
-        pack(cx, weights, bias, self.params(weights.dims())?)?;
+        let params = self.params(weights.dims())?;
+        let input = self.input_if_known(cx, weights.dims())?;
+        // Without the size of the image the choice has to wait, and with it the packing.
+        let Some(algorithm) = algorithm(cx, &params, input.as_ref()) else { return Ok(&[]) };
+        pack(cx, weights, bias, params, algorithm)?;
         Ok(&[1])
     }
 
@@ -199,11 +205,31 @@ impl Operator for Conv {
 }
 
 impl Conv {
+    /// The input for one image, if the sizes of images are known.
+    fn input_if_known(&self, cx: &Prepare, w: &[usize]) -> Result<Option<ConvInput>> {
+        let Some(x) = cx.inputs.first().and_then(Option::as_ref) else { return Ok(None) };
+        let Some((_, _, spatial)) = split_fact(x, self.layout)? else { return Ok(None) };
+        let Some(spatial) = spatial.iter().map(Dim::known).collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let kernel = w.get(2..).ok_or_else(|| Error::shape(format!("weights of shape {w:?}")))?;
+        let s = self.window.over(&spatial, kernel)?;
+        Ok(Some(ConvInput { batch: 1, spatial: s.input, pads_begin: s.begin, pads_end: s.end }))
+    }
+
     fn run_kernel(&self, cx: &Cx, io: &mut Io, kernel: &Kernel, input: &ConvInput) -> Result<()> {
         let x = io.slice::<f32>(0)?;
         let residual = self.residual_index(io.inputs.len()).map(|i| io.slice::<f32>(i)).transpose()?;
         let y = io.output(0)?.as_slice::<f32>()?;
         Ok(kernel.run(cx, input, self.layout, x, residual, self.activation, y)?)
+    }
+}
+
+/// The algorithm; `None` if it depends on the input, and that is not known yet.
+fn algorithm(cx: &Prepare, params: &ConvParams, input: Option<&ConvInput>) -> Option<Algorithm> {
+    match cx.cache.precision() {
+        Precision::Fast if Algorithm::depends_on_input(cx.isa, params) => {
+            input.map(|input| Algorithm::choose(cx.isa, params, input))
+        }
+        Precision::Fast | Precision::Exact => Some(Algorithm::Direct),
     }
 }
 
@@ -224,12 +250,18 @@ struct Packed {
     _bias: Option<Arc<Tensor>>,
 }
 
-fn pack(cx: &Prepare, weights: &Arc<Tensor>, bias: Option<Arc<Tensor>>, params: ConvParams) -> Result<Arc<Packed>> {
+fn pack(
+    cx: &Prepare,
+    weights: &Arc<Tensor>,
+    bias: Option<Arc<Tensor>>,
+    params: ConvParams,
+    algorithm: Algorithm,
+) -> Result<Arc<Packed>> {
     let isa: Isa = cx.isa;
-    let kind = format!("conv {isa} {params:?} {:?}", bias.as_ref().map(Arc::as_ptr));
+    let kind = format!("conv {isa} {algorithm:?} {params:?} {:?}", bias.as_ref().map(Arc::as_ptr));
     cx.cache.get(weights, &kind, |w| {
         let b = bias.as_ref().map(|b| b.as_slice::<f32>()).transpose()?;
-        let kernel = Kernel::new(isa, params, w.as_slice::<f32>()?, b)?;
+        let kernel = Kernel::new(isa, params, algorithm, w.as_slice::<f32>()?, b)?;
         Ok(Packed { kernel, _bias: bias })
     })
 }
@@ -248,7 +280,11 @@ impl Compute for Prepared {
     }
 
     fn kernel(&self) -> &str {
-        "conv"
+        match self.packed.kernel.algorithm() {
+            Algorithm::Direct => "conv",
+            Algorithm::Winograd(TileSize::Two) => "conv winograd 2x2",
+            Algorithm::Winograd(TileSize::Four) => "conv winograd 4x4",
+        }
     }
 
     fn packed_operands(&self) -> &[usize] {
@@ -265,9 +301,11 @@ impl Compute for Prepared {
 
 #[cfg(test)]
 mod tests {
+    use super::super::PackCache;
+    use super::super::spatial::AutoPad;
     use super::super::testing::{OneNode, f32s};
     use super::*;
-    use crate::fact::Dim;
+    use weblane_kernels::par::Pool;
 
     fn ramp(n: usize) -> Vec<f32> {
         (0..n).map(|i| i as f32).collect()
@@ -290,6 +328,43 @@ mod tests {
         let w = f32s(&[2, 1, 2], &[1.0, 1.0, 1.0, -1.0]);
         let y = OneNode::new("Conv").int("group", 2).run(&[x, w, f32s(&[2], &[0.5, 10.0])]).unwrap();
         assert_eq!(y[0].as_slice::<f32>().unwrap(), [1.5, 3.5, 5.5, 9.0, 9.0, 9.0]);
+    }
+
+    #[test]
+    fn precision_decides_the_algorithm() {
+        let (x, w) = (Fact::new(DType::F32, &[1, 16, 12, 12]), Arc::new(f32s(&[16, 16, 3, 3], &ramp(2304))));
+        let outputs = [Fact::new(DType::F32, &[1, 16, 12, 12])];
+        let axes = |sizes: &[usize]| sizes.iter().copied().collect();
+        let (strides, dilations, pads) = (axes(&[]), axes(&[]), axes(&[1; 4]));
+        let window =
+            Window { kernel: None, strides, dilations, pads, auto_pad: AutoPad::NotSet, ceil: false };
+        let (layout, activation) = (Layout::Nchw, Activation::Identity);
+        let conv = Conv { window, groups: 1, layout, activation, residual: false };
+        let known = |x: &[Dim]| Fact::with_shape(DType::F32, x.iter().cloned().collect());
+        let [batch, channels, size] = [Dim::Symbol("n".into()), Dim::Known(16), Dim::Known(12)];
+        let images = known(&[batch.clone(), channels.clone(), size.clone(), size]);
+        let unknown = known(&[batch, channels, Dim::Unknown, Dim::Unknown]);
+        Pool::new(1).run(Isa::best(), |cx| {
+            for (precision, kernel) in [(Precision::Fast, "conv winograd 4x4"), (Precision::Exact, "conv")] {
+                let cache = PackCache::new(precision);
+                let prepare = |x: &Fact, now: bool| {
+                    let inputs = [Some(x.clone()), Some(Fact::constant(w.clone()))];
+                    let prepare = Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache: &cache };
+                    if now {
+                        conv.prepare(&prepare).unwrap().unwrap().kernel().to_owned()
+                    } else {
+                        format!("{:?}", conv.prepack(&prepare).unwrap())
+                    }
+                };
+                let early = if precision == Precision::Fast { "[]" } else { "[1]" };
+                assert_eq!(prepare(&unknown, false), early, "the choice has to wait for the size");
+                // The form that was packed before shapes were known is the one that a plan asks for.
+                assert_eq!(prepare(&images, false), "[1]");
+                assert_eq!(cache.len(), 1);
+                assert_eq!(prepare(&x, true), kernel);
+                assert_eq!(cache.len(), 1);
+            }
+        });
     }
 
     #[test]

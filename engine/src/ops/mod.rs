@@ -20,7 +20,7 @@ pub mod spatial;
 #[cfg(test)]
 pub(crate) mod testing;
 pub use attributes::Attributes;
-pub use prepare::{Compute, PackCache, Prepare};
+pub use prepare::{Compute, PackCache, Precision, Prepare};
 
 /// What is known where a shape is inferred.
 #[derive(Debug)]

@@ -36,6 +36,17 @@ pub trait Compute: Debug + Send + Sync {
     }
 }
 
+/// What kernels may trade for speed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Convolutions may be computed with fewer products (Winograd's method); the error stays within
+    /// [`weblane_kernels::winograd::MAX_ERROR`] of the largest output.
+    #[default]
+    Fast,
+    /// Every product that the definition of an operator names is computed.
+    Exact,
+}
+
 /// What is known where a kernel is chosen: all shapes, and the constants.
 #[derive(Debug)]
 pub struct Prepare<'a> {
@@ -82,7 +93,10 @@ impl<'a> Prepare<'a> {
 
 /// Packed forms of constants, shared by all plans of a session; a clone is another handle to the same forms.
 #[derive(Clone, Debug, Default)]
-pub struct PackCache(Arc<Mutex<Forms>>);
+pub struct PackCache {
+    precision: Precision,
+    forms: Arc<Mutex<Forms>>,
+}
 
 #[derive(Debug, Default)]
 struct Forms {
@@ -104,8 +118,18 @@ impl Forms {
 }
 
 impl PackCache {
+    /// An empty one for a session.
+    pub fn new(precision: Precision) -> Self {
+        PackCache { precision, ..PackCache::default() }
+    }
+
+    /// What the session lets kernels do.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     fn forms(&self) -> Result<MutexGuard<'_, Forms>> {
-        self.0.lock().map_err(|_| broken())
+        self.forms.lock().map_err(|_| broken())
     }
 
     /// A number that stands for this tensor in this cache, for the `kind` of a form that depends on several tensors.
@@ -144,7 +168,7 @@ impl PackCache {
 
     /// Frees the forms of constants that are gone.
     pub fn forget_dead(&self) {
-        if let Ok(mut forms) = self.0.lock() {
+        if let Ok(mut forms) = self.forms.lock() {
             let Forms { ids, packed, .. } = &mut *forms;
             ids.retain(|_, (tensor, _)| tensor.strong_count() > 0);
             let alive: HashSet<u64> = ids.values().map(|(_, id)| *id).collect();
@@ -154,7 +178,7 @@ impl PackCache {
 
     /// Number of packed forms.
     pub fn len(&self) -> usize {
-        self.0.lock().map_or(0, |forms| forms.packed.len())
+        self.forms.lock().map_or(0, |forms| forms.packed.len())
     }
 
     /// Whether there are none.

@@ -1,6 +1,6 @@
 //! What is measured: matrix shapes of BERT and of 1x1 convolutions, layers of ResNet-50 and MobileNetV2.
 
-use weblane_kernels::conv::{Conv, ConvInput, ConvParams, Layout};
+use weblane_kernels::conv::{Algorithm, Conv, ConvInput, ConvParams, Layout};
 use weblane_kernels::epilogue::{Activation, Epilogue};
 use weblane_kernels::gemm::{Batched, Matrix, PackedB, Rhs, gemm, gemm_batched};
 use weblane_kernels::par::Cx;
@@ -134,7 +134,7 @@ fn convolution([size, in_channels, out_channels, groups, kernel, stride]: [usize
         prepare: Box::new(move |isa| {
             let weights = vec![0.25; out_channels * per_output];
             let bias = vec![1.0; out_channels];
-            let conv = Conv::new(isa, params.clone(), &weights, Some(&bias)).expect("sizes fit");
+            let conv = Conv::new(isa, params.clone(), Algorithm::Direct, &weights, Some(&bias)).expect("sizes fit");
             let x = vec![0.5; size * size * in_channels];
             let mut out = vec![0.0; side * side * out_channels];
             let input = input.clone();

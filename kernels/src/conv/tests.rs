@@ -36,7 +36,7 @@ fn check(case: &Case) {
     let x = integers(input.batch * input.spatial.iter().product::<usize>() * params.in_channels, 3);
     each_context(|cx| {
         let isa = cx.isa();
-        let conv = Conv::new(isa, params.clone(), &w, Some(&bias)).unwrap();
+        let conv = Conv::new(isa, params.clone(), Algorithm::Direct, &w, Some(&bias)).unwrap();
         let spatial = conv.output_spatial(input).unwrap();
         let want = reference(params, input, spatial, &x, &w, &bias);
         let residual = integers(want.len(), 4);
@@ -148,7 +148,7 @@ fn costly_activation_matches_a_second_sweep() {
         let w = integers(c.params.out_channels * c.params.in_channels / c.params.groups * 9, 1);
         let x = integers(45 * 9, 2);
         each_context(|cx| {
-            let conv = Conv::new(cx.isa(), c.params.clone(), &w, None).unwrap();
+            let conv = Conv::new(cx.isa(), c.params.clone(), Algorithm::Direct, &w, None).unwrap();
             let run = |activation| {
                 let mut out = vec![0.0; 45 * c.params.out_channels];
                 conv.run(cx, &c.input, Layout::Nhwc, &x, None, activation, &mut out).unwrap();
@@ -170,12 +170,12 @@ fn wrong_operands_are_refused() {
     let w = vec![0.0; 108];
     each_context(|cx| {
         let isa = cx.isa();
-        let new = |params| Conv::new(isa, params, &w, None).map(|_| ()).unwrap_err().to_string();
+        let new = |params| Conv::new(isa, params, Algorithm::Direct, &w, None).map(|_| ()).unwrap_err().to_string();
         assert!(new(ConvParams { groups: 2, ..c.params.clone() }).contains("groups"));
         assert!(new(ConvParams { strides: [1, 0, 1], ..c.params.clone() }).contains("must not be 0"));
         assert!(new(ConvParams { out_channels: 5, ..c.params.clone() }).contains("108"));
         assert!(new(ConvParams { kernel: [usize::MAX, 3, 3], ..c.params.clone() }).contains("address space"));
-        let conv = Conv::new(isa, c.params.clone(), &w, None).unwrap();
+        let conv = Conv::new(isa, c.params.clone(), Algorithm::Direct, &w, None).unwrap();
         let mut out = vec![0.0; 36];
         let mut run = |input: &ConvInput, x: &[f32]| {
             conv.run(cx, input, Layout::Nhwc, x, None, Activation::Identity, &mut out).map_err(|e| e.to_string())

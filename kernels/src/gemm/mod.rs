@@ -439,7 +439,7 @@ impl Grid {
 
 /// Part `index` of `0..len` cut into `parts`.
 #[inline(always)]
-fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
+pub(crate) fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
     let start = |i: usize| i * (len / parts) + i.min(len % parts);
     start(index)..start(index + 1)
 }
@@ -529,9 +529,59 @@ pub(crate) fn run<'a, A: Lhs>(
     Ok(())
 }
 
+/// `c = a b` for `m >= 1` rows and some panels of packed weights, on this thread, without an epilogue.
+///
+/// # Safety
+/// A has `m` rows of `b.k()` elements, `lda` apart. C has `m` rows, `ldc` apart; nobody else uses the columns that the
+/// panels have of them.
+pub(crate) unsafe fn multiply(
+    isa: Isa,
+    m: usize,
+    a: *const f32,
+    lda: usize,
+    b: &PackedB,
+    panels: Range<usize>,
+    c: OutPtr,
+    ldc: usize,
+) {
+    let t = table::tile(isa);
+    let (k, n) = (b.k(), b.n());
+    let tiles = m.div_ceil(t.mr);
+    let grid = Grid { tiles, height: m / tiles, tall: m % tiles, panels: b.panels(), row_blocks: 1, panel_blocks: 1 };
+    let kc = k.div_ceil(k.div_ceil(t.kc).max(1));
+    let mut pc = 0;
+    loop {
+        let depth = kc.min(k - pc);
+        let pass = Pass {
+            a: a.wrapping_add(pc),
+            lda,
+            b: b.data(),
+            b_first: 0,
+            c,
+            ldc,
+            bias: None,
+            residual: None,
+            clamp: None,
+            after: None,
+            grid: &grid,
+            tiles: 0..tiles,
+            panels: panels.clone(),
+            n,
+            k,
+            pc,
+            depth,
+        };
+        pass.run(isa);
+        pc += depth;
+        if pc == k {
+            break;
+        }
+    }
+}
+
 /// Elements between gathered rows: whole cache lines, and not a power of two of them, which would map the rows of a tile
 /// to the same few places of the cache.
-fn leading_dimension(kc: usize) -> usize {
+pub(crate) fn leading_dimension(kc: usize) -> usize {
     let lines = kc.div_ceil(16);
     16 * (lines | 1)
 }

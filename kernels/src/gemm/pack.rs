@@ -89,6 +89,11 @@ impl PackedB {
         self.n
     }
 
+    /// Panels of columns.
+    pub(crate) fn panels(&self) -> usize {
+        self.n.div_ceil(table::panel_width(self.isa))
+    }
+
     /// The instruction set whose tiles it was packed for.
     pub fn isa(&self) -> Isa {
         self.isa
