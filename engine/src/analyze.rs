@@ -12,7 +12,8 @@ use weblane_kernels::par::Cx;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Folding {
     /// Results above this many bytes stay nodes, unless they have no more elements than the constants they come from:
-    /// weights in half precision become twice as large, but once instead of in every run.
+    /// weights in half precision become twice as large, but once instead of in every run. 0 is for shape arithmetic
+    /// alone: results above 1 MiB stay nodes too.
     pub max_bytes: usize,
 }
 
@@ -67,7 +68,8 @@ pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding
     let widened = |t: &Tensor| if t.dtype().is_half() { 2 * t.bytes().len() } else { t.bytes().len() };
     let source: usize = constants.iter().flatten().map(|t| widened(t)).sum();
     let size = results.iter().map(|f| f.dims().map_or(0, |d| byte_count(f.dtype, &d).unwrap_or(usize::MAX)));
-    if size.fold(0usize, usize::saturating_add) > folding.max_bytes.max(source) {
+    let limit = if folding.max_bytes == 0 { source.min(1 << 20) } else { folding.max_bytes.max(source) };
+    if size.fold(0usize, usize::saturating_add) > limit {
         return Ok(results);
     }
     let views: Vec<Option<TensorView>> = constants.iter().map(|t| t.map(|t| t.view())).collect();

@@ -7,6 +7,11 @@ use std::ops::Range;
 /// Alignment of every tensor: a cache line, and the widest vector of any instruction set.
 pub const ALIGN: usize = 64;
 
+/// Lines that an exact reservation has too many. The allocator of the WebAssembly build (dlmalloc) looks for an aligned
+/// block of n bytes as an unaligned one of n + 64 and some more; so weights that are packed, which takes as many bytes
+/// again, would never fit into the holes that weights packed before have left. With BERT-base that was 160 MB.
+const SPARE: usize = 2;
+
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([u8; ALIGN]);
@@ -38,9 +43,9 @@ impl AlignedBytes {
         Ok(own)
     }
 
-    /// Room for `more` bytes beyond [`len`](Self::len), exactly.
+    /// Room for `more` bytes beyond [`len`](Self::len), and a little to spare.
     pub fn reserve_exact(&mut self, more: usize) -> Result<()> {
-        let want = self.len.checked_add(more).ok_or_else(|| no_memory(usize::MAX))?.div_ceil(ALIGN);
+        let want = self.len.checked_add(more).ok_or_else(|| no_memory(usize::MAX))?.div_ceil(ALIGN) + SPARE;
         let missing = want.saturating_sub(self.lines.len());
         self.lines.try_reserve_exact(missing).map_err(|_| no_memory(want.saturating_mul(ALIGN)))
     }

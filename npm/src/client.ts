@@ -23,6 +23,12 @@ interface Pending {
   readonly progress: ((progress: never) => void) | undefined;
 }
 
+interface PoolWorker {
+  readonly port: Port;
+  /** Settles when the worker has taken its seat, or has failed before. */
+  readonly seated: Promise<void>;
+}
+
 /** The longest delay that timers take. */
 const MAX_DELAY = 2 ** 31 - 1;
 
@@ -30,7 +36,9 @@ const MAX_DELAY = 2 ** 31 - 1;
 export class Client {
   readonly #spawn: Spawn;
   readonly #worker: Port;
-  readonly #pool: Port[] = [];
+  readonly #pool = new Set<Port>();
+  /** Pool workers that have no seat yet. */
+  readonly #hired: PoolWorker[] = [];
   readonly #pending = new Map<number, Pending>();
   #nextId = 1;
   #closed: WeblaneError | undefined;
@@ -132,6 +140,11 @@ export class Client {
   }
 
   #receive(message: FromWorker): void {
+    if (this.#closed) return;
+    if ("hire" in message) {
+      this.#hire(message.hire);
+      return;
+    }
     if ("spawn" in message) {
       void this.#seatPool(message.spawn.seat, message.spawn.count);
       return;
@@ -145,9 +158,26 @@ export class Client {
     else call.progress?.(message.progress as never);
   }
 
-  /** Starts the pool workers and tells the worker when all of them are there. */
+  /** Starts pool workers before there are seats for them, until there are `count`; ends those that are too many. */
+  #hire(count: number): void {
+    for (const { port } of this.#hired.splice(count)) {
+      this.#pool.delete(port);
+      port.terminate();
+    }
+    try {
+      while (this.#hired.length < count) this.#hired.push(this.#poolWorker());
+    } catch {
+      // Whoever gives out the seats will try again and hear why.
+    }
+  }
+
+  /** Gives seats to pool workers and tells the worker when all of them are taken. */
   async #seatPool(seat: PoolSeat, count: number): Promise<void> {
-    const seats = Array.from({ length: count }, () => this.#seatOne(seat));
+    const seats = Array.from({ length: count }, async () => {
+      const { port, seated } = this.#hired.shift() ?? this.#poolWorker();
+      port.post({ seat });
+      await seated;
+    });
     const outcome = await Promise.all(seats).then(
       () => true as const,
       (error: unknown) => toWeblaneError(error).message,
@@ -155,23 +185,27 @@ export class Client {
     if (!this.#closed) this.#worker.post({ spawned: outcome });
   }
 
-  #seatOne(seat: PoolSeat): Promise<void> {
-    return new Promise((resolve, reject) => {
-      const fail = (error: WeblaneError) => {
-        reject(error);
-        this.close(error);
-      };
-      const port = this.#start({
-        onMessage: (message) => {
-          if ("seated" in message) resolve();
-          else if ("crash" in message) fail(fromShape(message.crash));
-        },
-        onFailure: (text, code) => fail(new WeblaneError(code, `a pool worker failed: ${text}`)),
-      });
-      this.#pool.push(port);
-      port.keepAlive(false);
-      port.post({ seat });
+  #poolWorker(): PoolWorker {
+    let settle!: { resolve(): void; reject(error: WeblaneError): void };
+    const seated = new Promise<void>((resolve, reject) => {
+      settle = { resolve, reject };
     });
+    // A failure ends the client, which tells everybody who waits; nobody may be waiting for this one.
+    seated.catch(() => {});
+    const fail = (error: WeblaneError) => {
+      settle.reject(error);
+      this.close(error);
+    };
+    const port = this.#start({
+      onMessage: (message) => {
+        if ("seated" in message) settle.resolve();
+        else if ("crash" in message) fail(fromShape(message.crash));
+      },
+      onFailure: (text, code) => fail(new WeblaneError(code, `a pool worker failed: ${text}`)),
+    });
+    this.#pool.add(port);
+    port.keepAlive(false);
+    return { port, seated };
   }
 }
 

@@ -9,12 +9,15 @@ import type { Wasm, WasmOutput, WasmSession } from "./wasm.js";
 /** How long a run keeps the worker before it looks for messages, in milliseconds. */
 export const STEP_BUDGET_MS = 8;
 
+/** Bytes of a file that are read ahead while the build compiles. */
+const EARLY_BYTES = 32 << 20;
+
 /** What the host needs from its surroundings; tests give fakes. */
 export interface HostEnvironment {
   readonly platform: Platform;
-  /** Compiles and starts a build. */
+  /** Compiles and starts a build that will have so many threads. */
   instantiate(variant: Variant, url: string | undefined, threads: number): Promise<Wasm>;
-  /** Opens a file for reading; `total` is 0 when its size is not known. */
+  /** Opens a file for reading; `total` is 0 when its size is not known. A chunk is valid until the next one is taken. */
   open(
     url: string,
     signal: AbortSignal,
@@ -75,6 +78,7 @@ export class Host {
   readonly #env: HostEnvironment;
   readonly #sessions = new Map<number, SessionSlot>();
   readonly #running = new Map<number, Call>();
+  /** Files can be read. */
   readonly #started: Promise<Wasm>;
   #onStarted!: (wasm: Wasm | PromiseLike<Wasm>) => void;
   #wasm: Wasm | undefined;
@@ -125,9 +129,12 @@ export class Host {
 
   readonly #handlers: Handlers = {
     start: async ({ threads, variant, wasmUrls }, { progress }) => {
-      const starting = this.#start(threads, variant, wasmUrls, progress);
+      progress({ phase: "compile", loaded: 0, total: 1 });
+      const starting = this.#start(threads, variant, wasmUrls);
       this.#onStarted(starting.then(([wasm]) => wasm));
-      const [wasm, info] = await starting;
+      const [wasm, choice] = await starting;
+      const info = await this.#startThreads(wasm, choice, variant);
+      progress({ phase: "compile", loaded: 1, total: 1 });
       const { buffer } = wasm.memory;
       if (typeof SharedArrayBuffer === "undefined" || !(buffer instanceof SharedArrayBuffer)) return { info };
       // The pool is in place by now, so the buffer is long enough to hold both words.
@@ -150,21 +157,38 @@ export class Host {
     },
 
     fetch: async ({ session, file, url }, { signal, progress }) => {
-      const opening = this.#env.open(url, signal);
-      // The module may fail to start while the download begins; the failed start is what gets reported then.
-      opening.catch(() => {});
-      await this.#started;
-      const { total, isHtml, chunks } = await opening;
+      let started = false;
+      const start = this.#started.then(() => {
+        started = true;
+      });
+      // Whoever waits for it gets the rejection; nobody may be waiting yet.
+      start.catch(() => {});
+      const { total, isHtml, chunks } = await this.#env.open(url, signal).catch(async (error: unknown) => {
+        // When the build cannot be started either, that is what gets reported.
+        await start;
+        throw error;
+      });
       let loaded = 0;
       const report = () => progress({ phase: "download", loaded, total: loaded > total ? 0 : total });
       report();
+      const early: Uint8Array[] = [];
+      const flush = async () => {
+        await start;
+        if (loaded === 0 || early.length > 0) this.#expect(session, file, total);
+        for (const bytes of early.splice(0)) this.#push(session, file, bytes);
+      };
       try {
         for await (const bytes of chunks) {
           if (signal.aborted) throw abortError(signal, "load");
-          this.#push(session, file, bytes);
+          if (!started && loaded + bytes.byteLength <= EARLY_BYTES) early.push(bytes.slice());
+          else {
+            await flush();
+            this.#push(session, file, bytes);
+          }
           loaded += bytes.byteLength;
           report();
         }
+        await flush();
       } catch (error) {
         if (error instanceof WeblaneError && error.code === "not_onnx" && isHtml) {
           throw new WeblaneError("not_onnx", `${url} is an HTML page, not a model`, { cause: error });
@@ -174,8 +198,9 @@ export class Host {
       return undefined;
     },
 
-    push: async ({ session, file, bytes }) => {
+    push: async ({ session, file, bytes, total }) => {
       await this.#started;
+      if (total !== undefined) this.#expect(session, file, total);
       this.#push(session, file, bytes);
       return undefined;
     },
@@ -243,26 +268,32 @@ export class Host {
     threads: number,
     variant: Variant | "auto",
     wasmUrls: Readonly<Partial<Record<Variant, string>>>,
-    progress: Context<"start">["progress"],
-  ): Promise<[Wasm, RuntimeInfo]> {
+  ): Promise<[Wasm, VariantChoice]> {
     const { platform } = this.#env;
-    const start = async (choice: VariantChoice): Promise<[Wasm, RuntimeInfo]> => {
-      const wasm = await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads);
-      return [wasm, { ...choice, threads: wasm.threads, version: wasm.version() }];
-    };
-    progress({ phase: "compile", loaded: 0, total: 1 });
+    const start = async (choice: VariantChoice): Promise<[Wasm, VariantChoice]> => [
+      await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads),
+      choice,
+    ];
     const choice = chooseVariant(platform, { threads, variant });
     const started = await start(choice).catch((error: unknown) => {
-      // Some phones refuse the large address range that shared memory has to reserve, and some pages their workers.
-      const { code, message } = toWeblaneError(error);
-      const refused = code === "out_of_memory" || code === "unsupported_platform";
-      if (variant !== "auto" || !choice.variant.endsWith("_mt") || !refused) throw error;
+      // Some phones refuse the large address range that shared memory has to reserve.
+      if (variant !== "auto" || !choice.variant.endsWith("_mt") || !isRefusal(error)) throw error;
       const single = chooseVariant({ ...platform, sharedMemory: false }, { variant });
-      return start({ ...single, threadsReason: `several threads could not be started: ${message}` });
+      return start({ ...single, threadsReason: noThreads(error) });
     });
     this.#wasm = started[0];
-    progress({ phase: "compile", loaded: 1, total: 1 });
     return started;
+  }
+
+  async #startThreads(wasm: Wasm, choice: VariantChoice, asked: Variant | "auto"): Promise<RuntimeInfo> {
+    let { threadsReason } = choice;
+    const threads = await wasm.startThreads(choice.threads).catch((error: unknown) => {
+      // Some pages may not start so many workers.
+      if (asked !== "auto" || !isRefusal(error)) throw error;
+      threadsReason = noThreads(error);
+      return wasm.startThreads(1);
+    });
+    return { ...choice, threads, threadsReason, version: wasm.version() };
   }
 
   #slot(session: number): SessionSlot {
@@ -270,6 +301,12 @@ export class Host {
     if (this.#broken) throw this.#broken;
     if (slot === undefined) throw disposed();
     return slot;
+  }
+
+  #expect(session: number, file: string, total: number): void {
+    if (file !== "" || total === 0) return;
+    const { wasm } = this.#slot(session);
+    this.#guard(() => wasm.expect(total));
   }
 
   #push(session: number, file: string, bytes: Uint8Array): void {
@@ -298,6 +335,16 @@ export class Host {
       throw this.#broken;
     }
   }
+}
+
+/** Whether something could not be had that a build without threads does without. */
+function isRefusal(error: unknown): boolean {
+  const { code } = toWeblaneError(error);
+  return code === "out_of_memory" || code === "unsupported_platform";
+}
+
+function noThreads(error: unknown): string {
+  return `several threads could not be started: ${toWeblaneError(error).message}`;
 }
 
 function disposed(): WeblaneError {

@@ -134,7 +134,12 @@ export interface Protocol {
   /** The worker fetches a file. */
   fetch: { in: OfFile & { readonly url: string }; out: undefined; progress: LoadProgress };
   /** The page hands over a file piece by piece. */
-  push: { in: OfFile & { readonly bytes: Uint8Array }; out: undefined; progress: never };
+  push: {
+    /** The first piece of a file says how long it will be, where that is known. */
+    in: OfFile & { readonly bytes: Uint8Array; readonly total: number | undefined };
+    out: undefined;
+    progress: never;
+  };
   /** The model file is complete: which locations of external data does it name? */
   externals: { in: OfSession; out: readonly string[]; progress: never };
   /** All files are complete: optimises and plans. */
@@ -200,9 +205,11 @@ export type FromWorker =
   | { readonly id: number; readonly error: ErrorShape }
   | { readonly id: number; readonly progress: Progress<Method> }
   /**
-   * Pool workers are wanted. The page starts them, since it is the one who hears of a crash: the worker itself may be
-   * waiting for the crashed one.
+   * Pool workers will be wanted, so many in all: the page starts them while the build compiles. It is the page that
+   * starts them since it is the one who hears of a crash: the worker itself may be waiting for the crashed one.
    */
+  | { readonly hire: number }
+  /** The pool workers get their seats. */
   | { readonly spawn: { readonly seat: PoolSeat; readonly count: number } }
   /** From a pool worker: ready to work. */
   | { readonly seated: true }

@@ -292,7 +292,8 @@ async function sendFile(
   for await (const bytes of open.pieces()) {
     // The buffer moves away with the message, and its length with it.
     const { byteLength } = bytes;
-    await client.call("push", { session, file, bytes }, { signal, transfer: [bytes.buffer] });
+    const total = loaded === 0 && open.total > 0 ? open.total : undefined;
+    await client.call("push", { session, file, bytes, total }, { signal, transfer: [bytes.buffer] });
     loaded += byteLength;
     report();
   }

@@ -20,6 +20,8 @@ export interface WasmOutput {
 
 /** One model: first it takes the bytes, then it runs. */
 export interface WasmSession {
+  /** How long the model file will be, where that is known. Comes before the first bytes. */
+  expect(bytes: number): void;
   /** The next bytes of the model file, in chunks of any size. */
   push(bytes: Uint8Array): void;
   /** The model file is complete. Returns the locations of external data that it names. */
@@ -58,8 +60,11 @@ export interface WasmSession {
 /** An instantiated build. */
 export interface Wasm {
   readonly memory: WebAssembly.Memory;
-  /** Threads that the pool has got, which may be fewer than asked for. */
-  readonly threads: number;
+  /**
+   * Starts the pool, which the first run needs and reading a file does not; gives the number of threads that it has
+   * got, which may be fewer than asked for.
+   */
+  startThreads(threads: number): Promise<number>;
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
   version(): string;
   /** Address of the word that stops a run when the page sets it. */

@@ -43,23 +43,31 @@ const host = new Host({
 
   async instantiate(variant, url, threads): Promise<Wasm> {
     const glue = glueOf(variant);
-    if (variant.endsWith("_mt")) avoidBaselineCompiler();
-    const module = await compile(new URL(url ?? BUILDS[variant].url));
-    const { memory } = await instantiate(glue, module);
-    if (glue.initThreadPool !== undefined && threads > 1) {
-      onPoolWanted((module, memory, receiver, count) => {
-        return new Promise((resolve, reject) => {
-          onSpawned = (outcome) =>
-            outcome === true ? resolve() : reject(new WeblaneError("unsupported_platform", outcome));
-          page.postMessage({ spawn: { seat: { variant, module, memory, receiver }, count } });
-        });
-      });
-      // One thread of the pool is this worker itself.
-      await glue.initThreadPool(threads - 1);
+    // The pool's workers load their script while this one compiles. One thread of the pool is this worker itself.
+    const helpers = variant.endsWith("_mt") ? threads - 1 : 0;
+    if (helpers > 0) page.postMessage({ hire: helpers });
+    let memory: WebAssembly.Memory;
+    try {
+      if (variant.endsWith("_mt")) avoidBaselineCompiler();
+      const module = await compile(new URL(url ?? BUILDS[variant].url));
+      ({ memory } = await instantiate(glue, module));
+    } catch (error) {
+      if (helpers > 0) page.postMessage({ hire: 0 });
+      throw error;
     }
+    onPoolWanted((module, memory, receiver, count) => {
+      return new Promise((resolve, reject) => {
+        onSpawned = (outcome) =>
+          outcome === true ? resolve() : reject(new WeblaneError("unsupported_platform", outcome));
+        page.postMessage({ spawn: { seat: { variant, module, memory, receiver }, count } });
+      });
+    });
     return {
       memory,
-      threads: glue.startPool(threads),
+      async startThreads(threads) {
+        if (threads > 1) await glue.initThreadPool?.(threads - 1);
+        return glue.startPool(threads);
+      },
       WasmSession: glue.WasmSession,
       version: glue.version,
       stopWord: glue.stopWord,
@@ -155,18 +163,44 @@ async function openFile(url: string, signal: AbortSignal) {
   return { total, isHtml, chunks: chunksOf(response) };
 }
 
-async function* chunksOf(response: Response): AsyncGenerator<Uint8Array> {
-  const reader = response.body?.getReader();
-  if (reader === undefined) return;
+/** Bytes of one read: few enough to stay in a cache on their way, enough to make the cost of reads vanish. */
+const READ_BYTES = 512 << 10;
+
+/** The bytes as they arrive, each chunk valid until the next one is asked for. */
+async function* chunksOf({ body }: Response): AsyncGenerator<Uint8Array> {
+  if (body === null) return;
+  const read = reader(body);
+  // One buffer serves all reads: chunks of their own would pile up as garbage until the collector looks.
+  let buffer: ArrayBuffer | undefined = new ArrayBuffer(READ_BYTES);
   try {
     for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return;
+      const { done, value } = await read.next(buffer);
+      if (done || value === undefined) return;
       yield value;
+      buffer = read.reuses ? (value.buffer as ArrayBuffer) : undefined;
     }
   } finally {
     // Ends the transfer when the consumer gave up early.
-    reader.cancel().catch(() => {});
+    read.cancel().catch(() => {});
+  }
+}
+
+interface Reader {
+  /** Whether the chunk comes in the buffer that was given. */
+  readonly reuses: boolean;
+  next(buffer: ArrayBuffer | undefined): Promise<{ done: boolean; value?: Uint8Array | undefined }>;
+  cancel(): Promise<void>;
+}
+
+function reader(body: ReadableStream<Uint8Array>): Reader {
+  try {
+    const reader = body.getReader({ mode: "byob" });
+    const next = (buffer = new ArrayBuffer(READ_BYTES)) => reader.read(new Uint8Array(buffer));
+    return { reuses: true, next, cancel: () => reader.cancel() };
+  } catch {
+    // Streams that cannot fill buffers say so with a TypeError.
+    const reader = body.getReader();
+    return { reuses: false, next: () => reader.read(), cancel: () => reader.cancel() };
   }
 }
 

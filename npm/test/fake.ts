@@ -49,8 +49,14 @@ export interface Script {
   said?: ErrorShape;
   /** Fails the start. */
   startError?: unknown;
+  /** The start waits for it. */
+  starting?: Promise<unknown>;
+  /** Why there is a build with threads and no thread but its own; without this there is no such build. */
+  noPool?: string;
   /** Files by address, for `fetch`. */
   files: Record<string, Uint8Array>;
+  /** The chunks of every file, instead of all of it at once. */
+  chunks?: () => AsyncIterable<Uint8Array>;
   html?: boolean;
 }
 
@@ -101,7 +107,9 @@ export class FakeEngine {
       instantiate: async (variant, url) => {
         this.log.push(`instantiate ${variant} ${url ?? ""}`.trim());
         if (this.script.startError !== undefined) throw this.script.startError;
-        if (variant.endsWith("_mt")) throw { code: "out_of_memory", message: "no shared memory" };
+        await this.script.starting;
+        if (variant.endsWith("_mt") && this.script.noPool === undefined)
+          throw { code: "out_of_memory", message: "no shared memory" };
         return this.#wasm();
       },
       open: async (url) => {
@@ -110,7 +118,7 @@ export class FakeEngine {
         return {
           total: file.length,
           isHtml: this.script.html ?? false,
-          chunks: [file] as unknown as AsyncIterable<Uint8Array>,
+          chunks: this.script.chunks?.() ?? ([file] as unknown as AsyncIterable<Uint8Array>),
         };
       },
       breathe: () => new Promise((resolve) => setTimeout(resolve, 0)),
@@ -131,6 +139,9 @@ export class FakeEngine {
       #wanted: readonly string[] = [];
       #ended = false;
 
+      expect(bytes: number) {
+        log.push(`expect ${bytes}`);
+      }
       push(bytes: Uint8Array) {
         if (bytes[0] === 0x3c) throw { code: "not_onnx", message: "these bytes are not a model" };
         received.set("", Buffer.concat([received.get("") ?? Buffer.alloc(0), bytes]));
@@ -204,7 +215,10 @@ export class FakeEngine {
     }
     return {
       memory,
-      threads: 1,
+      startThreads: async (threads) => {
+        if (threads > 1) throw { code: "unsupported_platform", message: script.noPool };
+        return threads;
+      },
       WasmSession: FakeSession,
       version: () => "0.0.0",
       stopWord: () => 0,

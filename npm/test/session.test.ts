@@ -388,3 +388,52 @@ test("without memory to share, one thread does it", async () => {
   forced.platform = engine.platform;
   expect(await codeOf(load(forced, { variant: "relaxed_mt" }))).toBe("out_of_memory");
 });
+
+test("without workers for a pool, one thread of the same build does it", async () => {
+  const engine = new FakeEngine();
+  engine.platform = { ...engine.platform, sharedMemory: true };
+  engine.script.noPool = "no more workers";
+  const session = await load(engine);
+  const { variant, threads, threadsReason } = await session.info();
+  expect([variant, threads]).toEqual(["relaxed_mt", 1]);
+  expect(threadsReason).toContain("no more workers");
+  expect((await session.run(feeds())).y?.data).toEqual(x());
+
+  const forced = new FakeEngine();
+  forced.platform = engine.platform;
+  forced.script.noPool = "no more workers";
+  expect(await codeOf(load(forced, { variant: "relaxed_mt" }))).toBe("unsupported_platform");
+});
+
+test("a file is read while the build compiles, through one buffer", async () => {
+  const engine = new FakeEngine();
+  engine.script.files = { "http://a/m.onnx": new Uint8Array(8) };
+  let start: (value?: unknown) => void = () => {};
+  engine.script.starting = new Promise((resolve) => {
+    start = resolve;
+  });
+  engine.script.chunks = async function* () {
+    const buffer = new Uint8Array(2);
+    for (const byte of [1, 2, 3, 4]) {
+      // Nobody but the reader lets the build start.
+      if (byte === 3) {
+        start();
+        await new Promise((resolve) => setTimeout(resolve, 5));
+      }
+      yield buffer.fill(byte);
+    }
+  };
+  await Session.loadWith("http://a/m.onnx", {}, engine.spawn);
+  expect([...(engine.received.get("") ?? [])]).toEqual([1, 1, 2, 2, 3, 3, 4, 4]);
+  expect(engine.log.filter((l) => l.startsWith("expect"))).toEqual(["expect 8"]);
+});
+
+test("the engine hears how long a model will be", async () => {
+  const engine = new FakeEngine();
+  await load(engine);
+  expect(engine.log.filter((l) => l.startsWith("expect"))).toEqual(["expect 2"]);
+  const unknown = new FakeEngine();
+  const stream = new Response(Uint8Array.of(8, 9)).body as ReadableStream<Uint8Array>;
+  await Session.loadWith(stream, {}, unknown.spawn);
+  expect(unknown.log.filter((l) => l.startsWith("expect"))).toEqual([]);
+});

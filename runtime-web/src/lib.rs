@@ -211,7 +211,7 @@ impl WasmSession {
             "exact" => Precision::Exact,
             other => return Err(bad(format!("precision must be \"fast\" or \"exact\", not \"{other}\""))),
         };
-        let options = Options { optimize, precision, threads: pool().threads(), ..Options::default() };
+        let options = Options { optimize, precision, ..Options::default() };
         Ok(WasmSession {
             stage: Stage::Reading(Loader::new(options)),
             inputs: Vec::new(),
@@ -224,6 +224,20 @@ impl WasmSession {
             done: 0,
             total: 0,
         })
+    }
+
+    /// How long the model file will be, where that is known. Call it before the first bytes.
+    pub fn expect(&mut self, bytes: f64) -> Result<(), JsValue> {
+        match std::mem::replace(&mut self.stage, Stage::Failed) {
+            Stage::Reading(loader) => {
+                self.stage = Stage::Reading(loader.expect_len(bytes as u64));
+                Ok(())
+            }
+            other => {
+                self.stage = other;
+                Err(out_of_turn("expect"))
+            }
+        }
     }
 
     /// The next bytes of the model file, in chunks of any size.
@@ -263,7 +277,9 @@ impl WasmSession {
     /// All bytes are there: optimises the graph and describes the model.
     pub fn finish(&mut self) -> Result<JsValue, JsValue> {
         match std::mem::replace(&mut self.stage, Stage::Failed) {
-            Stage::Collecting { externals, options } => {
+            Stage::Collecting { externals, mut options } => {
+                // The pool is started while the files arrive.
+                options.threads = pool().threads();
                 let model = externals.resolve().map_err(throw)?;
                 pool().cancel_flag().reset();
                 let session = Session::with_pool(model, options, pool()).map_err(throw)?;

@@ -1,7 +1,7 @@
 //! Constant folding: nodes whose results inference could compute become constants; views of no effect go.
 
 use super::Pass;
-use crate::analyze::{Folding, analyze};
+use crate::analyze::{Folding, infer_node};
 use crate::error::Result;
 use crate::fact::Fact;
 use crate::graph::Graph;
@@ -9,20 +9,34 @@ use crate::ops::identity::Identity;
 
 /// Replaces every computed value that is known by a constant.
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
-    let facts = analyze(graph, pass.inputs, pass.cx, Folding::default())?;
-    let mut folded = vec![false; graph.nodes.len()];
-    for (i, node) in graph.nodes.iter().enumerate() {
+    let mut facts: Vec<Option<Fact>> =
+        graph.values.iter().map(|v| v.constant.as_ref().map(|t| Fact::constant(t.clone()))).collect();
+    for (id, fact) in graph.inputs.iter().zip(pass.inputs) {
+        facts[id.index()] = Some(fact.clone());
+    }
+    let mut uses = graph.use_counts();
+    for node in std::mem::take(&mut graph.nodes) {
+        for (id, fact) in node.outputs.iter().zip(infer_node(&node, &facts, pass.cx, Folding::default())?) {
+            facts[id.index()] = Some(fact);
+        }
         let known: Option<Vec<_>> =
             node.outputs.iter().map(|o| facts[o.index()].as_ref().and_then(Fact::tensor).cloned()).collect();
-        if let Some(tensors) = known {
-            folded[i] = true;
-            for (id, tensor) in node.outputs.iter().zip(tensors) {
-                graph.values[id.index()].constant = Some(tensor);
+        let Some(tensors) = known else {
+            graph.nodes.push(node);
+            continue;
+        };
+        for (id, tensor) in node.outputs.iter().zip(tensors) {
+            graph.values[id.index()].constant = Some(tensor);
+        }
+        // Weights that were turned into others go at once, so that there are never two of all of them.
+        for id in node.operands() {
+            uses[id.index()] -= 1;
+            if uses[id.index()] == 0 {
+                facts[id.index()] = None;
+                graph.values[id.index()].constant = None;
             }
         }
     }
-    let mut keep = folded.iter().map(|f| !f);
-    graph.nodes.retain(|_| keep.next().unwrap_or(true));
     drop_identities(graph);
     Ok(())
 }

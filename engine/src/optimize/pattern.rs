@@ -31,8 +31,11 @@ use std::sync::Arc;
 /// half precision carry constants rounded to 11 bits.
 const TOLERANCE: f32 = 2.5e-4;
 
+/// A sweep ends early when it has made constants of so many bytes, so that those that they replace go before more come.
+const MAX_NEW_BYTES: usize = 16 << 20;
+
 /// Rewriting stops after so many sweeps even if there was more to do.
-const MAX_SWEEPS: usize = 8;
+const MAX_SWEEPS: usize = 64;
 
 type Test = Rc<dyn Fn(&View, &Node) -> bool>;
 
@@ -338,6 +341,17 @@ pub(super) enum Operand {
     Computed(Op, Vec<Operand>),
 }
 
+impl Operand {
+    /// Size of the new constants in it.
+    fn bytes(&self) -> usize {
+        match self {
+            Operand::Constant(tensor) => tensor.bytes().len(),
+            Operand::Computed(_, operands) => operands.iter().map(Operand::bytes).sum(),
+            Operand::Value(_) | Operand::Absent => 0,
+        }
+    }
+}
+
 impl From<ValueId> for Operand {
     fn from(id: ValueId) -> Self {
         Operand::Value(id)
@@ -375,7 +389,11 @@ pub(super) fn rewrite(
         let view = View::new(graph, &facts);
         let mut taken = vec![false; graph.nodes.len()];
         let mut found = Vec::new();
+        let mut made = 0;
         for root in (0..graph.nodes.len()).rev() {
+            if made > MAX_NEW_BYTES {
+                break;
+            }
             if taken[root] {
                 continue;
             }
@@ -384,6 +402,7 @@ pub(super) fn rewrite(
             {
                 replacement.nodes.iter().for_each(|&i| taken[i] = true);
                 taken[root] = true;
+                made += replacement.operands.iter().map(Operand::bytes).sum::<usize>();
                 found.push(replacement);
             }
         }
@@ -395,6 +414,7 @@ pub(super) fn rewrite(
             apply(graph, replacement);
         }
         graph.remove_dead_nodes();
+        graph.remove_dead_constants();
         graph.sort()?;
     }
     Ok(changed)
