@@ -24,6 +24,8 @@ enum Bench {
     Load,
     /// Matrix products as a share of the peak of multiply-add, and the cost of a parallel region, in a browser
     Gemm,
+    /// Time by node on both sides, weblane and onnxruntime-web
+    Profile,
     /// Two threads beside one, in turns on one page
     Threads,
     /// The native build beside native onnxruntime, and WebAssembly beside the native build
@@ -41,6 +43,7 @@ pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
             build::bench_module(ctx)?;
             in_browser(ctx, "benches/kernels/run.mjs", &bench.args)
         }
+        Bench::Profile => page(ctx, "benches/peers/profile.mjs", &bench.args),
         Bench::Threads => {
             let record = ctx.path("benches/records/threads.json").display().to_string();
             let workloads = "mobilenet_v2,resnet50,bert_base";

@@ -79,8 +79,8 @@ async function measure({ runtimes, threads, seconds, rounds, pause, row, warmup 
 let model;
 
 /** For the benches that look at the page from outside: loads a model and keeps it. */
-async function loadModel({ runtime, url, inputs, threads }) {
-  model = await load(runtime, await importRuntime(runtime), url, fillInputs(inputs), { threads });
+async function loadModel({ runtime, url, inputs, threads, profile }) {
+  model = await load(runtime, await importRuntime(runtime), url, fillInputs(inputs), { threads, profile });
   return null;
 }
 
@@ -92,6 +92,12 @@ async function runModel(times) {
 /** Median time of runs in a row for at least `ms`. */
 async function timeModel(ms) {
   return median(await burst(model, ms));
+}
+
+/** Nodes of `runs` runs, each with its median time. A node may run several times in a run. */
+async function profileModel(runs) {
+  const all = await model.profile(runs);
+  return all[0].map((first, i) => ({ ...first, ms: median(all.map((run) => run[i].ms)) }));
 }
 
 /**
@@ -114,4 +120,12 @@ async function describeModel() {
 }
 
 /** The drivers of the test harness look for this. */
-window.createHarness = async () => ({ measure, loadModel, runModel, timeModel, firstResult, describeModel });
+window.createHarness = async () => ({
+  measure,
+  loadModel,
+  runModel,
+  timeModel,
+  profileModel,
+  firstResult,
+  describeModel,
+});

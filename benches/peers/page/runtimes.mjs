@@ -48,21 +48,38 @@ const LOADERS = {
         return `${info.variant}, ${plural(info.threads)}`;
       },
       run: () => session.run(named),
+      /** Nodes of each of `runs` runs. */
+      async profile(runs) {
+        const nodes = [];
+        for (let i = 0; i < runs; i++) nodes.push((await session.profile(named)).nodes);
+        return nodes.map((run) =>
+          run.map(({ node, op, kernel, ms, flops }) => ({ node, op, kernel, ms, flops })),
+        );
+      },
       memory: async () => (await session.info()).memory,
       close: () => session.dispose(),
     };
   },
   /** On one thread whatever the others have: how much more threads give. */
   "weblane-1t": (code, url, feeds) => LOADERS.weblane(code, url, feeds, { threads: 1 }),
-  async "onnxruntime-web"(ort, url, feeds, { threads }) {
+  async "onnxruntime-web"(ort, url, feeds, { threads, profile = false }) {
+    const lines = profile ? interceptLog() : undefined;
     ort.env.wasm.wasmPaths = "/ort/";
     // Left alone, it chooses by itself, as it does on a default page.
     if (threads) ort.env.wasm.numThreads = threads;
-    const session = await ort.InferenceSession.create(url, { executionProviders: ["wasm"] });
+    const session = await ort.InferenceSession.create(url, {
+      executionProviders: ["wasm"],
+      enableProfiling: profile,
+    });
     const named = Object.fromEntries(feeds.map((f) => [f.name, new ort.Tensor(f.type, f.data, f.dims)]));
     return {
       about: async () => `${ort.env.versions.web}, ${plural(ort.env.wasm.numThreads)}`,
       run: () => session.run(named),
+      async profile(runs) {
+        for (let i = 0; i < runs; i++) await session.run(named);
+        session.endProfiling();
+        return ortNodes(lines()).slice(-runs);
+      },
       memory: async () => 0,
       close: () => session.release(),
     };
@@ -91,6 +108,35 @@ const LOADERS = {
   },
 };
 
+/** Collects from now on what is logged; the function that it returns ends that and gives the lines. */
+function interceptLog() {
+  const [log, lines] = [console.log, []];
+  console.log = (...parts) => lines.push(parts.join(" "));
+  return () => {
+    console.log = log;
+    return lines;
+  };
+}
+
+/** Their time is that of the nodes in their bodies, which have events of their own. */
+const WITH_BODY = ["If", "Loop", "Scan"];
+
+/** Nodes of each run from onnxruntime's profile, which its WebAssembly build writes to the console. */
+function ortNodes(lines) {
+  const events = JSON.parse(lines.slice(lines.indexOf("[")).join(""));
+  const runs = [];
+  let nodes = [];
+  for (const { cat, name, dur, args } of events) {
+    if (cat === "Node" && name.endsWith("_kernel_time") && !WITH_BODY.includes(args.op_name)) {
+      nodes.push({ node: name.replace(/_kernel_time$/, ""), op: args.op_name, ms: dur / 1000 });
+    } else if (name === "model_run") {
+      runs.push(nodes);
+      nodes = [];
+    }
+  }
+  return runs;
+}
+
 /** The code of a runtime, for `load`. */
 export function importRuntime(name) {
   return IMPORTS[name]();
@@ -103,7 +149,8 @@ export function importRuntime(name) {
  * @param {object} code - what `importRuntime` gave
  * @param {string} url - of the model
  * @param {object[]} feeds - what `fillInputs` gave
- * @param {{ threads?: number, output?: string }} options - threads; by default what the runtime takes by itself
+ * @param {{ threads?: number, output?: string, profile?: boolean }} options - threads: by default what the runtime takes
+ *   by itself; output: the shape that LiteRT.js has to give; profile: `profile` will be called
  */
 export function load(name, code, url, feeds, options) {
   return LOADERS[name](code, url, feeds, options);
