@@ -327,6 +327,11 @@ impl Session {
         Ok(())
     }
 
+    /// Whether the run that was begun takes well below a millisecond, so that there is no point in pausing it.
+    pub fn is_brief(&self) -> bool {
+        self.running.as_ref().is_some_and(|r| r.plan.work.is_some_and(|work| work < MIN_PARALLEL_WORK))
+    }
+
     /// Runs steps until `pause` says so, asked before each step with the number of steps done and of all steps.
     /// Returns whether the run is complete. After an error the run is over and the session can begin another.
     pub fn advance(&mut self, pause: impl FnMut(usize, usize) -> bool) -> Result<bool> {
@@ -346,8 +351,7 @@ impl Session {
         let plan = running.plan.clone();
         let memory = &mut self.memory;
         let first = running.next;
-        let alone = plan.work.is_some_and(|work| work < MIN_PARALLEL_WORK);
-        let lanes = if alone { 1 } else { usize::MAX };
+        let lanes = if plan.work.is_some_and(|work| work < MIN_PARALLEL_WORK) { 1 } else { usize::MAX };
         let (next, result) = self.pool.run_on(lanes, self.options.isa, |cx| {
             for (i, step) in plan.steps.iter().enumerate().skip(first) {
                 if pause(i, plan.steps.len()) {

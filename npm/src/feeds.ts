@@ -16,6 +16,7 @@ import {
   typeOfArray,
   viewAs,
 } from "./tensor.js";
+import { MIN_TRANSFER_BYTES } from "./transfer.js";
 
 /** Data with its dimensions; the type is the model's unless it is given. */
 export interface FeedObject {
@@ -69,10 +70,12 @@ export function encodeFeeds(infos: readonly ValueInfo[], feeds: Feeds, move: boo
     if (type === "string") return { name: info.name, type, dims, data: [...(data as readonly string[])] };
     const elements = data as TypedArray;
     let bytes = new Uint8Array(elements.buffer, elements.byteOffset, elements.byteLength);
+    const small = bytes.byteLength < MIN_TRANSFER_BYTES;
     // A view of a larger or shared buffer cannot move, and cloning it would clone all of the buffer.
     const whole = bytes.buffer instanceof ArrayBuffer && bytes.byteLength === bytes.buffer.byteLength;
-    if (!move || !whole) bytes = bytes.slice();
-    transfer.add(bytes.buffer as ArrayBuffer);
+    const moves = move && whole;
+    if (!whole || !(small || moves)) bytes = bytes.slice();
+    if (moves || !small) transfer.add(bytes.buffer as ArrayBuffer);
     return { name: info.name, type, dims, data: bytes };
   });
   return { inputs, transfer: [...transfer] };

@@ -3,6 +3,7 @@
  */
 import { abortError, type ErrorShape, isErrorCode, toWeblaneError, WeblaneError } from "./errors.js";
 import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
+import { MIN_TRANSFER_BYTES } from "./transfer.js";
 import { chooseVariant, type Platform, type Variant, type VariantChoice } from "./variant.js";
 import type { Wasm, WasmOutput, WasmSession } from "./wasm.js";
 
@@ -424,6 +425,6 @@ function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor 
 function transferables(result: Out<Method>): Transferable[] {
   if (typeof result !== "object" || !("totalMs" in result)) return [];
   return result.outputs.flatMap(({ data }) =>
-    data instanceof Uint8Array ? [data.buffer as ArrayBuffer] : [],
+    data instanceof Uint8Array && data.byteLength >= MIN_TRANSFER_BYTES ? [data.buffer as ArrayBuffer] : [],
   );
 }

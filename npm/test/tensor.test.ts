@@ -4,6 +4,7 @@ import { encodeFeeds, inferDims } from "../src/feeds.js";
 import { decodeFloat16, encodeFloat16, float16Array } from "../src/half.js";
 import type { ValueInfo } from "../src/protocol.js";
 import { bytesPerElement, TENSOR_TYPES, Tensor, type TensorType, toData, viewAs } from "../src/tensor.js";
+import { MIN_TRANSFER_BYTES } from "../src/transfer.js";
 
 /** The code of what `f` throws. */
 function codeOf(f: () => unknown): string {
@@ -146,11 +147,26 @@ test("feeds become bytes with the model's types", () => {
   ]);
   expect(inputs[0]?.data).toHaveProperty("byteLength", 32);
   expect(inputs[1]?.data).toEqual(Uint8Array.of(1, 0));
-  expect(transfer.length).toBe(2);
+  expect(transfer.length).toBe(0);
   // One buffer for two inputs must not be listed twice.
   const same = Float32Array.of(1);
   const scalars: ValueInfo[] = ["a", "b"].map((name) => ({ name, type: "float32", dims: [] }));
   expect(encodeFeeds(scalars, { a: same, b: same }, true).transfer.length).toBe(1);
+});
+
+test("large buffers move, as copies unless they are given away; small ones are cloned with the message", () => {
+  const info: ValueInfo = { name: "x", type: "float32", dims: ["n"] };
+  const buffers = (x: Float32Array, move: boolean) => {
+    const { inputs, transfer } = encodeFeeds([info], { x }, move);
+    const sent = (inputs[0]?.data as Uint8Array).buffer;
+    return [sent === x.buffer, transfer.includes(sent as ArrayBuffer)];
+  };
+  const [small, large] = [new Float32Array(10), new Float32Array(MIN_TRANSFER_BYTES / 4)];
+  expect(buffers(small, false)).toEqual([true, false]);
+  expect(buffers(small, true)).toEqual([true, true]);
+  expect(buffers(large, false)).toEqual([false, true]);
+  expect(buffers(large, true)).toEqual([true, true]);
+  expect(buffers(large.subarray(1, 3), true)).toEqual([false, false]);
 });
 
 test("only the bytes of a view are sent", () => {

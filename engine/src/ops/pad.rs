@@ -186,6 +186,10 @@ impl Pad {
     /// Where the element `at` (which may lie outside) of an axis of `len` comes from.
     fn source(&self, at: i64, len: usize) -> usize {
         let n = len as i64;
+        // Almost all of them, and the divisions below are slow.
+        if (0..n).contains(&at) {
+            return at as usize;
+        }
         let place = match self.mode {
             Mode::Constant => at,
             Mode::Edge => at.clamp(0, n - 1),
