@@ -60,11 +60,61 @@ pub struct Statistics<'a> {
 /// # Errors
 /// If slices and sizes do not fit.
 pub fn normalize(cx: &Cx, p: &Normalize, x: Option<&[f32]>, y: &mut [f32], stats: Statistics) -> Result<()> {
+    match x {
+        Some(x) if x.len() != y.len() => Err(Error::new(format!("{} elements into {}", x.len(), y.len()))),
+        Some(x) => rows(cx, p, Source::Copy(x), y, stats),
+        None => rows(cx, p, Source::Held, y, stats),
+    }
+}
+
+/// A sum that is normalised: `x + skip + bias`.
+#[derive(Debug)]
+pub struct Sum<'a> {
+    /// As long as the result.
+    pub x: &'a [f32],
+    /// As long, or as long as some of its last rows: it begins again then.
+    pub skip: &'a [f32],
+    /// One number per element of a row.
+    pub bias: Option<&'a [f32]>,
+    /// Where the sum goes too, if it is wanted.
+    pub kept: Option<&'a mut [f32]>,
+}
+
+/// Normalises the rows of a sum into `y`, in one pass over memory.
+///
+/// # Errors
+/// If slices and sizes do not fit.
+pub fn normalize_sum(cx: &Cx, p: &Normalize, sum: Sum, y: &mut [f32]) -> Result<()> {
+    let Sum { x, skip, bias, kept } = sum;
+    let n = p.n;
+    let whole = skip.len().is_multiple_of(n.max(1)) && y.len().is_multiple_of(skip.len());
+    let lengths = [x.len(), kept.as_ref().map_or(y.len(), |k| k.len())];
+    if !whole || lengths != [y.len(); 2] || bias.is_some_and(|b| b.len() != n) {
+        return Err(Error::new(format!("sums of {} and {} elements for {}", x.len(), skip.len(), y.len())));
+    }
+    let kept = kept.map(DisjointMut::new);
+    rows(cx, p, Source::Sum { x, skip, bias, kept }, y, Statistics::default())
+}
+
+/// Where the rows come from.
+enum Source<'a> {
+    /// They are where the result goes.
+    Held,
+    Copy(&'a [f32]),
+    Sum {
+        x: &'a [f32],
+        skip: &'a [f32],
+        bias: Option<&'a [f32]>,
+        kept: Option<DisjointMut<'a, f32>>,
+    },
+}
+
+fn rows(cx: &Cx, p: &Normalize, source: Source, y: &mut [f32], stats: Statistics) -> Result<()> {
     if y.is_empty() {
         return Ok(());
     }
     let n = p.n;
-    if n == 0 || !y.len().is_multiple_of(n) || x.is_some_and(|x| x.len() != y.len()) {
+    if n == 0 || !y.len().is_multiple_of(n) {
         return Err(Error::new(format!("{} elements cannot be normalised in rows of {n}", y.len())));
     }
     let wanted = match p.affine {
@@ -96,8 +146,20 @@ pub fn normalize(cx: &Cx, p: &Normalize, x: Option<&[f32]>, y: &mut [f32], stats
         let count = per_task.min(rows - first);
         // SAFETY: each task has its own rows, and their statistics.
         let y = unsafe { out.range(first * n, count * n) };
-        if let Some(x) = x {
-            y.copy_from_slice(&x[first * n..][..count * n]);
+        match &source {
+            Source::Held => {}
+            Source::Copy(x) => y.copy_from_slice(&x[first * n..][..count * n]),
+            Source::Sum { x, skip, bias, kept } => {
+                for (i, y) in y.chunks_exact_mut(n).enumerate() {
+                    let at = (first + i) * n;
+                    let skip = &skip[at % skip.len()..][..n];
+                    dispatch(cx.isa(), AddRows { x: &x[at..][..n], skip, bias: *bias, y });
+                }
+                if let Some(kept) = kept {
+                    // SAFETY: as above.
+                    unsafe { kept.range(first * n, count * n) }.copy_from_slice(y);
+                }
+            }
         }
         // SAFETY: as above.
         let mean = mean.map(|m| unsafe { m.range(first, count) });
@@ -106,6 +168,41 @@ pub fn normalize(cx: &Cx, p: &Normalize, x: Option<&[f32]>, y: &mut [f32], stats
         dispatch(cx.isa(), Rows { p, first, y, mean, inverse });
     });
     Ok(())
+}
+
+/// `y = x + skip + bias`, all of one length.
+struct AddRows<'a> {
+    x: &'a [f32],
+    skip: &'a [f32],
+    bias: Option<&'a [f32]>,
+    y: &'a mut [f32],
+}
+
+impl Kernel for AddRows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, skip, bias, y } = self;
+        let mut j = 0;
+        while j < y.len() {
+            let end = (j + S::LANES).min(y.len());
+            let whole = end - j == S::LANES;
+            let mut v = if whole {
+                s.add(s.load(&x[j..]), s.load(&skip[j..]))
+            } else {
+                s.add(s.load_partial(&x[j..end]), s.load_partial(&skip[j..end]))
+            };
+            if let Some(b) = bias {
+                v = s.add(v, if whole { s.load(&b[j..]) } else { s.load_partial(&b[j..end]) });
+            }
+            if whole {
+                s.store(&mut y[j..], v);
+            } else {
+                s.store_partial(&mut y[j..end], v);
+            }
+            j = end;
+        }
+    }
 }
 
 struct Rows<'a> {
@@ -349,6 +446,33 @@ mod tests {
         for (i, (g, w)) in got.iter().zip(want).enumerate() {
             assert!((f64::from(*g) - w).abs() <= 1e-5 * (1.0 + w.abs()), "{what} at {i}: {g} for {w}");
         }
+    }
+
+    #[test]
+    fn a_sum_is_normalised_in_one_pass() {
+        each_context(|cx| {
+            for (rows, n, repeated) in [(1, 1, 1), (3, 7, 1), (6, 33, 3), (40, 300, 2)] {
+                let (x, skip) = (integers(rows * n, 1), integers(rows * n / repeated, 2));
+                let (bias, scale) = (integers(n, 3), integers(n, 4));
+                for bias in [None, Some(&bias[..])] {
+                    let total = |i: usize| x[i] + skip[i % skip.len()] + bias.map_or(0.0, |b| b[i % n]);
+                    let sum: Vec<f32> = (0..rows * n).map(total).collect();
+                    let affine = Affine::PerElement;
+                    let p = Normalize { n, epsilon: 1e-3, center: true, scale: Some(&scale), bias: None, affine };
+                    let mut want = sum.clone();
+                    normalize(cx, &p, None, &mut want, Statistics::default()).unwrap();
+                    let (mut y, mut kept) = (vec![0.0; rows * n], vec![0.0; rows * n]);
+                    let kept_too = Sum { x: &x, skip: &skip, bias, kept: Some(&mut kept) };
+                    normalize_sum(cx, &p, kept_too, &mut y).unwrap();
+                    assert!(y == want && kept == sum, "{rows} rows of {n}");
+                    y.fill(0.0);
+                    normalize_sum(cx, &p, Sum { x: &x, skip: &skip, bias, kept: None }, &mut y).unwrap();
+                    assert_eq!(y, want);
+                    let short = Sum { x: &x, skip: &skip[1..], bias, kept: None };
+                    assert!(normalize_sum(cx, &p, short, &mut y).is_err());
+                }
+            }
+        });
     }
 
     #[test]

@@ -7,10 +7,10 @@ use crate::fact::{Dim, Fact, axis_index};
 use crate::for_dtype;
 use crate::tensor::{DType, Dims, TensorView};
 use smallvec::SmallVec;
-use weblane_kernels::epilogue::Activation;
-use weblane_kernels::finish::{Finish, finish};
 use weblane_kernels::naive::Number;
-use weblane_kernels::norm::{Affine, Normalize, Statistics, local_response, normalize, normalize_any, unit_length};
+use weblane_kernels::norm::{
+    Affine, Normalize, Statistics, Sum, local_response, normalize, normalize_any, normalize_sum, unit_length,
+};
 use weblane_kernels::par::Cx;
 use weblane_kernels::reduce::{Reduction, reduce_any};
 
@@ -255,24 +255,11 @@ impl Operator for SkipLayerNormalization {
         let (scale, beta) = (io.slice::<f32>(2)?, beta.map(|b| b.as_slice::<f32>()).transpose()?);
         let bias = bias.map(|b| b.as_slice::<f32>()).transpose()?;
         let n = io.output(0)?.dims.last().copied().unwrap_or(1);
-        let y = io.output(0)?.as_slice::<f32>()?;
-        y.copy_from_slice(x);
-        let add = |y: &mut [f32], addend: &[f32], cols: usize| {
-            let identity = Activation::Identity;
-            let f = Finish { cols, alpha: 1.0, beta: 1.0, addend: Some(addend), strides: [0, 1], activation: identity };
-            finish(cx, y, &f);
-        };
-        add(y, skip, skip.len());
-        if let Some(bias) = bias {
-            add(y, bias, n);
-        }
-        if io.outputs.len() > 3 {
-            let (first, rest) = io.outputs.split_at_mut(1);
-            rest[2].bytes().copy_from_slice(first[0].bytes());
-        }
         let affine = Affine::PerElement;
         let p = Normalize { n, epsilon: self.epsilon, center: self.center, scale: Some(scale), bias: beta, affine };
-        Ok(normalize(cx, &p, None, io.output(0)?.as_slice::<f32>()?, Statistics::default())?)
+        let (y, rest) = io.outputs.split_first_mut().ok_or_else(|| Error::internal("no result"))?;
+        let kept = rest.get_mut(2).map(|t| t.as_slice::<f32>()).transpose()?;
+        Ok(normalize_sum(cx, &p, Sum { x, skip, bias, kept }, y.as_slice::<f32>()?)?)
     }
 }
 

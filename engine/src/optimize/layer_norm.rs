@@ -69,8 +69,10 @@ fn over_last_axis(view: &View, node: &Node) -> Option<bool> {
 
 /// `x / sqrt(v)` in the ways it is written.
 fn over_root(x: impl Into<Pattern>, v: impl Into<Pattern>) -> Pattern {
-    let (x, root) = (x.into(), op("Sqrt", [v.into()]));
-    let inverse = any([op("Reciprocal", [root.clone()]), op("Div", [1.0.into(), root.clone()])]);
+    let (x, v) = (x.into(), v.into());
+    let root = any([op("Sqrt", [v.clone()]), op("Pow", [v.clone(), 0.5.into()])]);
+    let power = op("Pow", [v, (-0.5).into()]);
+    let inverse = any([op("Reciprocal", [root.clone()]), op("Div", [1.0.into(), root.clone()]), power]);
     any([&x / &root, &x * &inverse])
 }
 
@@ -194,6 +196,24 @@ mod tests {
         n.check(&graph);
         assert_eq!(names(&graph), ["LayerNormalization"]);
         assert_eq!(graph.nodes[0].op.get::<LayerNormalization>().unwrap().epsilon, 1e-3);
+    }
+
+    #[test]
+    fn roots_written_as_powers() {
+        for (exponent, over) in [(0.5, true), (-0.5, false)] {
+            let mut n = Net::new(18);
+            let x = n.symbolic("x", &["batch", "tokens", "6"]);
+            let two = n.scalar(2.0);
+            let y = n.op("Pow", &[x, two]);
+            let (v, epsilon, exponent) = (means(&mut n, y, 18), n.scalar(1e-6), n.scalar(exponent));
+            let v = n.op("Add", &[v, epsilon]);
+            let root = n.op("Pow", &[v, exponent]);
+            let y = n.op(if over { "Div" } else { "Mul" }, &[x, root]);
+            let scale = n.weights(&[6]);
+            let y = n.op("Mul", &[scale, y]);
+            n.output(y);
+            assert_eq!(n.passed(run), ["RMSNormalization"]);
+        }
     }
 
     #[test]

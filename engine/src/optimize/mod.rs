@@ -22,6 +22,7 @@ mod pattern;
 mod pooling;
 mod products;
 mod simplify;
+mod skip_norm;
 mod specialize;
 #[cfg(test)]
 mod testing;
@@ -93,6 +94,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     products::run(&mut graph, &pass)?;
     epilogue::run(&mut graph, &pass)?;
     // What no product could take.
+    skip_norm::run(&mut graph, &pass)?;
     chain::run(&mut graph, &pass)?;
     graph.sort()?;
     // Last, so that every pass before it sees the layout of the model.
