@@ -457,13 +457,20 @@ impl Kernel for Gather<'_> {
         let (taps, run) = if merged { (kw, kw * p.depth) } else { (1, p.depth) };
         let runs = ks.start / run..ks.end.div_ceil(run);
         let runs_per_row = kw / taps;
-        // From the first tap of a patch to the start of each run, if there are few, for patches without padding.
-        let mut jumps = [0; MAX_JUMPS];
-        let few = runs.len() <= MAX_JUMPS;
-        for (jump, r) in jumps.iter_mut().zip(runs.clone()) {
+        // The pieces of runs that are asked for, if there are few, for patches without padding: where they stand after the
+        // first tap of the patch, where they go, how many elements they have.
+        let mut pieces = [(0, 0, 0); MAX_PIECES];
+        let few = runs.len() <= MAX_PIECES;
+        let (mut to, mut from, mut extent) = (0, ks.start - runs.start * run, 0);
+        for (piece, r) in pieces.iter_mut().zip(runs.clone()) {
             let (tap, line) = (r % runs_per_row * taps, r / runs_per_row);
             let [dz, dy, dx] = p.dilations;
-            *jump = ((line / kh * dz * ih + line % kh * dy) * iw + tap * dx) * p.channels;
+            let start = ((line / kh * dz * ih + line % kh * dy) * iw + tap * dx) * p.channels + from;
+            let len = (run - from).min(ks.len() - to);
+            *piece = (start, to, len);
+            extent = extent.max(start + len);
+            to += len;
+            from = 0;
         }
         let mut at = [rows.start / ow / oh / od, rows.start / ow / oh % od, rows.start / ow % oh, rows.start % ow];
         let reach = [0, 1, 2].map(|d| (p.kernel[d] - 1) * p.dilations[d]);
@@ -473,13 +480,10 @@ impl Kernel for Gather<'_> {
             let inside = (0..3).all(|d| corner[d] < p.spatial[d] && reach[d] < p.spatial[d] - corner[d]);
             if few && inside {
                 let start = (((b * id + corner[0]) * ih + corner[1]) * iw + corner[2]) * p.channels + p.first;
-                let mut to = 0;
-                let mut from = ks.start - runs.start * run;
-                for jump in &jumps[..runs.len()] {
-                    let len = (run - from).min(ks.len() - to);
-                    copy(s, &mut row[to..to + len], &p.x[start + jump + from..][..len]);
-                    to += len;
-                    from = 0;
+                let (x, row) = (&p.x[start..][..extent], &mut row[..ks.len()]);
+                for &(from, to, len) in &pieces[..runs.len()] {
+                    // SAFETY: `extent` and the lengths of all pieces, which follow each other, were just checked.
+                    unsafe { copy_ptr(s, row.as_mut_ptr().add(to), x.as_ptr().add(from), len) };
                 }
                 step(&mut at, [od, oh, ow]);
                 continue;
@@ -527,7 +531,7 @@ impl Kernel for Gather<'_> {
 }
 
 /// Runs of a patch whose places are computed once per block.
-const MAX_JUMPS: usize = 64;
+const MAX_PIECES: usize = 64;
 
 /// The next pixel, `[batch, d, h, w]`.
 #[inline(always)]
@@ -547,29 +551,43 @@ fn step(at: &mut [usize; 4], [d, h, w]: [usize; 3]) {
     }
 }
 
-/// `dst = src`, same lengths. Not `copy_from_slice`: runs are short, and a call of `memcpy` (in the page, of the
-/// browser's) costs more than moving them.
+/// `dst = src`, same lengths.
 #[inline(always)]
 fn copy<S: Simd>(s: S, dst: &mut [f32], src: &[f32]) {
-    let len = dst.len();
-    assert!(src.len() == len);
-    if len < S::LANES {
-        for (dst, src) in dst.iter_mut().zip(src) {
-            *dst = *src;
-        }
-        return;
-    }
-    let mut i = 0;
-    // SAFETY: every vector lies inside the slices; the last one overlaps the one before.
+    assert!(src.len() == dst.len());
+    // SAFETY: checked above.
+    unsafe { copy_ptr(s, dst.as_mut_ptr(), src.as_ptr(), dst.len()) }
+}
+
+/// Copies `len` elements. Not `copy_from_slice`: runs are short, and a call of `memcpy` (in the page, of the browser's)
+/// costs more than moving them.
+///
+/// # Safety
+/// They must be readable and writable and not overlap.
+#[inline(always)]
+unsafe fn copy_ptr<S: Simd>(s: S, dst: *mut f32, src: *const f32, len: usize) {
+    // SAFETY: promised by the caller; vectors lie inside, the last one overlaps the one before.
     unsafe {
-        while i + S::LANES <= len {
-            s.store_ptr(dst.as_mut_ptr().add(i), s.load_ptr(src.as_ptr().add(i)));
+        if len < S::LANES {
+            for i in 0..len {
+                *dst.add(i) = *src.add(i);
+            }
+            return;
+        }
+        let last = len - S::LANES;
+        if len <= 3 * S::LANES {
+            // Three taps of three channels are two vectors and one element: no loop, nothing to predict.
+            for i in [0, S::LANES.min(last), last] {
+                s.store_ptr(dst.add(i), s.load_ptr(src.add(i)));
+            }
+            return;
+        }
+        let mut i = 0;
+        while i < last {
+            s.store_ptr(dst.add(i), s.load_ptr(src.add(i)));
             i += S::LANES;
         }
-        if i < len {
-            let i = len - S::LANES;
-            s.store_ptr(dst.as_mut_ptr().add(i), s.load_ptr(src.as_ptr().add(i)));
-        }
+        s.store_ptr(dst.add(last), s.load_ptr(src.add(last)));
     }
 }
 
