@@ -16,7 +16,7 @@ import {
   typeOfArray,
   viewAs,
 } from "./tensor.js";
-import { MIN_TRANSFER_BYTES } from "./transfer.js";
+import { MIN_TRANSFER_BYTES, SpareBuffers } from "./transfer.js";
 
 /** Data with its dimensions; the type is the model's unless it is given. */
 export interface FeedObject {
@@ -40,6 +40,8 @@ export type Feeds = Readonly<Record<string, Feed>>;
 export interface WireFeeds {
   readonly inputs: readonly WireTensor[];
   readonly transfer: readonly ArrayBuffer[];
+  /** Those of them that are copies of the caller's data. */
+  readonly lent: readonly ArrayBuffer[];
 }
 
 /**
@@ -47,8 +49,14 @@ export interface WireFeeds {
  * them.
  *
  * @param move - gives the caller's buffers away instead of copying them
+ * @param spare - where copies go
  */
-export function encodeFeeds(infos: readonly ValueInfo[], feeds: Feeds, move: boolean): WireFeeds {
+export function encodeFeeds(
+  infos: readonly ValueInfo[],
+  feeds: Feeds,
+  move: boolean,
+  spare = new SpareBuffers(),
+): WireFeeds {
   if (typeof feeds !== "object" || feeds === null || Array.isArray(feeds) || ArrayBuffer.isView(feeds)) {
     throw new WeblaneError("invalid_input", `inputs are given as { name: value }, not as ${describe(feeds)}`);
   }
@@ -65,6 +73,7 @@ export function encodeFeeds(infos: readonly ValueInfo[], feeds: Feeds, move: boo
     throw new WeblaneError("missing_input", `not given: ${missing.map(show).join(", ")}`);
   }
   const transfer = new Set<ArrayBuffer>();
+  const lent: ArrayBuffer[] = [];
   const inputs = infos.map((info): WireTensor => {
     const { type, dims, data } = resolveFeed(info, feeds[info.name] as Feed);
     if (type === "string") return { name: info.name, type, dims, data: [...(data as readonly string[])] };
@@ -74,11 +83,20 @@ export function encodeFeeds(infos: readonly ValueInfo[], feeds: Feeds, move: boo
     // A view of a larger or shared buffer cannot move, and cloning it would clone all of the buffer.
     const whole = bytes.buffer instanceof ArrayBuffer && bytes.byteLength === bytes.buffer.byteLength;
     const moves = move && whole;
-    if (!whole || !(small || moves)) bytes = bytes.slice();
-    if (moves || !small) transfer.add(bytes.buffer as ArrayBuffer);
+    if (moves) {
+      transfer.add(bytes.buffer as ArrayBuffer);
+    } else if (!small) {
+      const copy = spare.take(bytes.byteLength);
+      new Uint8Array(copy).set(bytes);
+      bytes = new Uint8Array(copy);
+      lent.push(copy);
+      transfer.add(copy);
+    } else if (!whole) {
+      bytes = bytes.slice();
+    }
     return { name: info.name, type, dims, data: bytes };
   });
-  return { inputs, transfer: [...transfer] };
+  return { inputs, transfer: [...transfer], lent };
 }
 
 /** The tensor of a message. */

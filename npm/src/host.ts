@@ -216,7 +216,7 @@ export class Host {
       return this.#guard(() => slot.wasm.finish());
     },
 
-    run: ({ session, inputs, outputs, profile, progress: wantsProgress }, context) => {
+    run: ({ session, inputs, lent, outputs, profile, progress: wantsProgress }, context) => {
       const slot = this.#slot(session);
       return this.#inTurn(slot, async () => {
         const wasm = await this.#started;
@@ -243,6 +243,7 @@ export class Host {
             if (run.outputsChanged()) slot.outputs = run.outputs();
             return {
               outputs: slot.outputs.map((output) => takeOutput(wasm.memory, output)),
+              returned: lent,
               nodes: profile ? [...run.timings()] : [],
               totalMs,
             };
@@ -424,7 +425,8 @@ function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor 
 
 function transferables(result: Out<Method>): Transferable[] {
   if (typeof result !== "object" || !("totalMs" in result)) return [];
-  return result.outputs.flatMap(({ data }) =>
+  const outputs = result.outputs.flatMap(({ data }) =>
     data instanceof Uint8Array && data.byteLength >= MIN_TRANSFER_BYTES ? [data.buffer as ArrayBuffer] : [],
   );
+  return [...outputs, ...result.returned];
 }

@@ -148,6 +148,8 @@ export interface Protocol {
   run: {
     in: OfSession & {
       readonly inputs: readonly WireTensor[];
+      /** Buffers of inputs that the page made for this call and wants back. */
+      readonly lent: readonly ArrayBuffer[];
       /** Names of the wanted outputs; all when absent. */
       readonly outputs?: readonly string[] | undefined;
       readonly profile: boolean;
@@ -155,6 +157,8 @@ export interface Protocol {
     };
     out: {
       readonly outputs: readonly WireTensor[];
+      /** The lent buffers. */
+      readonly returned: readonly ArrayBuffer[];
       readonly nodes: readonly NodeTiming[];
       readonly totalMs: number;
     };

@@ -18,6 +18,7 @@ import type {
 import { type Engine, type Runtime, type RuntimeOptions, startEngine, unlessAborted } from "./runtime.js";
 import { type ModelSource, openSource } from "./source.js";
 import type { Tensor } from "./tensor.js";
+import { SpareBuffers } from "./transfer.js";
 
 /** Files of external data: by location, or a function from location to source. */
 export type ExternalData =
@@ -93,6 +94,7 @@ export class Session {
   readonly #id: number;
   readonly #model: ModelInfo;
   readonly #runtime: RuntimeInfo;
+  readonly #spare = new SpareBuffers();
   #disposed = false;
 
   private constructor(engine: Engine, owned: boolean, id: number, model: ModelInfo, runtime: RuntimeInfo) {
@@ -204,13 +206,16 @@ export class Session {
     }
     // An aborted run must not take the caller's buffers.
     if (signal?.aborted) throw abortError(signal, "the run");
-    const wire = encodeFeeds(this.inputs, feeds, transfer);
+    const wire = encodeFeeds(this.inputs, feeds, transfer, this.#spare);
     const call: CallOptions<"run"> = { transfer: wire.transfer, signal, timeout, onProgress };
-    return this.#engine.client.call(
+    const { inputs, lent } = wire;
+    const reply = await this.#engine.client.call(
       "run",
-      { session: this.#id, inputs: wire.inputs, outputs, profile, progress: onProgress !== undefined },
+      { session: this.#id, inputs, lent, outputs, profile, progress: onProgress !== undefined },
       call,
     );
+    this.#spare.put(reply.returned);
+    return reply;
   }
 }
 

@@ -4,7 +4,7 @@ import { encodeFeeds, inferDims } from "../src/feeds.js";
 import { decodeFloat16, encodeFloat16, float16Array } from "../src/half.js";
 import type { ValueInfo } from "../src/protocol.js";
 import { bytesPerElement, TENSOR_TYPES, Tensor, type TensorType, toData, viewAs } from "../src/tensor.js";
-import { MIN_TRANSFER_BYTES } from "../src/transfer.js";
+import { MIN_TRANSFER_BYTES, SpareBuffers } from "../src/transfer.js";
 
 /** The code of what `f` throws. */
 function codeOf(f: () => unknown): string {
@@ -158,7 +158,7 @@ test("large buffers move, as copies unless they are given away; small ones are c
   const info: ValueInfo = { name: "x", type: "float32", dims: ["n"] };
   const buffers = (x: Float32Array, move: boolean) => {
     const { inputs, transfer } = encodeFeeds([info], { x }, move);
-    const sent = (inputs[0]?.data as Uint8Array).buffer;
+    const [sent] = inputs.map(({ data }) => (data as Uint8Array).buffer);
     return [sent === x.buffer, transfer.includes(sent as ArrayBuffer)];
   };
   const [small, large] = [new Float32Array(10), new Float32Array(MIN_TRANSFER_BYTES / 4)];
@@ -167,6 +167,27 @@ test("large buffers move, as copies unless they are given away; small ones are c
   expect(buffers(large, false)).toEqual([false, true]);
   expect(buffers(large, true)).toEqual([true, true]);
   expect(buffers(large.subarray(1, 3), true)).toEqual([false, false]);
+});
+
+test("copies go into the buffers that the last run gave back", () => {
+  const info: ValueInfo = { name: "x", type: "float32", dims: ["n"] };
+  const spare = new SpareBuffers();
+  const x = Float32Array.from({ length: MIN_TRANSFER_BYTES / 4 }, (_, i) => i);
+  const first = encodeFeeds([info], { x }, false, spare);
+  expect(first.lent).toEqual(first.transfer);
+  spare.put(first.lent);
+  x.fill(7);
+  const second = encodeFeeds([info], { x }, false, spare);
+  expect(second.lent[0]).toBe(first.lent[0]);
+  expect(new Float32Array(second.lent[0] as ArrayBuffer)).toEqual(x);
+  // In use, or of another size: a new one.
+  expect(encodeFeeds([info], { x }, false, spare).lent[0]).not.toBe(first.lent[0]);
+  spare.put(second.lent);
+  expect(encodeFeeds([info], { x: new Float32Array(x.length + 1) }, false, spare).lent[0]?.byteLength).toBe(
+    4 * x.length + 4,
+  );
+  // What the caller gives away does not come back.
+  expect(encodeFeeds([info], { x }, true, spare).lent).toEqual([]);
 });
 
 test("only the bytes of a view are sent", () => {
