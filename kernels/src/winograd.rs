@@ -92,7 +92,7 @@ const MIN_CHANNELS: usize = 8;
 const MIN_TILES: usize = 4;
 /// Outputs from which M = 4, or else M = 2, is worth the memory of its weights: 4 times and 16/9 times as much as they
 /// have themselves. Time that is saved grows with outputs times weights, memory with weights, so the outputs decide.
-const MIN_OUTPUTS: [usize; 2] = [400, 100];
+const MIN_OUTPUTS: [usize; 2] = [150, 40];
 /// Bytes of weights for M = 4 that are worth it for any number of outputs.
 const ANY_OUTPUTS: usize = 5 << 19;
 
@@ -106,11 +106,11 @@ const ANY_OUTPUTS: usize = 5 << 19;
 /// | 208 x 208, 16 > 16 | 4773 | 2639 | 1634 | 4 |
 /// | 56 x 56, 64 > 64 | 4533 | 2268 | 1389 | 4 |
 /// | 28 x 28, 128 > 128 | 4602 | 2074 | 1268 | 4 |
-/// | 14 x 14, 256 > 256 | 4619 | 2157 | 1753 | 2: 4 MB of weights instead of 9 |
+/// | 14 x 14, 256 > 256 | 4619 | 2157 | 1753 | 4 |
 /// | 13 x 13, 64 > 256 | 999 | 549 | 400 | 4 |
 /// | 10 x 10, 128 > 128 | 568 | 280 | 262 | 4 |
 /// | 7 x 7, 128 > 128 | 289 | 167 | 104 | 4 |
-/// | 7 x 7, 512 > 512 | 5585 | 4067 | 4972 | direct: 9 MB instead of 17 |
+/// | 7 x 7, 512 > 512 | 5585 | 4067 | 4972 | 2 |
 pub(crate) fn choose(isa: Isa, params: &ConvParams, [d, h, w]: [usize; 3]) -> Option<TileSize> {
     if !Winograd::supports(isa, params) {
         return None;
