@@ -16,6 +16,7 @@ pub mod epilogue;
 pub mod error;
 pub mod finish;
 pub mod gemm;
+pub mod int8;
 pub mod math;
 pub mod movement;
 pub mod naive;

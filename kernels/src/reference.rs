@@ -3,6 +3,7 @@
 //! Each is the textbook loop over `ndarray` views, accumulating in `f64`, with no regard to speed.
 
 pub mod gemm;
+pub mod int8;
 pub mod movement;
 mod norm;
 pub use norm::{normalize, softmax};

@@ -1,0 +1,55 @@
+//! How an instruction set multiplies 8-bit numbers.
+
+use crate::error::{Error, Result};
+use crate::simd::Isa;
+use core::fmt;
+
+/// A form of the dot product. All give the same sums; which one is exact, and fastest, differs from machine to machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// Pairs of 16-bit products: operands are widened. Exact on every machine.
+    Wide,
+    /// Four products of an unsigned and a signed byte at a time.
+    U8S8,
+    /// Four products of signed bytes at a time.
+    S8S8,
+}
+
+impl Form {
+    /// All forms.
+    pub const ALL: [Self; 3] = [Self::Wide, Self::U8S8, Self::S8S8];
+
+    /// The forms that are exact on this machine with this instruction set, the fastest last; never empty.
+    pub fn available(_isa: Isa) -> Vec<Self> {
+        vec![Self::Wide]
+    }
+
+    /// The fastest of them.
+    pub fn best(_isa: Isa) -> Self {
+        Self::Wide
+    }
+
+    /// The name in messages and profiles.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Wide => "i16",
+            Self::U8S8 => "u8s8",
+            Self::S8S8 => "s8s8",
+        }
+    }
+
+    /// Refuses a form that is not [available](Self::available).
+    pub(crate) fn check(self, isa: Isa) -> Result<()> {
+        if Self::available(isa).contains(&self) {
+            Ok(())
+        } else {
+            Err(Error::new(format!("the 8-bit dot product {self} is not available with {isa}")))
+        }
+    }
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
