@@ -5,7 +5,7 @@ import { abortError, type ErrorShape, isErrorCode, toWeblaneError, WeblaneError 
 import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
 import { MIN_TRANSFER_BYTES } from "./transfer.js";
 import { chooseVariant, type Platform, type Variant, type VariantChoice } from "./variant.js";
-import type { Wasm, WasmOutput, WasmSession } from "./wasm.js";
+import type { Wasm, WasmFiles, WasmOutput, WasmQuantizer, WasmSession } from "./wasm.js";
 
 /** How long a run keeps the worker before it looks for messages, in milliseconds. */
 export const STEP_BUDGET_MS = 8;
@@ -78,6 +78,7 @@ interface SessionSlot {
 export class Host {
   readonly #env: HostEnvironment;
   readonly #sessions = new Map<number, SessionSlot>();
+  readonly #quantizers = new Map<number, WasmQuantizer>();
   readonly #running = new Map<number, Call>();
   /** Files can be read. */
   readonly #started: Promise<Wasm>;
@@ -207,8 +208,8 @@ export class Host {
     },
 
     externals: async ({ session }) => {
-      const slot = this.#slot(session);
-      return this.#guard(() => [...slot.wasm.externals()]);
+      const files = this.#files(session);
+      return this.#guard(() => [...files.externals()]);
     },
 
     finish: async ({ session }) => {
@@ -254,9 +255,48 @@ export class Host {
       });
     },
 
+    openQuantizer: async ({ session, options }) => {
+      const wasm = await this.#started;
+      this.#quantizers.set(
+        session,
+        this.#guard(() => new wasm.WasmQuantizer(options)),
+      );
+      return undefined;
+    },
+
+    sampleInputs: async ({ session }) => {
+      const quantizer = this.#quantizer(session);
+      return this.#guard(() => quantizer.inputs());
+    },
+
+    quantize: async ({ session, samples }, context) => {
+      const quantizer = this.#quantizer(session);
+      this.#guard(() => {
+        for (const sample of samples) {
+          quantizer.nextSample();
+          for (const { name, type, dims, data } of sample) {
+            if (!(data instanceof Uint8Array))
+              throw new WeblaneError("invalid_input", `the input "${name}": samples cannot be text`);
+            quantizer.input(name, type, Uint32Array.from(dims), data);
+          }
+        }
+        quantizer.begin();
+      });
+      for (;;) {
+        if (context.cancelled) throw abortError(context.signal, "quantisation");
+        if (!this.#quantizers.has(session)) throw disposed();
+        context.progress(this.#guard(() => quantizer.progress()));
+        if (this.#guard(() => quantizer.advance(STEP_BUDGET_MS))) break;
+        await this.#env.breathe();
+      }
+      return this.#guard(() => ({ model: quantizer.model(), report: quantizer.report() }));
+    },
+
     memory: async () => (await this.#started).memory.buffer.byteLength,
 
     close: async ({ session }) => {
+      const quantizer = this.#quantizers.get(session);
+      if (this.#quantizers.delete(session) && !this.#broken) this.#guard(() => quantizer?.free());
       const slot = this.#sessions.get(session);
       if (slot === undefined) return undefined;
       this.#sessions.delete(session);
@@ -305,14 +345,26 @@ export class Host {
     return slot;
   }
 
+  #quantizer(session: number): WasmQuantizer {
+    const quantizer = this.#quantizers.get(session);
+    if (this.#broken) throw this.#broken;
+    if (quantizer === undefined) throw disposed();
+    return quantizer;
+  }
+
+  /** Where the files of a session, or of a model to be quantised, go. */
+  #files(session: number): WasmFiles {
+    return this.#quantizers.has(session) ? this.#quantizer(session) : this.#slot(session).wasm;
+  }
+
   #expect(session: number, file: string, total: number): void {
     if (file !== "" || total === 0) return;
-    const { wasm } = this.#slot(session);
+    const wasm = this.#files(session);
     this.#guard(() => wasm.expect(total));
   }
 
   #push(session: number, file: string, bytes: Uint8Array): void {
-    const { wasm } = this.#slot(session);
+    const wasm = this.#files(session);
     this.#guard(() => (file === "" ? wasm.push(bytes) : wasm.pushExternal(file, bytes)));
   }
 
@@ -424,6 +476,7 @@ function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor 
 }
 
 function transferables(result: Out<Method>): Transferable[] {
+  if (typeof result === "object" && "report" in result) return [result.model.buffer];
   if (typeof result !== "object" || !("totalMs" in result)) return [];
   const outputs = result.outputs.flatMap(({ data }) =>
     data instanceof Uint8Array && data.byteLength >= MIN_TRANSFER_BYTES ? [data.buffer as ArrayBuffer] : [],

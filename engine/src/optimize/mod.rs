@@ -25,7 +25,7 @@ mod simplify;
 mod skip_norm;
 mod specialize;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use half::promote_half;
 pub use specialize::{Specialized, specialize};
