@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "models"))
 
 import fetch  # noqa: E402
 
-WEBLANE = ROOT / "target" / "release" / "weblane"
+WEBLANE = Path(os.environ.get("WEBLANE") or ROOT / "target" / "release" / "weblane")
 MINILM = ROOT / "target" / "models" / "all_minilm_l6_v2"
 OUT = ROOT / "target" / "quantize"
 SENTENCES = 200

@@ -25,7 +25,7 @@ pub(super) struct Dynamic {
     /// By activation: its integers, scale and zero point.
     activations: HashMap<String, [String; 3]>,
     /// By weights: their integers, scales and zero points.
-    weights: HashMap<String, [String; 3]>,
+    weights: HashMap<String, Vec<String>>,
 }
 
 impl Dynamic {
@@ -42,7 +42,7 @@ impl Rewrite for Dynamic {
             return Ok(());
         }
         if is_table {
-            let rest = table(e, old)?;
+            let rest = table(e, &mut self.weights, old)?;
             e.nodes.extend(rest);
             return Ok(());
         }
@@ -70,7 +70,7 @@ impl Rewrite for Dynamic {
             }
         };
         let per_channel = self.options.per_channel;
-        let [wq, ws, wz] = match self.weights.get(&p.key) {
+        let names = match self.weights.get(&p.key) {
             Some(names) => names.clone(),
             None => {
                 let grid = if per_channel { [p.k, p.n, 1] } else { [1, 1, p.weights.len()] };
@@ -84,17 +84,17 @@ impl Rewrite for Dynamic {
                 let how = if per_channel { "int8 per column" } else { "int8" };
                 let (before, after) = (4 * p.weights.len(), p.weights.len() + 5 * n);
                 e.note(NodeReport::new(&old, &p.name, &[p.k, p.n], how, &quantised.noise, before, after));
-                self.weights.insert(p.key, names.clone());
-                names
+                self.weights.insert(p.key, names.to_vec());
+                names.to_vec()
             }
         };
         e.release(&p.name);
         let y = old.outputs[0].clone();
         let [sums, real, scales] = ["output_quantized", "output_cast", "scales"].map(|s| e.fresh(format!("{y}_{s}")));
-        e.nodes.push(node("MatMulInteger", format!("{name}_quant"), &[&q, &wq, &zero, &wz], &[&sums]));
+        e.nodes.push(node("MatMulInteger", format!("{name}_quant"), &[&q, &names[0], &zero, &names[2]], &[&sums]));
         let cast = node("Cast", format!("{name}_cast"), &[&sums], &[&real]);
         e.nodes.push(with_int(cast, "to", DType::F32 as i64));
-        e.nodes.push(node("Mul", format!("{name}_scales_mul"), &[&scale, &ws], &[&scales]));
+        e.nodes.push(node("Mul", format!("{name}_scales_mul"), &[&scale, &names[1]], &[&scales]));
         let last = node("Mul", format!("{name}_output_scale_mul"), &[&real, &scales], &[&y]);
         with_bias(e, &old, last, p.bias);
         Ok(())

@@ -7,6 +7,7 @@ use super::weights::{check_finite, symmetric};
 use crate::error::{Error, Result};
 use crate::onnx::Node;
 use crate::tensor::DType;
+use std::collections::HashMap;
 
 /// `A W + bias`.
 pub(super) struct Product {
@@ -120,7 +121,9 @@ const MIN_TABLE: usize = 1024;
 
 /// A Gather from a constant float matrix becomes one from an 8-bit matrix with a scale per column and a
 /// DequantizeLinear behind it. Gives the node back when it is something else.
-pub(super) fn table(e: &mut Editor, old: Node) -> Result<Option<Node>> {
+///
+/// `known` has the matrices that were quantised before.
+pub(super) fn table(e: &mut Editor, known: &mut HashMap<String, Vec<String>>, old: Node) -> Result<Option<Node>> {
     let (Some(name), Some(indices)) = (old.inputs.first().cloned(), old.inputs.get(1).cloned()) else {
         return Err(Error::invalid_model("two operands were wanted"));
     };
@@ -130,22 +133,29 @@ pub(super) fn table(e: &mut Editor, old: Node) -> Result<Option<Node>> {
     if !fits || rows.saturating_mul(cols) < MIN_TABLE {
         return Ok(Some(old));
     }
-    let x = elements::<f32>(t)?;
-    check_finite(&name, x)?;
-    let q = symmetric(x, [rows, cols, 1], 127.0, &|_| 0.0);
-    let after = q.values.len() + 5 * q.scales.len();
-    e.note(NodeReport::new(&old, &name, &[rows, cols], "int8 per column", &q.noise, 4 * x.len(), after));
-    let (values, scales) = (e.fresh(format!("{name}_quantized")), e.fresh(format!("{name}_scale")));
-    let zeros = e.fresh(format!("{name}_zero_point"));
-    e.add(constant(&values, &[rows, cols], &q.values)?);
-    e.add(constant(&scales, &[cols], &q.scales)?);
-    e.add(constant(&zeros, &[cols], &vec![0i8; cols])?);
+    let key = format!("table {name}");
+    let names = match known.get(&key) {
+        Some(names) => names.clone(),
+        None => {
+            let x = elements::<f32>(t)?;
+            check_finite(&name, x)?;
+            let q = symmetric(x, [rows, cols, 1], 127.0, &|_| 0.0);
+            let after = q.values.len() + 5 * q.scales.len();
+            e.note(NodeReport::new(&old, &name, &[rows, cols], "int8 per column", &q.noise, 4 * q.values.len(), after));
+            let names = ["quantized", "scale", "zero_point"].map(|s| e.fresh(format!("{name}_{s}")));
+            e.add(constant(&names[0], &[rows, cols], &q.values)?);
+            e.add(constant(&names[1], &[cols], &q.scales)?);
+            e.add(constant(&names[2], &[cols], &vec![0i8; cols])?);
+            known.insert(key, names.to_vec());
+            names.to_vec()
+        }
+    };
     e.release(&name);
     let y = &old.outputs[0];
     let picked = e.fresh(format!("{y}_quantized"));
-    let back = node("DequantizeLinear", format!("{}_dequantize", label(&old)), &[&picked, &scales, &zeros], &[y]);
+    let back = node("DequantizeLinear", format!("{}_dequantize", label(&old)), &[&picked, &names[1], &names[2]], &[y]);
     let mut gather = old;
-    gather.inputs = vec![values, indices];
+    gather.inputs = vec![names[0].clone(), indices];
     gather.outputs = vec![picked];
     e.nodes.push(gather);
     e.nodes.push(with_int(back, "axis", -1));

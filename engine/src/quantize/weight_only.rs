@@ -138,7 +138,7 @@ impl Rewrite for WeightOnly {
             return Ok(());
         }
         if is_table {
-            let rest = table(e, old)?;
+            let rest = table(e, &mut self.weights, old)?;
             e.nodes.extend(rest);
             return Ok(());
         }
