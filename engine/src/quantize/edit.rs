@@ -119,7 +119,7 @@ pub(super) fn elements<T: Element>(t: &TensorProto) -> Result<&[T]> {
 
 /// Bytes of a constant's elements.
 pub(super) fn bytes_of(t: &TensorProto) -> usize {
-    t.dtype.bytes_of(t.dims.iter().product()).unwrap_or(usize::MAX)
+    crate::tensor::byte_count(t.dtype, &t.dims).unwrap_or(usize::MAX)
 }
 
 /// Calls `visit` with every graph inside the attributes of these nodes, at any depth.
@@ -189,7 +189,7 @@ pub(super) fn constants_to_initializers(graph: &mut Graph) -> Result<()> {
     for n in kept {
         let folded = match (onnx_op(&n), n.inputs.as_slice(), n.outputs.as_slice()) {
             ("Transpose", [x], [y]) if !outputs.contains(y) => match places.get(x).map(|&i| &graph.initializers[i]) {
-                Some(t) if t.dtype == DType::F32 && t.dims.len() == 2 => {
+                Some(t) if t.dtype == DType::F32 && t.dims.len() == 2 && bytes_of(t) > 0 => {
                     let swaps = match attribute(&n, "perm") {
                         None => true,
                         Some(AttributeValue::Ints(p)) => p.as_slice() == [1, 0],

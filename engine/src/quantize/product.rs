@@ -45,6 +45,7 @@ pub(super) fn find(e: &mut Editor, node: &Node) -> Result<Found> {
     let (Some(a), Some(b)) = (node.inputs.first(), node.inputs.get(1)) else {
         return Err(Error::invalid_model("two operands were wanted"));
     };
+    one_result(node)?;
     let Some(w) = e.constant(b) else { return Ok(Found::Unfit("the second operand is not constant")) };
     if e.constant(a).is_some() {
         return Ok(Found::Unfit("both operands are constant"));
@@ -99,6 +100,13 @@ pub(super) fn find(e: &mut Editor, node: &Node) -> Result<Found> {
     Ok(Found::Product(Product { name, k, n, weights, bias, key }))
 }
 
+fn one_result(node: &Node) -> Result<()> {
+    match node.outputs.as_slice() {
+        [y] if !y.is_empty() => Ok(()),
+        other => Err(Error::invalid_model(format!("{} results; one was wanted", other.len()))),
+    }
+}
+
 /// Writes `from + bias` to the result of `old`, or has `last` write there itself when there is no bias.
 pub(super) fn with_bias(e: &mut Editor, old: &Node, mut last: Node, bias: Option<String>) {
     let y = &old.outputs[0];
@@ -133,6 +141,7 @@ pub(super) fn table(e: &mut Editor, known: &mut HashMap<String, Vec<String>>, ol
     if !fits || rows.saturating_mul(cols) < MIN_TABLE {
         return Ok(Some(old));
     }
+    one_result(&old)?;
     let key = format!("table {name}");
     let names = match known.get(&key) {
         Some(names) => names.clone(),

@@ -12,7 +12,7 @@
 
 use super::calibrate::Calibration;
 use super::dynamic::q_max;
-use super::edit::{self, BEGIN, Editor, constant, elements, float, int, node, onnx_op, uses, with_int};
+use super::edit::{self, BEGIN, Editor, bytes_of, constant, elements, float, int, node, onnx_op, uses, with_int};
 use super::report::NodeReport;
 use super::skip::skips;
 use super::weights::{affine, around, check_finite, symmetric};
@@ -218,6 +218,9 @@ impl Qdq {
         let Some(x) = self.params.get(&n.inputs[0]).cloned() else { return Ok(()) };
         let name = n.inputs[1].clone();
         let Some(t) = e.constant(&name).filter(|t| t.dtype == DType::F32) else { return Ok(()) };
+        if bytes_of(t) == 0 {
+            return Ok(());
+        }
         let dims = t.dims.clone();
         let group = int(n, "group", 1);
         let axis = match (onnx_op(n), dims.len()) {
@@ -375,7 +378,7 @@ fn drop_activations(
     let scalars: HashMap<String, f32> = graph
         .initializers
         .iter()
-        .filter(|t| t.dtype == DType::F32 && t.dims.iter().product::<usize>() == 1)
+        .filter(|t| t.dtype == DType::F32 && bytes_of(t) == 4)
         .map(|t| Ok((t.name.clone(), elements::<f32>(t)?[0])))
         .collect::<Result<_>>()?;
     let mut producers: HashMap<String, usize> = HashMap::new();
@@ -455,7 +458,7 @@ pub(super) fn fold_batch_norm(graph: &mut Graph, options: &QuantizeOptions) -> R
         let Some(found) = found else { continue };
         let channels = found[4].dims.first().copied().unwrap_or(0);
         let lists = found[..4].iter().chain(&found[5..]).all(|t| t.dims.as_slice() == [channels]);
-        if channels == 0 || !lists {
+        if channels == 0 || !lists || bytes_of(found[4]) == 0 {
             continue;
         }
         let x = |k: usize| elements::<f32>(found[k]);

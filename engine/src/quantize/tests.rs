@@ -343,3 +343,40 @@ fn weights_that_are_no_numbers_are_named() {
         assert!(e.message.contains("\"w\" hold NaN"), "{e}");
     }
 }
+
+#[test]
+fn damaged_models_are_errors_or_stay() {
+    // What a file may say and no exporter would: no results, no operands, weights without elements.
+    let model = convolutions(13);
+    let given = samples(&[1, 3, 12, 12], "x", 1);
+    for i in 0..model.graph.nodes.len() {
+        for what in 0..4 {
+            let mut bad = model.clone();
+            let node = &mut bad.graph.nodes[i];
+            match what {
+                0 => node.outputs.clear(),
+                1 => node.inputs.clear(),
+                2 => node.inputs.truncate(1),
+                _ => node.inputs[0] = "nobody".into(),
+            }
+            for mode in [Mode::Dynamic, Mode::Static, Mode::Int4, Mode::Float16] {
+                let _ = quantised(&bad, of(mode), if mode == Mode::Static { &given } else { &[] });
+            }
+        }
+    }
+    for dims in [[0, 1 << 40], [1 << 40, 0]] {
+        let model = Net::new(13)
+            .input("x", &[-1, 8])
+            .weights("w", &dims, &[])
+            .node("Transpose", &["w"], "t", &[])
+            .node("MatMul", &["x", "w"], "y", &[])
+            .node("MatMul", &["x", "t"], "z", &[])
+            .output("y", &[-1, 8])
+            .output("z", &[-1, 8])
+            .model;
+        for mode in [Mode::Dynamic, Mode::Static, Mode::Int4, Mode::Float16] {
+            let given = samples(&[2, 8], "x", 1);
+            let _ = quantised(&model, of(mode), if mode == Mode::Static { &given } else { &[] });
+        }
+    }
+}
