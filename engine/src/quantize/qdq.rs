@@ -383,7 +383,7 @@ fn drop_activations(
         .collect::<Result<_>>()?;
     let mut producers: HashMap<String, usize> = HashMap::new();
     let mut gone = vec![false; graph.nodes.len()];
-    for i in 0..graph.nodes.len() {
+    for (i, gone) in gone.iter_mut().enumerate() {
         let n = &graph.nodes[i];
         let bound = |at: usize, name: &str, none: f32| match n.inputs.get(at).filter(|s| !s.is_empty()) {
             Some(input) => scalars.get(input).copied(),
@@ -409,7 +409,7 @@ fn drop_activations(
             Some((p, y)) => {
                 graph.nodes[p].outputs[0].clone_from(&y);
                 producers.insert(y, p);
-                gone[i] = true;
+                *gone = true;
             }
             None => {
                 let takes = matches!(selected(n, options), Some(Kind::Weighted | Kind::Elementwise | Kind::First));
@@ -433,7 +433,7 @@ pub(super) fn fold_batch_norm(graph: &mut Graph, options: &QuantizeOptions) -> R
         graph.initializers.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
     let mut convs: HashMap<String, usize> = HashMap::new();
     let mut gone = vec![false; graph.nodes.len()];
-    for i in 0..graph.nodes.len() {
+    for (i, gone) in gone.iter_mut().enumerate() {
         let n = &graph.nodes[i];
         if skips(options, n) {
             continue;
@@ -482,7 +482,7 @@ pub(super) fn fold_batch_norm(graph: &mut Graph, options: &QuantizeOptions) -> R
         conv.inputs[1] = wn;
         conv.inputs.push(bn);
         conv.outputs[0] = base;
-        gone[i] = true;
+        *gone = true;
     }
     let mut gone = gone.iter();
     graph.nodes.retain(|_| !gone.next().copied().unwrap_or(false));

@@ -89,45 +89,43 @@ fn pack(q: &[u8], bits: usize, out: &mut [u8]) {
     }
 }
 
-/// Quantises a block and gives its scale and zero point.
+/// Quantises a block and gives its scale and zero point: of a few of each, those that lose the least.
 ///
-/// Symmetric: the weight of the largest magnitude becomes `-2^(bits - 1)`, the end with one step more, and a few smaller
-/// scales, which cut it off, are tried: of normally distributed weights they lose less in all than they cut.
+/// Symmetric ones make the weight of the largest magnitude `-2^(bits - 1)`, the end with one step more.
 fn quantise_block(x: &[f32], q: &mut [u8], bits: usize, symmetric: bool) -> (f32, u8) {
     let max = ((1u32 << bits) - 1) as f32;
-    if !symmetric {
-        let (lo, hi) = x.iter().fold((0f32, 0f32), |(l, h), &v| (l.min(v), h.max(v)));
-        let scale = usable((hi / max) - (lo / max));
-        let zero = (-lo / scale).round_ties_even().clamp(0.0, max);
-        round(x, q, scale, zero, max);
-        return (scale, zero as u8);
-    }
-    let zero = (1u32 << (bits - 1)) as f32;
-    let largest = x.iter().fold(0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
-    let mut best = (f64::INFINITY, 1.0);
-    // With 8 bits the first is as good as any.
-    let tries: &[f32] = if bits == 4 { &[1.0, 8.0 / 7.0, 0.95, 0.9, 0.85, 0.8] } else { &[1.0] };
-    for &share in tries {
-        // 8/7 stands for the other end.
-        let scale = if share > 1.0 { largest.abs() / 7.0 } else { -largest / zero * share };
+    // Ranges that cut off the largest weights, which normally distributed ones gain by. With 8 bits they do not.
+    let shares: &[f32] = if bits == 4 { &[1.0, 0.95, 0.9, 0.85, 0.8] } else { &[1.0] };
+    let mut best = (f64::INFINITY, 1.0, 0.0);
+    let mut attempt = |scale: f32, zero: f32| {
         let scale = if scale.abs() >= f32::MIN_POSITIVE { scale } else { 1.0 };
-        let loss = x
-            .iter()
-            .map(|&v| {
-                let q = (v / scale).round_ties_even().clamp(-zero, max - zero);
-                f64::from(v - q * scale).powi(2)
-            })
-            .sum();
+        let lost = |&v: &f32| {
+            let q = (v / scale).round_ties_even().clamp(-zero, max - zero);
+            f64::from(v - q * scale).powi(2)
+        };
+        let loss = x.iter().map(lost).sum();
         if loss < best.0 {
-            best = (loss, scale);
+            best = (loss, scale, zero);
+        }
+    };
+    if symmetric {
+        let zero = (1u32 << (bits - 1)) as f32;
+        let largest = x.iter().fold(0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
+        shares.iter().for_each(|share| attempt(-largest / zero * share, zero));
+        // The other end, with a step less.
+        attempt(largest.abs() / (zero - 1.0), zero);
+    } else {
+        let (lo, hi) = x.iter().fold((0f32, 0f32), |(l, h), &v| (l.min(v), h.max(v)));
+        for from in shares.iter().map(|s| lo * s) {
+            for to in shares.iter().map(|s| hi * s) {
+                let scale = usable(to / max - from / max);
+                attempt(scale, (-from / scale).round_ties_even().clamp(0.0, max));
+            }
         }
     }
-    round(x, q, best.1, zero, max);
-    (best.1, zero as u8)
-}
-
-fn round(x: &[f32], q: &mut [u8], scale: f32, zero: f32, max: f32) {
+    let (_, scale, zero) = best;
     q.iter_mut().zip(x).for_each(|(q, v)| *q = ((v / scale).round_ties_even() + zero).clamp(0.0, max) as u8);
+    (scale, zero as u8)
 }
 
 impl Rewrite for WeightOnly {
