@@ -130,7 +130,7 @@ enum Packed {
 
 impl IntegerProduct {
     /// Where the operands behind those of the product begin.
-    fn extras(&self) -> usize {
+    pub(crate) fn extras(&self) -> usize {
         if self.a_zero.is_some() { 2 } else { 4 }
     }
 
