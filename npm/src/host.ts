@@ -16,8 +16,8 @@ const EARLY_BYTES = 32 << 20;
 /** What the host needs from its surroundings; tests give fakes. */
 export interface HostEnvironment {
   readonly platform: Platform;
-  /** Compiles and starts a build that will have so many threads. */
-  instantiate(variant: Variant, url: string | undefined, threads: number): Promise<Wasm>;
+  /** Starts a build that will have so many threads; compiles it unless the page does so (`early`). */
+  instantiate(variant: Variant, url: string | undefined, threads: number, early: boolean): Promise<Wasm>;
   /** Opens a file for reading; `total` is 0 when its size is not known. A chunk is valid until the next one is taken. */
   open(
     url: string,
@@ -129,9 +129,9 @@ export class Host {
   }
 
   readonly #handlers: Handlers = {
-    start: async ({ threads, variant, wasmUrls }, { progress }) => {
+    start: async ({ threads, variant, wasmUrls, early }, { progress }) => {
       progress({ phase: "compile", loaded: 0, total: 1 });
-      const starting = this.#start(threads, variant, wasmUrls);
+      const starting = this.#start(threads, variant, wasmUrls, early);
       this.#onStarted(starting.then(([wasm]) => wasm));
       const [wasm, choice] = await starting;
       const info = await this.#startThreads(wasm, choice, variant);
@@ -270,10 +270,16 @@ export class Host {
     threads: number,
     variant: Variant | "auto",
     wasmUrls: Readonly<Partial<Record<Variant, string>>>,
+    early: Variant | undefined,
   ): Promise<[Wasm, VariantChoice]> {
     const { platform } = this.#env;
     const start = async (choice: VariantChoice): Promise<[Wasm, VariantChoice]> => [
-      await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads),
+      await this.#env.instantiate(
+        choice.variant,
+        wasmUrls[choice.variant],
+        choice.threads,
+        choice.variant === early,
+      ),
       choice,
     ];
     const choice = chooseVariant(platform, { threads, variant });
