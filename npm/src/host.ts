@@ -68,6 +68,8 @@ interface SessionSlot {
   /** The last piece of work of this session; the next one waits for it. */
   tail: Promise<unknown>;
   closed: boolean;
+  /** The model file is complete, and it is known which files of external data there are. */
+  parsed: boolean;
   /** The inputs of the last run, as long as they stand for the next one too. */
   given: readonly Given[] | undefined;
   /** The outputs of the last run. */
@@ -151,6 +153,7 @@ export class Host {
         wasm: this.#guard(() => new wasm.WasmSession(options)),
         tail: Promise.resolve(),
         closed: false,
+        parsed: false,
         given: undefined,
         outputs: [],
       });
@@ -206,14 +209,16 @@ export class Host {
       return undefined;
     },
 
-    externals: async ({ session }) => {
+    finish: async ({ session }, { progress }) => {
       const slot = this.#slot(session);
-      return this.#guard(() => [...slot.wasm.externals()]);
-    },
-
-    finish: async ({ session }) => {
-      const slot = this.#slot(session);
-      return this.#guard(() => slot.wasm.finish());
+      if (!slot.parsed) {
+        const externals = this.#guard(() => [...slot.wasm.externals()]);
+        slot.parsed = true;
+        progress({ phase: "parse", loaded: 1, total: 1 });
+        if (externals.length > 0) return { externals };
+      }
+      progress({ phase: "optimize", loaded: 0, total: 1 });
+      return { model: this.#guard(() => slot.wasm.finish()) };
     },
 
     run: ({ session, inputs, lent, outputs, profile, progress: wantsProgress }, context) => {

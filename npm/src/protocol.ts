@@ -142,10 +142,15 @@ export interface Protocol {
     out: undefined;
     progress: never;
   };
-  /** The model file is complete: which locations of external data does it name? */
-  externals: { in: OfSession; out: readonly string[]; progress: never };
-  /** All files are complete: optimises and plans. */
-  finish: { in: OfSession; out: ModelInfo; progress: LoadProgress };
+  /**
+   * The model file is complete: optimises and plans. When the model names files of external data, it says where they are
+   * instead, and comes again once all of them are there.
+   */
+  finish: {
+    in: OfSession;
+    out: { readonly model: ModelInfo } | { readonly externals: readonly string[] };
+    progress: LoadProgress;
+  };
   /** Runs the model. Runs of one session follow one another in the order in which they came. */
   run: {
     in: OfSession & {
