@@ -144,7 +144,7 @@ async function work(
     opened,
     sendFile(engine, session, "", source, { signal, onProgress }),
   ]);
-  for (const location of await client.call("externals", { session }, { signal })) {
+  for (const location of await client.call("quantizerExternals", { session }, { signal })) {
     const file = await externalSource(location, externalData, url);
     await sendFile(engine, session, location, file, { signal, onProgress });
   }

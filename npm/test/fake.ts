@@ -149,6 +149,7 @@ export class FakeEngine {
       #step = 0;
       #wanted: readonly string[] = [];
       #ended = false;
+      #told = "";
 
       expect(bytes: number) {
         log.push(`expect ${bytes}`);
@@ -205,7 +206,10 @@ export class FakeEngine {
         return script.steps;
       }
       outputsChanged() {
-        return true;
+        const now = JSON.stringify(this.outputs());
+        const changed = now !== this.#told;
+        this.#told = now;
+        return changed;
       }
       outputs() {
         return this.#wanted.map((name) => {
@@ -285,6 +289,10 @@ export class FakeEngine {
       WasmSession: FakeSession,
       WasmQuantizer: FakeQuantizer,
       version: () => "0.0.0",
+      warmUp: () => {
+        log.push("warm up");
+        return true;
+      },
       stopWord: () => 0,
       runningWord: () => 4,
       lastFailure: () => this.script.said,
