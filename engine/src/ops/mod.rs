@@ -15,6 +15,7 @@ use weblane_kernels::par::Cx;
 mod attributes;
 pub mod body;
 mod prepare;
+mod qparams;
 mod sizes;
 pub mod spatial;
 #[cfg(test)]
@@ -273,10 +274,12 @@ ops! {
     cumsum
     depth_to_space
     det
+    dynamic_lstm
     einsum
     expand
     eye_like
     gather
+    gather_block_quantized
     gemm
     grid_sample
     identity
@@ -284,6 +287,7 @@ ops! {
     loop_
     loss
     matmul
+    matmul_nbits
     non_max_suppression
     non_zero
     norm
@@ -291,7 +295,16 @@ ops! {
     pad
     patches
     pool
+    qattention
+    qgemm
+    qlinear_binary
+    qlinear_concat
+    qlinear_pool
+    qlinear_softmax
+    qlinear_unary
     quantize
+    quantize_microsoft
+    quantized_matmul
     random
     range
     reduce
