@@ -15,6 +15,7 @@ use weblane_kernels::par::Cx;
 mod attributes;
 pub mod body;
 mod prepare;
+mod qparams;
 mod sizes;
 pub mod spatial;
 mod table;
@@ -275,10 +276,12 @@ ops! {
     cumsum
     depth_to_space
     det
+    dynamic_lstm
     einsum
     expand
     eye_like
     gather
+    gather_block_quantized
     gemm
     grid_sample
     identity
@@ -288,6 +291,7 @@ ops! {
     loop_
     loss
     matmul
+    matmul_nbits
     non_max_suppression
     non_zero
     norm
@@ -295,8 +299,17 @@ ops! {
     pad
     patches
     pool
+    qattention
+    qgemm
+    qlinear_binary
+    qlinear_concat
+    qlinear_pool
+    qlinear_softmax
+    qlinear_unary
     quantize
+    quantize_microsoft
     quantized_binary
+    quantized_matmul
     quantized_pool
     random
     range
