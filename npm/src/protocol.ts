@@ -175,7 +175,7 @@ export interface QuantizedOutput {
   readonly minCosine: number;
   /** The largest difference of an element. */
   readonly maxError: number;
-  /** Share of rows, along the last axis, whose largest element is at the same place; null for rows of one element. */
+  /** Share of rows, along the last axis of more than one element, whose largest element is at the same place. */
   readonly top1: number | null;
   readonly samples: number;
 }

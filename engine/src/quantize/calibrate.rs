@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! first pass:   the least and the largest of each value
-//! second pass:  a histogram over that range (percentile) or over -max|x| .. max|x| (entropy)
+//! second pass:  a histogram over that range, widened to hold zero (entropy: without the zeros)
 //! ```
 
 use super::{QuantizeOptions, Sample};
@@ -27,8 +27,11 @@ pub enum Method {
 
 const BINS: usize = 2048;
 
-/// Levels on one side of zero that entropy assumes.
+/// Levels that entropy takes a range to have: with the 256 there are, few bins would share one.
 const LEVELS: usize = 128;
+
+/// Ranges that entropy tries.
+const TRIES: usize = 128;
 
 #[derive(Clone, Debug)]
 struct Statistics {
@@ -108,27 +111,27 @@ impl Calibration {
 }
 
 impl Statistics {
-    fn bounds(&self, symmetric: bool) -> (f64, f64) {
-        let (lo, hi) = (f64::from(self.lo), f64::from(self.hi));
-        if symmetric { (-lo.abs().max(hi.abs()), lo.abs().max(hi.abs())) } else { (lo, hi) }
+    fn bounds(&self) -> (f64, f64) {
+        (f64::from(self.lo.min(0.0)), f64::from(self.hi.max(0.0)))
     }
 
-    fn count(&mut self, x: &[f32], symmetric: bool) {
+    /// Zeros are exact in any range, and after an activation there are so many of them that nothing else would count.
+    fn count(&mut self, x: &[f32], without_zeros: bool) {
         if self.lo > self.hi {
             return;
         }
-        let (lo, hi) = self.bounds(symmetric);
+        let (lo, hi) = self.bounds();
         self.bins.resize(BINS, 0);
         let scale = if hi > lo { BINS as f64 / (hi - lo) } else { 0.0 };
-        for &v in x.iter().filter(|v| v.is_finite()) {
+        for &v in x.iter().filter(|&&v| v.is_finite() && !(without_zeros && v == 0.0)) {
             let at = ((f64::from(v) - lo) * scale) as usize;
             self.bins[at.min(BINS - 1)] += 1;
         }
     }
 
     /// The range between two edges of bins, cut to what was seen.
-    fn between(&self, symmetric: bool, first: usize, end: usize) -> (f32, f32) {
-        let (lo, hi) = self.bounds(symmetric);
+    fn between(&self, first: usize, end: usize) -> (f32, f32) {
+        let (lo, hi) = self.bounds();
         let width = (hi - lo) / BINS as f64;
         let (from, to) = (lo + width * first as f64, lo + width * end as f64);
         ((from as f32).max(self.lo), (to as f32).min(self.hi))
@@ -146,27 +149,33 @@ impl Statistics {
             })
         };
         match (reach(&|i| i), reach(&|i| BINS - 1 - i)) {
-            (Some(a), Some(b)) if a + b < BINS => self.between(false, a, BINS - b),
+            (Some(a), Some(b)) if a + b < BINS => self.between(a, BINS - b),
             _ => (self.lo, self.hi),
         }
     }
 
-    /// Of the symmetric ranges around zero the one with the least divergence; see Migacz, 8-bit inference with TensorRT
-    /// (2017), of which this is the two-sided form.
+    /// Of the ranges that cut off what is further from zero than some bound the one with the least divergence; see
+    /// Migacz, 8-bit inference with TensorRT (2017), of which this is the two-sided form.
     fn entropy(&self) -> (f32, f32) {
-        let half = BINS / 2;
-        let mut best = (f64::INFINITY, half);
-        if self.bins.is_empty() {
+        if self.bins.iter().all(|&n| n == 0) {
             return (self.lo, self.hi);
         }
-        for reach in LEVELS / 2..=half {
-            let (first, end) = (half - reach, half + reach);
+        let (lo, hi) = self.bounds();
+        let bin = |v: f64| ((v - lo) / (hi - lo) * BINS as f64).round().clamp(0.0, BINS as f64) as usize;
+        let mut best = (f64::INFINITY, 0, BINS);
+        // From the whole range down, so that of equals the widest counts.
+        for step in (1..=TRIES).rev() {
+            let bound = hi.max(-lo) * step as f64 / TRIES as f64;
+            let (first, end) = (bin(-bound), bin(bound));
+            if end - first < LEVELS {
+                break;
+            }
             let divergence = divergence(&self.bins, first, end);
             if divergence < best.0 {
-                best = (divergence, reach);
+                best = (divergence, first, end);
             }
         }
-        self.between(true, half - best.1, half + best.1)
+        self.between(best.1, best.2)
     }
 }
 
@@ -224,13 +233,20 @@ mod tests {
     }
 
     #[test]
-    fn entropy_cuts_a_lone_outlier_and_keeps_a_uniform_range() {
-        let mut x: Vec<f32> = (0..200_000).map(|i| (i as f32 * 0.618_034).fract() * 2.0 - 1.0).collect();
+    fn entropy_cuts_a_lone_outlier_and_keeps_what_is_full() {
+        // Sums of four uniform numbers, nearly normal, with and without a value far outside; then what Relu leaves.
+        let uniform = |i: usize, k: f32| (i as f32 * k).fract() - 0.5;
+        let bell = |i: usize| [0.618_034, 0.754_878, 0.324_718, 0.569_84].iter().map(|&k| uniform(i, k)).sum::<f32>();
+        let mut x: Vec<f32> = (0..50_000).map(bell).collect();
         let (lo, hi) = of(&x, true).entropy();
-        assert!(lo < -0.95 && hi > 0.95, "{lo} {hi}");
+        assert!((-2.0..-1.0).contains(&lo) && (1.0..2.0).contains(&hi), "{lo} {hi}");
         x.push(40.0);
         let (lo, hi) = of(&x, true).entropy();
-        assert!(lo < -0.95 && (0.95..8.0).contains(&hi), "{lo} {hi}");
+        assert!((-2.0..-1.0).contains(&lo) && (1.0..8.0).contains(&hi), "{lo} {hi}");
+        x.pop();
+        x.iter_mut().for_each(|v| *v = v.max(0.0));
+        let (lo, hi) = of(&x, true).entropy();
+        assert!(lo == 0.0 && (1.0..2.0).contains(&hi), "{lo} {hi}");
     }
 
     #[test]

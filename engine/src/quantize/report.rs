@@ -89,7 +89,7 @@ pub struct OutputReport {
     pub min_cosine: f64,
     /// The largest difference of an element.
     pub max_error: f64,
-    /// Share of rows, along the last axis, whose largest element is at the same place; none for rows of one element.
+    /// Share of rows, along the last axis of more than one element, whose largest element is at the same place; none where there is no such axis.
     pub top1: Option<f64>,
     /// Samples that were compared.
     pub samples: usize,
@@ -256,7 +256,8 @@ impl Compared {
         };
         self.sum_cosine += cosine;
         self.min_cosine = self.min_cosine.min(cosine);
-        if let Some(&row) = want.dims().last().filter(|&&n| n > 1) {
+        // Classifiers give [n, classes], and those that end in a pooling [n, classes, 1, 1].
+        if let Some(&row) = want.dims().iter().rev().find(|&&n| n != 1).filter(|&&n| n > 1) {
             for (x, y) in x.chunks_exact(row).zip(y.chunks_exact(row)) {
                 self.rows += 1;
                 self.agreeing += u64::from(largest(x) == largest(y));
