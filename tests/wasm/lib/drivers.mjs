@@ -134,7 +134,11 @@ async function webkitDriver(url) {
 async function nodeDriver(packageDirectory) {
   const { Harness } = await import("../page/harness.mjs");
   const load = (path) => import(pathToFileURL(`${packageDirectory}/${path}`).href);
-  const packages = { weblane: await load("dist/index.js"), ort: await load("dist/ort.js") };
+  const packages = {
+    weblane: await load("dist/index.js"),
+    ort: await load("dist/ort.js"),
+    quantizing: await load("dist/quantize.js"),
+  };
   let harness;
   return {
     version: `Node ${process.version}`,

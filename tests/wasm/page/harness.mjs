@@ -21,6 +21,8 @@ class Context {
     this.weblane = packages.weblane;
     /** The entry `weblane/ort`. */
     this.ort = packages.ort;
+    /** The entry `weblane/quantize`. */
+    this.quantizing = packages.quantizing;
     /** "chromium", "firefox", "webkit" or "node". */
     this.engine = config.engine;
     /** Whether shared memory is to be had here: WebKitGTK calls a page isolated and has none. */
