@@ -18,10 +18,12 @@ mod prepare;
 mod qparams;
 mod sizes;
 pub mod spatial;
+mod table;
 #[cfg(test)]
 pub(crate) mod testing;
 pub use attributes::Attributes;
 pub use prepare::{Compute, PackCache, Precision, Prepare};
+pub use table::Table;
 
 /// What is known where a shape is inferred.
 #[derive(Debug)]
@@ -284,6 +286,8 @@ ops! {
     grid_sample
     identity
     if_
+    integer_product
+    lookup
     loop_
     loss
     matmul
@@ -304,7 +308,9 @@ ops! {
     qlinear_unary
     quantize
     quantize_microsoft
+    quantized_binary
     quantized_matmul
+    quantized_pool
     random
     range
     reduce
