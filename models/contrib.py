@@ -8,8 +8,8 @@
 Integer outputs must be equal in every element. Real outputs are sums of exact integer products, or of float32 ones, so
 their tolerance is 1e-5 of a value and of the largest one of its output.
 
-Weights lie within -64..64 where onnxruntime multiplies u8 by s8: without VNNI its kernels add pairs of products in 16 bits,
-which saturate beyond that, and the golden would depend on the machine.
+Weights lie within -64..64 where onnxruntime multiplies u8 by s8: without VNNI its kernels add pairs of products in 16
+bits, which saturate beyond that, and the golden would depend on the machine.
 
     python models/contrib.py                # every family
     python models/contrib.py qgemm          # some
@@ -286,8 +286,13 @@ def gather_block_quantized():
             for given in ([data, indices, f.real(blocks)], [data, indices, f.real(blocks), zero]):
                 f.node("GatherBlockQuantized", given, block_size=16, gather_axis=gather, quantize_axis=quantize)
     # A model needs an input.
-    f.node("GatherBlockQuantized", [given[0], f.input([4], np.int64, 0, 4), *given[2:]], block_size=16, gather_axis=1,
-           quantize_axis=0)
+    f.node(
+        "GatherBlockQuantized",
+        [given[0], f.input([4], np.int64, 0, 4), *given[2:]],
+        block_size=16,
+        gather_axis=1,
+        quantize_axis=0,
+    )
     return f
 
 
@@ -386,6 +391,7 @@ def blocked_weights():
     for dtype, low, high in kinds:
         for axis, block, blocks in ((0, 16, [4, 10]), (1, 4, [64, 3]), (0, 24, [3, 10])):
             for zeros in (False, True):
+
                 def weights(shape, dtype=dtype, low=low, high=high):
                     values = f.rng.integers(low, high + 1, shape)
                     return f.constant(values.astype(np.int8)) if dtype is None else f.constant(values, dtype)
