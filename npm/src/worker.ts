@@ -77,7 +77,6 @@ const host = new Host({
       },
       WasmSession: glue.WasmSession,
       version: glue.version,
-      warmUp: glue.warmUp,
       stopWord: glue.stopWord,
       runningWord: glue.runningWord,
       lastFailure: glue.lastFailure,
