@@ -9,6 +9,8 @@ import type { FromWorker, In, Method, Out, PoolSeat, Progress, Request, StopWord
 export interface CallOptions<M extends Method> {
   /** Buffers that move instead of being copied. */
   readonly transfer?: readonly Transferable[];
+  /** Asks for the call with this id without a message, if it can. */
+  readonly ring?: ((id: number) => boolean) | undefined;
   /** Hears of progress until the call ends. */
   readonly onProgress?: ((progress: Progress<M>) => void) | undefined;
   /** Rejects the call with `aborted` and tells the worker to stop. */
@@ -79,7 +81,7 @@ export class Client {
 
   /** Calls a method. Never throws; every failure, of posting too, is a rejection with a WeblaneError. */
   call<M extends Method>(method: M, params: In<M>, options: CallOptions<M> = {}): Promise<Out<M>> {
-    const { transfer, onProgress, signal, timeout } = options;
+    const { transfer, ring, onProgress, signal, timeout } = options;
     return new Promise<Out<M>>((resolve, reject) => {
       if (this.#closed) return reject(again(this.#closed));
       if (signal?.aborted) return reject(abortError(signal, method));
@@ -113,7 +115,7 @@ export class Client {
       });
       this.#worker.keepAlive(true);
       try {
-        this.#worker.post({ id, method, params } as Request, transfer);
+        if (!ring?.(id)) this.#worker.post({ id, method, params } as Request, transfer);
       } catch (error) {
         settle();
         return reject(toWeblaneError(error, "invalid_input", "the data cannot be sent to the worker: "));

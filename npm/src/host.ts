@@ -2,6 +2,7 @@
  * The worker's side of the protocol: sessions, their queues, and runs in steps.
  */
 import { abortError, type ErrorShape, isErrorCode, toWeblaneError, WeblaneError } from "./errors.js";
+import { LISTEN_MS, Mailbox } from "./mailbox.js";
 import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
 import { MIN_TRANSFER_BYTES } from "./transfer.js";
 import { chooseVariant, type Platform, type Variant, type VariantChoice } from "./variant.js";
@@ -74,6 +75,21 @@ interface SessionSlot {
   given: readonly Given[] | undefined;
   /** The outputs of the last run. */
   outputs: readonly WasmOutput[];
+  mailbox: Mailbox | undefined;
+  /** What the page was last told of the outputs in the mailbox. */
+  told: readonly WasmOutput[] | undefined;
+  /** When the last run through the mailbox was answered. */
+  answered: number;
+  /** That was within the time that a page takes to ask again. */
+  inRow: boolean;
+}
+
+/** How a run is made. */
+interface RunRequest {
+  readonly inputs: readonly WireTensor[];
+  readonly outputs?: readonly string[] | undefined;
+  readonly profile: boolean;
+  readonly progress: boolean;
 }
 
 /** Answers the calls that arrive at one worker. */
@@ -117,12 +133,13 @@ export class Host {
           if (!call.cancelled) this.#env.post({ id, progress });
         },
       });
-      this.#env.post({ id, result }, transferables(result));
+      this.#env.post({ id, result }, transferables(method, result));
     } catch (error) {
       this.#env.post({ id, error: toWeblaneError(error).toJSON() });
     } finally {
       this.#running.delete(id);
     }
+    if (request.method === "mail" && this.#running.size === 0) this.#listen(request.params.session);
   }
 
   /** The caller of `id` has lost interest. */
@@ -156,6 +173,10 @@ export class Host {
         parsed: false,
         given: undefined,
         outputs: [],
+        mailbox: undefined,
+        told: undefined,
+        answered: Number.NEGATIVE_INFINITY,
+        inRow: false,
       });
       return undefined;
     },
@@ -221,41 +242,36 @@ export class Host {
       return { model: this.#guard(() => slot.wasm.finish()) };
     },
 
-    run: ({ session, inputs, lent, outputs, profile, progress: wantsProgress }, context) => {
+    run: ({ session, lent, ...request }, context) => {
       const slot = this.#slot(session);
-      return this.#inTurn(slot, async () => {
-        const wasm = await this.#started;
-        const run = slot.wasm;
-        if (context.cancelled) throw abortError(context.signal, "run");
-        try {
-          const start = performance.now();
-          this.#guard(() => {
-            const before = slot.given;
-            // Until all are there, what the module holds is no set that a later run could begin with.
-            slot.given = undefined;
-            slot.given = giveInputs(wasm.memory, run, inputs, before);
-            run.begin(outputs, profile);
-          });
-          for (;;) {
-            if (context.cancelled) throw abortError(context.signal, "run");
-            if (this.#guard(() => run.advance(STEP_BUDGET_MS))) break;
-            if (wantsProgress) context.progress({ done: run.done(), total: run.total() });
-            await this.#env.breathe();
-            if (slot.closed) throw disposed();
-          }
-          const totalMs = performance.now() - start;
-          return this.#guard(() => {
-            if (run.outputsChanged()) slot.outputs = run.outputs();
-            return {
-              outputs: slot.outputs.map((output) => takeOutput(wasm.memory, output)),
-              returned: lent,
-              nodes: profile ? [...run.timings()] : [],
-              totalMs,
-            };
-          });
-        } finally {
-          if (!this.#broken && !slot.closed) this.#guard(() => run.end());
+      return this.#run(slot, request, context, (wasm, totalMs) => ({
+        outputs: slot.outputs.map((output) => takeOutput(wasm.memory, output)),
+        returned: lent,
+        nodes: request.profile ? [...slot.wasm.timings()] : [],
+        totalMs,
+      }));
+    },
+
+    mail: async ({ session, mailbox: init }, context) => {
+      const slot = this.#slot(session);
+      if (init !== undefined) {
+        slot.mailbox = new Mailbox(init);
+        slot.told = undefined;
+      }
+      const { mailbox } = slot;
+      if (mailbox === undefined) throw new WeblaneError("internal", `session ${session} has no mailbox`);
+      slot.inRow = performance.now() - slot.answered < LISTEN_MS;
+      const request = { inputs: mailbox.inputs(), profile: false, progress: false };
+      return this.#run(slot, request, context, ({ memory }) => {
+        const { outputs } = slot;
+        if (slot.told === outputs) {
+          if (mailbox.writeOutputs(outputs.map(({ ptr, len }) => new Uint8Array(memory.buffer, ptr, len))))
+            return undefined;
+        } else {
+          const small = outputs.every(({ strings }) => strings === undefined);
+          slot.told = small ? outputs : undefined;
         }
+        return outputs.map((output) => takeOutput(memory, output));
       });
     },
 
@@ -270,6 +286,54 @@ export class Host {
       return undefined;
     },
   };
+
+  /** Runs a session's model when its turn comes; `take` gets the outputs and the milliseconds that it took. */
+  #run<T>(
+    slot: SessionSlot,
+    { inputs, outputs, profile, progress: wantsProgress }: RunRequest,
+    context: Context<"run"> | Context<"mail">,
+    take: (wasm: Wasm, totalMs: number) => T,
+  ): Promise<T> {
+    return this.#inTurn(slot, async () => {
+      const wasm = await this.#started;
+      const run = slot.wasm;
+      if (context.cancelled) throw abortError(context.signal, "run");
+      try {
+        const start = performance.now();
+        this.#guard(() => {
+          const before = slot.given;
+          // Until all are there, what the module holds is no set that a later run could begin with.
+          slot.given = undefined;
+          slot.given = giveInputs(wasm.memory, run, inputs, before);
+          run.begin(outputs, profile);
+        });
+        for (;;) {
+          if (context.cancelled) throw abortError(context.signal, "run");
+          if (this.#guard(() => run.advance(STEP_BUDGET_MS))) break;
+          if (wantsProgress) (context as Context<"run">).progress({ done: run.done(), total: run.total() });
+          await this.#env.breathe();
+          if (slot.closed) throw disposed();
+        }
+        const totalMs = performance.now() - start;
+        return this.#guard(() => {
+          if (run.outputsChanged()) slot.outputs = run.outputs();
+          return take(wasm, totalMs);
+        });
+      } finally {
+        if (!this.#broken && !slot.closed) this.#guard(() => run.end());
+      }
+    });
+  }
+
+  /** Waits a moment for the page to ask for another run, when runs come in a row. */
+  #listen(session: number): void {
+    const slot = this.#sessions.get(session);
+    if (slot?.mailbox === undefined) return;
+    slot.answered = performance.now();
+    if (!slot.inRow) return;
+    const id = slot.mailbox.listen();
+    if (id !== undefined) void this.handle({ id, method: "mail", params: { session } });
+  }
 
   async #start(
     threads: number,
@@ -434,10 +498,17 @@ function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor 
   return { name, type, dims, data: strings ?? new Uint8Array(memory.buffer, ptr, len).slice() };
 }
 
-function transferables(result: Out<Method>): Transferable[] {
-  if (typeof result !== "object" || !("totalMs" in result)) return [];
-  const outputs = result.outputs.flatMap(({ data }) =>
+/** Buffers of a method's result that move to the page. */
+function transferables(method: Method, result: Out<Method>): Transferable[] {
+  if (method === "run") {
+    const { outputs, returned } = result as Out<"run">;
+    return [...large(outputs), ...returned];
+  }
+  return method === "mail" ? large((result as Out<"mail">) ?? []) : [];
+}
+
+function large(tensors: readonly WireTensor[]): Transferable[] {
+  return tensors.flatMap(({ data }) =>
     data instanceof Uint8Array && data.byteLength >= MIN_TRANSFER_BYTES ? [data.buffer as ArrayBuffer] : [],
   );
-  return [...outputs, ...result.returned];
 }

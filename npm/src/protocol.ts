@@ -3,6 +3,7 @@
  * This module is types only.
  */
 import type { ErrorShape } from "./errors.js";
+import type { MailboxInit } from "./mailbox.js";
 import type { TensorType } from "./tensor.js";
 import type { Variant } from "./variant.js";
 
@@ -170,6 +171,15 @@ export interface Protocol {
       readonly totalMs: number;
     };
     progress: RunProgress;
+  };
+  /**
+   * Runs the model on the inputs in the session's mailbox, which comes with the first call that uses it. The result is
+   * the outputs, or nothing when they lie in the mailbox and differ from the last result in their elements alone.
+   */
+  mail: {
+    in: OfSession & { readonly mailbox?: MailboxInit | undefined };
+    out: readonly WireTensor[] | undefined;
+    progress: never;
   };
   /** Bytes of WebAssembly memory. */
   memory: { in: undefined; out: number; progress: never };
