@@ -26,7 +26,6 @@ pub mod prepack;
 pub mod session;
 pub mod storage;
 pub mod tensor;
-pub mod warm;
 
 pub use error::{Error, ErrorCode, Result};
 pub use ops::Precision;

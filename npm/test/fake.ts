@@ -225,10 +225,6 @@ export class FakeEngine {
       },
       WasmSession: FakeSession,
       version: () => "0.0.0",
-      warmUp: () => {
-        log.push("warm up");
-        return true;
-      },
       stopWord: () => 0,
       runningWord: () => 4,
       lastFailure: () => this.script.said,
