@@ -25,12 +25,6 @@ interface Pending {
   readonly progress: ((progress: never) => void) | undefined;
 }
 
-interface PoolWorker {
-  readonly port: Port;
-  /** Settles when the worker has taken its seat, or has failed before. */
-  readonly seated: Promise<void>;
-}
-
 /** The longest delay that timers take. */
 const MAX_DELAY = 2 ** 31 - 1;
 
@@ -40,7 +34,7 @@ export class Client {
   readonly #worker: Port;
   readonly #pool = new Set<Port>();
   /** Pool workers that have no seat yet. */
-  readonly #hired: PoolWorker[] = [];
+  readonly #hired: Port[] = [];
   readonly #pending = new Map<number, Pending>();
   #nextId = 1;
   #closed: WeblaneError | undefined;
@@ -63,6 +57,17 @@ export class Client {
   /** From now on a cancelled run stops in the middle of a kernel too. */
   useStopWords(words: StopWords): void {
     this.#stopWords = words;
+  }
+
+  /** Gives the worker the build that the page has compiled, or word that it could not. */
+  handOver(compiled: WebAssembly.Module | undefined): void {
+    if (this.#closed) return;
+    try {
+      this.#worker.post({ compiled });
+    } catch {
+      // A module that may not be posted; the worker compiles its own.
+      this.#worker.post({ compiled: undefined });
+    }
   }
 
   #stopNow(): void {
@@ -148,7 +153,7 @@ export class Client {
       return;
     }
     if ("spawn" in message) {
-      void this.#seatPool(message.spawn.seat, message.spawn.count);
+      this.#seatPool(message.spawn.seat, message.spawn.count);
       return;
     }
     if (!("id" in message)) return;
@@ -162,7 +167,7 @@ export class Client {
 
   /** Starts pool workers before there are seats for them, until there are `count`; ends those that are too many. */
   #hire(count: number): void {
-    for (const { port } of this.#hired.splice(count)) {
+    for (const port of this.#hired.splice(count)) {
       this.#pool.delete(port);
       port.terminate();
     }
@@ -173,41 +178,31 @@ export class Client {
     }
   }
 
-  /** Gives seats to pool workers and tells the worker when all of them are taken. */
-  async #seatPool(seat: PoolSeat, count: number): Promise<void> {
-    const seats = Array.from({ length: count }, async () => {
-      const { port, seated } = this.#hired.shift() ?? this.#poolWorker();
-      port.post({ seat });
-      await seated;
-    });
-    const outcome = await Promise.all(seats).then(
-      () => true as const,
-      (error: unknown) => toWeblaneError(error).message,
-    );
+  /**
+   * Gives seats to pool workers and tells the worker whether all of them could be started. Nobody waits until they sit:
+   * the pool does without those that are late.
+   */
+  #seatPool(seat: PoolSeat, count: number): void {
+    let outcome: true | string = true;
+    try {
+      for (let i = 0; i < count; i++) (this.#hired.shift() ?? this.#poolWorker()).post({ seat });
+    } catch (error) {
+      outcome = toWeblaneError(error).message;
+    }
     if (!this.#closed) this.#worker.post({ spawned: outcome });
   }
 
-  #poolWorker(): PoolWorker {
-    let settle!: { resolve(): void; reject(error: WeblaneError): void };
-    const seated = new Promise<void>((resolve, reject) => {
-      settle = { resolve, reject };
-    });
-    // A failure ends the client, which tells everybody who waits; nobody may be waiting for this one.
-    seated.catch(() => {});
-    const fail = (error: WeblaneError) => {
-      settle.reject(error);
-      this.close(error);
-    };
+  /** Starts a pool worker. When it fails later, that ends the client, which tells everybody who waits. */
+  #poolWorker(): Port {
     const port = this.#start({
       onMessage: (message) => {
-        if ("seated" in message) settle.resolve();
-        else if ("crash" in message) fail(fromShape(message.crash));
+        if ("crash" in message) this.close(fromShape(message.crash));
       },
-      onFailure: (text, code) => fail(new WeblaneError(code, `a pool worker failed: ${text}`)),
+      onFailure: (text, code) => this.close(new WeblaneError(code, `a pool worker failed: ${text}`)),
     });
     this.#pool.add(port);
     port.keepAlive(false);
-    return { port, seated };
+    return port;
   }
 }
 

@@ -14,11 +14,17 @@ export const STEP_BUDGET_MS = 8;
 /** Bytes of a file that are read ahead while the build compiles. */
 const EARLY_BYTES = 32 << 20;
 
+/** A file of which so much is still to come leaves time for the warm-up. */
+const WARM_UP_BYTES = 4 << 20;
+
+/** How long the warm-up keeps the worker before it takes the next bytes, in milliseconds. */
+const WARM_UP_MS = 1;
+
 /** What the host needs from its surroundings; tests give fakes. */
 export interface HostEnvironment {
   readonly platform: Platform;
-  /** Compiles and starts a build that will have so many threads. */
-  instantiate(variant: Variant, url: string | undefined, threads: number): Promise<Wasm>;
+  /** Starts a build that will have so many threads; compiles it unless the page does so (`early`). */
+  instantiate(variant: Variant, url: string | undefined, threads: number, early: boolean): Promise<Wasm>;
   /** Opens a file for reading; `total` is 0 when its size is not known. A chunk is valid until the next one is taken. */
   open(
     url: string,
@@ -69,6 +75,8 @@ interface SessionSlot {
   /** The last piece of work of this session; the next one waits for it. */
   tail: Promise<unknown>;
   closed: boolean;
+  /** The model file is complete, and it is known which files of external data there are. */
+  parsed: boolean;
   /** The inputs of the last run, as long as they stand for the next one too. */
   given: readonly Given[] | undefined;
   /** The outputs of the last run. */
@@ -99,6 +107,8 @@ export class Host {
   readonly #started: Promise<Wasm>;
   #onStarted!: (wasm: Wasm | PromiseLike<Wasm>) => void;
   #wasm: Wasm | undefined;
+  /** The build with its pool, as long as it is not warm. */
+  #pooled: Wasm | undefined;
   #broken: WeblaneError | undefined;
 
   constructor(env: HostEnvironment) {
@@ -146,12 +156,13 @@ export class Host {
   }
 
   readonly #handlers: Handlers = {
-    start: async ({ threads, variant, wasmUrls }, { progress }) => {
+    start: async ({ threads, variant, wasmUrls, early }, { progress }) => {
       progress({ phase: "compile", loaded: 0, total: 1 });
-      const starting = this.#start(threads, variant, wasmUrls);
+      const starting = this.#start(threads, variant, wasmUrls, early);
       this.#onStarted(starting.then(([wasm]) => wasm));
       const [wasm, choice] = await starting;
       const info = await this.#startThreads(wasm, choice, variant);
+      this.#pooled = wasm;
       progress({ phase: "compile", loaded: 1, total: 1 });
       const { buffer } = wasm.memory;
       if (typeof SharedArrayBuffer === "undefined" || !(buffer instanceof SharedArrayBuffer)) return { info };
@@ -168,6 +179,7 @@ export class Host {
         wasm: this.#guard(() => new wasm.WasmSession(options)),
         tail: Promise.resolve(),
         closed: false,
+        parsed: false,
         given: undefined,
         outputs: [],
         mailbox: undefined,
@@ -209,6 +221,7 @@ export class Host {
           }
           loaded += bytes.byteLength;
           report();
+          if (this.#pooled && total - loaded > WARM_UP_BYTES) this.#warmUp();
         }
         await flush();
       } catch (error) {
@@ -227,14 +240,16 @@ export class Host {
       return undefined;
     },
 
-    externals: async ({ session }) => {
+    finish: async ({ session }, { progress }) => {
       const slot = this.#slot(session);
-      return this.#guard(() => [...slot.wasm.externals()]);
-    },
-
-    finish: async ({ session }) => {
-      const slot = this.#slot(session);
-      return this.#guard(() => slot.wasm.finish());
+      if (!slot.parsed) {
+        const externals = this.#guard(() => [...slot.wasm.externals()]);
+        slot.parsed = true;
+        progress({ phase: "parse", loaded: 1, total: 1 });
+        if (externals.length > 0) return { externals };
+      }
+      progress({ phase: "optimize", loaded: 0, total: 1 });
+      return { model: this.#guard(() => slot.wasm.finish()) };
     },
 
     run: ({ session, lent, ...request }, context) => {
@@ -334,10 +349,16 @@ export class Host {
     threads: number,
     variant: Variant | "auto",
     wasmUrls: Readonly<Partial<Record<Variant, string>>>,
+    early: Variant | undefined,
   ): Promise<[Wasm, VariantChoice]> {
     const { platform } = this.#env;
     const start = async (choice: VariantChoice): Promise<[Wasm, VariantChoice]> => [
-      await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads),
+      await this.#env.instantiate(
+        choice.variant,
+        wasmUrls[choice.variant],
+        choice.threads,
+        choice.variant === early,
+      ),
       choice,
     ];
     const choice = chooseVariant(platform, { threads, variant });
@@ -360,6 +381,12 @@ export class Host {
       return wasm.startThreads(1);
     });
     return { ...choice, threads, threadsReason, version: wasm.version() };
+  }
+
+  /** Runs a piece of the warm-up unless it is over. */
+  #warmUp(): void {
+    const wasm = this.#pooled;
+    if (wasm !== undefined && this.#guard(() => wasm.warmUp(WARM_UP_MS))) this.#pooled = undefined;
   }
 
   #slot(session: number): SessionSlot {

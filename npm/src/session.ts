@@ -314,16 +314,18 @@ async function transfer(
   // The file flows while the build compiles. The first failure counts; the others follow from it.
   const [info, , url] = await Promise.all([engine.ready, opened, model]);
   onProgress?.({ phase: "parse", loaded: 0, total: 1 });
-  const locations = await client.call("externals", { session }, { signal });
-  onProgress?.({ phase: "parse", loaded: 1, total: 1 });
-  for (const location of locations) {
-    const file = await externalSource(location, externalData, url);
-    await sendFile(engine, session, location, file, options);
+  const finish = () => client.call("finish", { session }, { signal, onProgress });
+  let done = await finish();
+  if ("externals" in done) {
+    for (const location of done.externals) {
+      const file = await externalSource(location, externalData, url);
+      await sendFile(engine, session, location, file, options);
+    }
+    done = await finish();
   }
-  onProgress?.({ phase: "optimize", loaded: 0, total: 1 });
-  const done = await client.call("finish", { session }, { signal });
+  if ("externals" in done) throw new WeblaneError("internal", "the engine asks for external data twice");
   onProgress?.({ phase: "optimize", loaded: 1, total: 1 });
-  return [done, info];
+  return [done.model, info];
 }
 
 /** Sends one file; returns its address, if it has one. */

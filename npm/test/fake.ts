@@ -225,6 +225,10 @@ export class FakeEngine {
       },
       WasmSession: FakeSession,
       version: () => "0.0.0",
+      warmUp: () => {
+        log.push("warm up");
+        return true;
+      },
       stopWord: () => 0,
       runningWord: () => 4,
       lastFailure: () => this.script.said,

@@ -21,6 +21,7 @@ mod padding;
 mod pattern;
 mod pooling;
 mod products;
+mod qdq;
 mod simplify;
 mod skip_norm;
 mod specialize;
@@ -73,6 +74,8 @@ fn named(mut fact: Fact, id: ValueId) -> Fact {
 /// graph's inputs.
 pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass { cx, inputs };
+    // Before folding, which would make real numbers of quantised weights.
+    qdq::run(&mut graph, &pass)?;
     // Weights in half precision become single here, once.
     fold::run(&mut graph, &pass)?;
     half::drop_round_trips(&mut graph, &pass)?;
