@@ -31,6 +31,11 @@ RECIPES = (
     "minilm_l6",
     "all_minilm_l6_v2",
     "digits",
+    "mobilenet_v2_int8",
+    "efficientnet_lite0_int8",
+    "resnet50_int8",
+    "minilm_l6_int8",
+    "distilbert_base_int8",
 )
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Builds the .tflite twins of three workloads, for LiteRT.js in `cargo xtask bench peers`. Nothing else needs them.
+"""Builds the .tflite twins of three workloads, each in float and quantised, for LiteRT.js in `cargo xtask bench peers`. Nothing else needs them.
 
     python3 -m venv target/venv-tflite && target/venv-tflite/bin/pip install -r models/requirements-tflite.txt
     target/venv-tflite/bin/python models/build_tflite.py            # or NAME...
 
 MobileNetV2 and ResNet-50 are tf.keras' own; EfficientNet-Lite0 is built by layers from the table that the ONNX recipe
-has. Weights are Keras' seeded initial ones, in float: the times mean something, the outputs nothing. Each model lands in
-<out>/<name>/model.tflite beside a stamp.json; a model whose stamp still matches is left alone.
+has. Weights are Keras' seeded initial ones: the times mean something, the outputs nothing. The quantised twins (`_int8`)
+have int8 weights per channel and int8 activations from seeded noise, and take and give floats, as the ONNX files do. Each
+model lands in <out>/<name>/model.tflite beside a stamp.json; a model whose stamp still matches is left alone.
 """
 
 import argparse
@@ -22,6 +23,7 @@ SOURCES = [Path(__file__).resolve(), ROOT / "recipes" / "efficientnet_lite0.py",
 SHAPE = (224, 224, 3)
 CLASSES = 1000
 SEED = 1
+INT8 = "_int8"
 
 
 def efficientnet_lite0_blocks():
@@ -67,6 +69,9 @@ RECIPES = {
 }
 
 
+NAMES = [name + suffix for suffix in ("", INT8) for name in RECIPES]
+
+
 def sources_hash():
     total = hashlib.sha256()
     for source in SOURCES:
@@ -74,8 +79,8 @@ def sources_hash():
     return total.hexdigest()
 
 
-def check(tf, content):
-    """Refuses a model whose operators or output are not those of a float image classifier."""
+def check(tf, content, quantized):
+    """Refuses a model whose operators or output are not those of an image classifier, in float or quantised."""
     import numpy as np
 
     interpreter = tf.lite.Interpreter(model_content=content, experimental_op_resolver_type=without_delegates(tf))
@@ -87,12 +92,17 @@ def check(tf, content):
     print(f"  {', '.join(f'{name} {count}' for name, count in sorted(counts.items()))}")
     if list(image["shape"]) != [1, *SHAPE] or list(scores["shape"]) != [1, CLASSES]:
         raise RuntimeError(f"shapes are {image['shape']} -> {scores['shape']}")
-    if {image["dtype"], scores["dtype"]} != {np.float32} or any("QUANT" in name for name in counts):
-        raise RuntimeError("the model is not in float")
+    if {image["dtype"], scores["dtype"]} != {np.float32}:
+        raise RuntimeError("input and output are not in float")
+    # Quantised through: once at the input, and back at the output.
+    expected = {"QUANTIZE": 1, "DEQUANTIZE": 1} if quantized else {}
+    if {name: count for name, count in counts.items() if "QUANT" in name} != expected:
+        raise RuntimeError(f"the operators are not {'integer' if quantized else 'float'} ones: {counts}")
     interpreter.set_tensor(image["index"], np.random.default_rng(SEED).random(image["shape"], dtype=np.float32))
     interpreter.invoke()
     out = interpreter.get_tensor(scores["index"])
-    if not np.isfinite(out).all() or abs(out.sum() - 1) > 1e-3:
+    # A quantised score has steps of 1/256, in which a thousand equal ones vanish.
+    if not ((0 <= out) & (out <= 1)).all() or not quantized and abs(out.sum() - 1) > 1e-3:
         raise RuntimeError("the scores are not probabilities")
     return counts
 
@@ -100,6 +110,15 @@ def check(tf, content):
 def without_delegates(tf):
     """Without XNNPACK, which would stand as one operator for all that it takes."""
     return tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+
+
+def calibration():
+    """A few images of noise, of which the converter takes the ranges of activations."""
+    import numpy as np
+
+    random = np.random.default_rng(SEED)
+    for _ in range(8):
+        yield [random.random((1, *SHAPE), dtype=np.float32)]
 
 
 def build(name, out, force):
@@ -122,7 +141,8 @@ def build(name, out, force):
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-    make, parameters = RECIPES[name]
+    quantized = name.endswith(INT8)
+    make, parameters = RECIPES[name.removesuffix(INT8)]
     tf.keras.utils.set_random_seed(SEED)
     model = make(tf.keras)
     if model.count_params() != parameters:
@@ -131,8 +151,13 @@ def build(name, out, force):
     call = tf.function(lambda image: model(image, training=False))
     concrete = call.get_concrete_function(tf.TensorSpec([1, *SHAPE], tf.float32))
     frozen = convert_variables_to_constants_v2(concrete)
-    content = tf.lite.TFLiteConverter.from_concrete_functions([frozen]).convert()
-    operators = check(tf, content)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen])
+    if quantized:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = calibration
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    content = converter.convert()
+    operators = check(tf, content, quantized)
     path.write_bytes(content)
     record = {"recipe": wanted, "bytes": len(content), "operators": operators}
     stamp.write_text(json.dumps(record, indent=2) + "\n")
@@ -141,14 +166,14 @@ def build(name, out, force):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--out", type=Path, default=ROOT.parent / "target" / "models-tflite")
     parser.add_argument("--force", action="store_true", help="build even when the stamp matches")
     args = parser.parse_args()
-    unknown = [name for name in args.names if name not in RECIPES]
+    unknown = [name for name in args.names if name not in NAMES]
     if unknown:
         parser.error(f"no such model: {', '.join(unknown)}")
-    for name in args.names or RECIPES:
+    for name in args.names or NAMES:
         build(name, args.out, args.force)
 
 

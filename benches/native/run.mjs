@@ -19,7 +19,9 @@ import {
 import { median, quantile } from "../peers/statistics.mjs";
 
 /** The models with seeded weights. */
-const SEEDED = "mobilenet_v2,efficientnet_lite0,resnet50,minilm_l6,distilbert_base,bert_base";
+const SEEDED =
+  "mobilenet_v2,efficientnet_lite0,resnet50,minilm_l6,distilbert_base,bert_base," +
+  "mobilenet_v2_int8,efficientnet_lite0_int8,resnet50_int8,minilm_l6_int8,distilbert_base_int8";
 const { values: options } = parseArgs({
   options: {
     workloads: { type: "string", default: SEEDED },

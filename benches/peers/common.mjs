@@ -21,7 +21,8 @@ export async function peerVersion(name) {
 }
 
 /**
- * The wanted workloads whose models are there, as `{ name, inputs, url, file }`; a line is printed for each that is not.
+ * The wanted workloads whose models are there, as `{ name, inputs, url, file }`, quantised ones with the float model's
+ * `float: { url, inputs }`; a line is printed for each that is not.
  *
  * @param {string | undefined} names - comma-separated; all by default
  */
@@ -34,22 +35,23 @@ export function findWorkloads(names) {
     );
   const found = [];
   for (const workload of WORKLOADS.filter((w) => !wanted || wanted.includes(w.name))) {
-    const folder = Object.entries(folders).find(([, path]) =>
-      existsSync(join(path, workload.name, "model.onnx")),
-    );
-    if (!folder) {
+    const at = locate(workload.name);
+    if (!at) {
       console.log(`${workload.name.padEnd(20)}  skipped: the model is not built and not in the mirror`);
       continue;
     }
-    found.push({
-      name: workload.name,
-      // Big integers do not pass through JSON.
-      inputs: workload.inputs.map((input) => ({ ...input, kind: String(input.kind) })),
-      url: `${folder[0]}${workload.name}/model.onnx`,
-      file: join(folder[1], workload.name, "model.onnx"),
-    });
+    // Big integers do not pass through JSON.
+    const inputs = workload.inputs.map((input) => ({ ...input, kind: String(input.kind) }));
+    const float = workload.float && locate(workload.float);
+    found.push({ name: workload.name, inputs, ...at, ...(float && { float: { url: float.url, inputs } }) });
   }
   return found;
+}
+
+/** Where a model lies, and where the server has it. */
+function locate(name) {
+  const folder = Object.entries(folders).find(([, path]) => existsSync(join(path, name, "model.onnx")));
+  return folder && { url: `${folder[0]}${name}/model.onnx`, file: join(folder[1], name, "model.onnx") };
 }
 
 /** Serves the page, the runtimes and the models. */

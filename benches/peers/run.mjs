@@ -33,9 +33,12 @@ const PACKAGES = {
   litert: "@litertjs/core",
   // Beside ourselves on more threads.
   "weblane-1t": undefined,
+  // Ourselves with the float model beside its quantised file.
+  "weblane-float": undefined,
 };
 const peers = (
-  options.peers ?? (options.browser === "chromium" ? "onnxruntime-web,litert" : "onnxruntime-web")
+  options.peers ??
+  (options.browser === "chromium" ? "onnxruntime-web,litert,weblane-float" : "onnxruntime-web,weblane-float")
 ).split(",");
 const unknown = peers.filter((peer) => !(peer in PACKAGES));
 if (unknown.length)
@@ -77,8 +80,12 @@ const ms = (times) => `${round(median(times))} ms`;
 
 try {
   for (const threads of options.threads.split(",").map(Number)) {
-    for (const { name, url, inputs } of findWorkloads(options.workloads)) {
-      const model = (runtime) => (runtime === "litert" ? twin({ name }) : { url, inputs });
+    for (const { name, url, inputs, float } of findWorkloads(options.workloads)) {
+      const model = (runtime) => {
+        if (runtime === "litert") return twin({ name });
+        if (runtime === "weblane-float") return float;
+        return { url, inputs };
+      };
       const models = Object.fromEntries(["weblane", ...peers].map((runtime) => [runtime, model(runtime)]));
       const names = Object.keys(models).filter((runtime) => models[runtime]);
       if (names.length === 1) continue;

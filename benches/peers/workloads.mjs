@@ -1,6 +1,10 @@
+/** The name of the quantised file of a float workload. */
+const INT8 = "_int8";
+
 /**
  * What is measured: a model, and the shapes and kinds of its inputs. The one list for every peer.
- * `kind` says what the elements are: "uniform" in 0..1, or the integer that all of them have.
+ * `kind` says what the elements are: "uniform" in 0..1, or the integer that all of them have. A quantised file names the
+ * workload that it was made of as `float`.
  */
 const tokens = (names, length) =>
   names.map((name) => ({
@@ -12,7 +16,7 @@ const tokens = (names, length) =>
 const image = (name, dims, type = "float32") => [{ name, type, dims, kind: "uniform" }];
 const bert = ["input_ids", "attention_mask", "token_type_ids"];
 
-export const WORKLOADS = [
+const FLOAT = [
   { name: "mobilenet_v2", inputs: image("input", [1, 3, 224, 224]) },
   { name: "efficientnet_lite0", inputs: image("images:0", [1, 224, 224, 3]) },
   { name: "resnet50", inputs: image("input", [1, 3, 224, 224]) },
@@ -31,13 +35,19 @@ export const WORKLOADS = [
     ],
   },
 ];
+const QUANTIZED = ["mobilenet_v2", "efficientnet_lite0", "resnet50", "minilm_l6", "distilbert_base"];
+
+export const WORKLOADS = [
+  ...FLOAT,
+  ...QUANTIZED.map((float) => ({ ...FLOAT.find(({ name }) => name === float), name: float + INT8, float })),
+];
 
 /**
  * Workloads that LiteRT.js runs too, from a twin of the same architecture that models/build_tflite.py makes: its inputs,
  * and the shape of its only output. The weights are other random ones, so there are no numbers to compare.
  */
 export const LITERT = Object.fromEntries(
-  ["mobilenet_v2", "efficientnet_lite0", "resnet50"].map((name) => [
+  ["mobilenet_v2", "efficientnet_lite0", "resnet50"].flatMap((name) => [name, name + INT8]).map((name) => [
     name,
     { inputs: image("input", [1, 224, 224, 3]), output: "1x1000" },
   ]),

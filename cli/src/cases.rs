@@ -37,8 +37,13 @@ struct Set {
 
 #[derive(Deserialize)]
 struct Case {
+    #[serde(default)]
     rtol: f64,
+    #[serde(default)]
     atol: f64,
+    /// Of quantised models: the least cosine of outputs, in place of `rtol` and `atol`.
+    #[serde(default)]
+    cosine: Option<f64>,
     sets: Vec<Set>,
     /// Names, in golden files.
     #[serde(default)]
@@ -75,6 +80,17 @@ fn dtype(name: &str) -> Result<DType> {
         .copied()
         .find(|d| d.as_str() == alias)
         .ok_or_else(|| Error::new(ErrorCode::UnsupportedDtype, format!("element type {name} is not supported")).into())
+}
+
+/// Refuses a tensor whose angle to the wanted one has a cosine of less than `least`.
+fn compare_angle(got: &Tensor, want: &Tensor, least: f64) -> Result<()> {
+    if got.dtype() != want.dtype() || got.dims() != want.dims() {
+        bail!("got {} {:?}, wanted {} {:?}", got.dtype(), got.dims(), want.dtype(), want.dims());
+    }
+    let (got, want) = (floats(got)?, floats(want)?);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let cosine = dot(&got, &want) / (dot(&got, &got) * dot(&want, &want)).sqrt();
+    if cosine >= least { Ok(()) } else { bail!("the cosine is {cosine}, at least {least} was wanted") }
 }
 
 /// Says where two tensors differ by more than `atol + rtol * |want|`.
@@ -143,8 +159,12 @@ fn check(session: &mut Session, case: &Case) -> Result<()> {
                 None => Some(i),
             };
             let got = at.and_then(|at| got.get(at)).ok_or_else(|| anyhow!("output {i} is missing"))?;
-            compare(got, &want.tensor()?, want.rtol.unwrap_or(case.rtol), case.atol)
-                .with_context(|| format!("set {s}, output {i}"))?;
+            let wanted = want.tensor()?;
+            match case.cosine {
+                Some(least) => compare_angle(got, &wanted, least),
+                None => compare(got, &wanted, want.rtol.unwrap_or(case.rtol), case.atol),
+            }
+            .with_context(|| format!("set {s}, output {i}"))?;
         }
     }
     Ok(())

@@ -26,6 +26,7 @@ pub mod prepack;
 pub mod session;
 pub mod storage;
 pub mod tensor;
+pub mod warm;
 
 pub use error::{Error, ErrorCode, Result};
 pub use ops::Precision;

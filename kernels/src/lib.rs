@@ -20,6 +20,7 @@ pub mod int8;
 pub mod math;
 pub mod movement;
 pub mod naive;
+pub mod nbits;
 pub mod norm;
 pub mod par;
 pub mod patches;

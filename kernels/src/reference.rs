@@ -5,6 +5,7 @@
 pub mod gemm;
 pub mod int8;
 pub mod movement;
+pub mod nbits;
 mod norm;
 pub use norm::{normalize, softmax};
 mod pool;

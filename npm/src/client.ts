@@ -9,6 +9,8 @@ import type { FromWorker, In, Method, Out, PoolSeat, Progress, Request, StopWord
 export interface CallOptions<M extends Method> {
   /** Buffers that move instead of being copied. */
   readonly transfer?: readonly Transferable[];
+  /** Asks for the call with this id without a message, if it can. */
+  readonly ring?: ((id: number) => boolean) | undefined;
   /** Hears of progress until the call ends. */
   readonly onProgress?: ((progress: Progress<M>) => void) | undefined;
   /** Rejects the call with `aborted` and tells the worker to stop. */
@@ -23,12 +25,6 @@ interface Pending {
   readonly progress: ((progress: never) => void) | undefined;
 }
 
-interface PoolWorker {
-  readonly port: Port;
-  /** Settles when the worker has taken its seat, or has failed before. */
-  readonly seated: Promise<void>;
-}
-
 /** The longest delay that timers take. */
 const MAX_DELAY = 2 ** 31 - 1;
 
@@ -38,7 +34,7 @@ export class Client {
   readonly #worker: Port;
   readonly #pool = new Set<Port>();
   /** Pool workers that have no seat yet. */
-  readonly #hired: PoolWorker[] = [];
+  readonly #hired: Port[] = [];
   readonly #pending = new Map<number, Pending>();
   #nextId = 1;
   #closed: WeblaneError | undefined;
@@ -63,6 +59,17 @@ export class Client {
     this.#stopWords = words;
   }
 
+  /** Gives the worker the build that the page has compiled, or word that it could not. */
+  handOver(compiled: WebAssembly.Module | undefined): void {
+    if (this.#closed) return;
+    try {
+      this.#worker.post({ compiled });
+    } catch {
+      // A module that may not be posted; the worker compiles its own.
+      this.#worker.post({ compiled: undefined });
+    }
+  }
+
   #stopNow(): void {
     if (this.#stopWords === undefined) return;
     const { buffer, stop, running } = this.#stopWords;
@@ -74,7 +81,7 @@ export class Client {
 
   /** Calls a method. Never throws; every failure, of posting too, is a rejection with a WeblaneError. */
   call<M extends Method>(method: M, params: In<M>, options: CallOptions<M> = {}): Promise<Out<M>> {
-    const { transfer, onProgress, signal, timeout } = options;
+    const { transfer, ring, onProgress, signal, timeout } = options;
     return new Promise<Out<M>>((resolve, reject) => {
       if (this.#closed) return reject(again(this.#closed));
       if (signal?.aborted) return reject(abortError(signal, method));
@@ -108,7 +115,7 @@ export class Client {
       });
       this.#worker.keepAlive(true);
       try {
-        this.#worker.post({ id, method, params } as Request, transfer);
+        if (!ring?.(id)) this.#worker.post({ id, method, params } as Request, transfer);
       } catch (error) {
         settle();
         return reject(toWeblaneError(error, "invalid_input", "the data cannot be sent to the worker: "));
@@ -146,7 +153,7 @@ export class Client {
       return;
     }
     if ("spawn" in message) {
-      void this.#seatPool(message.spawn.seat, message.spawn.count);
+      this.#seatPool(message.spawn.seat, message.spawn.count);
       return;
     }
     if (!("id" in message)) return;
@@ -160,7 +167,7 @@ export class Client {
 
   /** Starts pool workers before there are seats for them, until there are `count`; ends those that are too many. */
   #hire(count: number): void {
-    for (const { port } of this.#hired.splice(count)) {
+    for (const port of this.#hired.splice(count)) {
       this.#pool.delete(port);
       port.terminate();
     }
@@ -171,41 +178,31 @@ export class Client {
     }
   }
 
-  /** Gives seats to pool workers and tells the worker when all of them are taken. */
-  async #seatPool(seat: PoolSeat, count: number): Promise<void> {
-    const seats = Array.from({ length: count }, async () => {
-      const { port, seated } = this.#hired.shift() ?? this.#poolWorker();
-      port.post({ seat });
-      await seated;
-    });
-    const outcome = await Promise.all(seats).then(
-      () => true as const,
-      (error: unknown) => toWeblaneError(error).message,
-    );
+  /**
+   * Gives seats to pool workers and tells the worker whether all of them could be started. Nobody waits until they sit:
+   * the pool does without those that are late.
+   */
+  #seatPool(seat: PoolSeat, count: number): void {
+    let outcome: true | string = true;
+    try {
+      for (let i = 0; i < count; i++) (this.#hired.shift() ?? this.#poolWorker()).post({ seat });
+    } catch (error) {
+      outcome = toWeblaneError(error).message;
+    }
     if (!this.#closed) this.#worker.post({ spawned: outcome });
   }
 
-  #poolWorker(): PoolWorker {
-    let settle!: { resolve(): void; reject(error: WeblaneError): void };
-    const seated = new Promise<void>((resolve, reject) => {
-      settle = { resolve, reject };
-    });
-    // A failure ends the client, which tells everybody who waits; nobody may be waiting for this one.
-    seated.catch(() => {});
-    const fail = (error: WeblaneError) => {
-      settle.reject(error);
-      this.close(error);
-    };
+  /** Starts a pool worker. When it fails later, that ends the client, which tells everybody who waits. */
+  #poolWorker(): Port {
     const port = this.#start({
       onMessage: (message) => {
-        if ("seated" in message) settle.resolve();
-        else if ("crash" in message) fail(fromShape(message.crash));
+        if ("crash" in message) this.close(fromShape(message.crash));
       },
-      onFailure: (text, code) => fail(new WeblaneError(code, `a pool worker failed: ${text}`)),
+      onFailure: (text, code) => this.close(new WeblaneError(code, `a pool worker failed: ${text}`)),
     });
     this.#pool.add(port);
     port.keepAlive(false);
-    return { port, seated };
+    return port;
   }
 }
 

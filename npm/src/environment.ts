@@ -1,7 +1,7 @@
 /**
  * The differences between a page and Node.js: how workers start, what a bare string source means, how files are read.
  */
-import type { ErrorCode } from "./errors.js";
+import { type ErrorCode, toWeblaneError, WeblaneError } from "./errors.js";
 import type { FromWorker, ToWorker } from "./protocol.js";
 
 /** A worker as the client sees it. */
@@ -130,4 +130,44 @@ export function absoluteUrl(source: string): string {
     return /^[a-z][a-z0-9+.-]+:/i.test(source) ? source : url.pathToFileURL(source).href;
   }
   return new URL(source, globalThis.document?.baseURI ?? globalThis.location?.href).href;
+}
+
+/** The response to a GET request, if it is a good one. */
+export async function fetchOk(url: string, signal?: AbortSignal): Promise<Response> {
+  let response: Response;
+  try {
+    response = await fetch(url, signal ? { signal } : {});
+  } catch (error) {
+    throw toWeblaneError(error, signal?.aborted ? "aborted" : "network", `${url} could not be fetched: `);
+  }
+  if (!response.ok) {
+    throw new WeblaneError(
+      "network",
+      `${url} could not be fetched: the server answered ${response.status} ${response.statusText}`.trim(),
+    );
+  }
+  return response;
+}
+
+/** A file of Node.js for reading. */
+export function openNodeFile(url: URL) {
+  const fs = nodeModule("node:fs");
+  if (fs === undefined) throw new WeblaneError("network", `${url} cannot be read here`);
+  try {
+    return { total: fs.statSync(url).size, isHtml: false, chunks: fs.createReadStream(url) };
+  } catch (error) {
+    throw toWeblaneError(error, "network");
+  }
+}
+
+/** The bytes of a file of Node.js. */
+export async function readNodeFile(url: URL): Promise<Uint8Array<ArrayBuffer>> {
+  const { total, chunks } = openNodeFile(url);
+  const bytes = new Uint8Array(total);
+  let at = 0;
+  for await (const chunk of chunks) {
+    bytes.set(chunk, at);
+    at += chunk.byteLength;
+  }
+  return bytes;
 }

@@ -2,6 +2,7 @@
  * The worker's side of the protocol: sessions, their queues, and runs in steps.
  */
 import { abortError, type ErrorShape, isErrorCode, toWeblaneError, WeblaneError } from "./errors.js";
+import { LISTEN_MS, Mailbox } from "./mailbox.js";
 import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
 import { MIN_TRANSFER_BYTES } from "./transfer.js";
 import { chooseVariant, type Platform, type Variant, type VariantChoice } from "./variant.js";
@@ -13,11 +14,17 @@ export const STEP_BUDGET_MS = 8;
 /** Bytes of a file that are read ahead while the build compiles. */
 const EARLY_BYTES = 32 << 20;
 
+/** A file of which so much is still to come leaves time for the warm-up. */
+const WARM_UP_BYTES = 4 << 20;
+
+/** How long the warm-up keeps the worker before it takes the next bytes, in milliseconds. */
+const WARM_UP_MS = 1;
+
 /** What the host needs from its surroundings; tests give fakes. */
 export interface HostEnvironment {
   readonly platform: Platform;
-  /** Compiles and starts a build that will have so many threads. */
-  instantiate(variant: Variant, url: string | undefined, threads: number): Promise<Wasm>;
+  /** Starts a build that will have so many threads; compiles it unless the page does so (`early`). */
+  instantiate(variant: Variant, url: string | undefined, threads: number, early: boolean): Promise<Wasm>;
   /** Opens a file for reading; `total` is 0 when its size is not known. A chunk is valid until the next one is taken. */
   open(
     url: string,
@@ -68,10 +75,27 @@ interface SessionSlot {
   /** The last piece of work of this session; the next one waits for it. */
   tail: Promise<unknown>;
   closed: boolean;
+  /** The model file is complete, and it is known which files of external data there are. */
+  parsed: boolean;
   /** The inputs of the last run, as long as they stand for the next one too. */
   given: readonly Given[] | undefined;
   /** The outputs of the last run. */
   outputs: readonly WasmOutput[];
+  mailbox: Mailbox | undefined;
+  /** What the page was last told of the outputs in the mailbox. */
+  told: readonly WasmOutput[] | undefined;
+  /** When the last run through the mailbox was answered. */
+  answered: number;
+  /** That was within the time that a page takes to ask again. */
+  inRow: boolean;
+}
+
+/** How a run is made. */
+interface RunRequest {
+  readonly inputs: readonly WireTensor[];
+  readonly outputs?: readonly string[] | undefined;
+  readonly profile: boolean;
+  readonly progress: boolean;
 }
 
 /** Answers the calls that arrive at one worker. */
@@ -83,6 +107,8 @@ export class Host {
   readonly #started: Promise<Wasm>;
   #onStarted!: (wasm: Wasm | PromiseLike<Wasm>) => void;
   #wasm: Wasm | undefined;
+  /** The build with its pool, as long as it is not warm. */
+  #pooled: Wasm | undefined;
   #broken: WeblaneError | undefined;
 
   constructor(env: HostEnvironment) {
@@ -115,12 +141,13 @@ export class Host {
           if (!call.cancelled) this.#env.post({ id, progress });
         },
       });
-      this.#env.post({ id, result }, transferables(result));
+      this.#env.post({ id, result }, transferables(method, result));
     } catch (error) {
       this.#env.post({ id, error: toWeblaneError(error).toJSON() });
     } finally {
       this.#running.delete(id);
     }
+    if (request.method === "mail" && this.#running.size === 0) this.#listen(request.params.session);
   }
 
   /** The caller of `id` has lost interest. */
@@ -129,12 +156,13 @@ export class Host {
   }
 
   readonly #handlers: Handlers = {
-    start: async ({ threads, variant, wasmUrls }, { progress }) => {
+    start: async ({ threads, variant, wasmUrls, early }, { progress }) => {
       progress({ phase: "compile", loaded: 0, total: 1 });
-      const starting = this.#start(threads, variant, wasmUrls);
+      const starting = this.#start(threads, variant, wasmUrls, early);
       this.#onStarted(starting.then(([wasm]) => wasm));
       const [wasm, choice] = await starting;
       const info = await this.#startThreads(wasm, choice, variant);
+      this.#pooled = wasm;
       progress({ phase: "compile", loaded: 1, total: 1 });
       const { buffer } = wasm.memory;
       if (typeof SharedArrayBuffer === "undefined" || !(buffer instanceof SharedArrayBuffer)) return { info };
@@ -151,8 +179,13 @@ export class Host {
         wasm: this.#guard(() => new wasm.WasmSession(options)),
         tail: Promise.resolve(),
         closed: false,
+        parsed: false,
         given: undefined,
         outputs: [],
+        mailbox: undefined,
+        told: undefined,
+        answered: Number.NEGATIVE_INFINITY,
+        inRow: false,
       });
       return undefined;
     },
@@ -188,6 +221,7 @@ export class Host {
           }
           loaded += bytes.byteLength;
           report();
+          if (this.#pooled && total - loaded > WARM_UP_BYTES) this.#warmUp();
         }
         await flush();
       } catch (error) {
@@ -206,51 +240,48 @@ export class Host {
       return undefined;
     },
 
-    externals: async ({ session }) => {
+    finish: async ({ session }, { progress }) => {
       const slot = this.#slot(session);
-      return this.#guard(() => [...slot.wasm.externals()]);
+      if (!slot.parsed) {
+        const externals = this.#guard(() => [...slot.wasm.externals()]);
+        slot.parsed = true;
+        progress({ phase: "parse", loaded: 1, total: 1 });
+        if (externals.length > 0) return { externals };
+      }
+      progress({ phase: "optimize", loaded: 0, total: 1 });
+      return { model: this.#guard(() => slot.wasm.finish()) };
     },
 
-    finish: async ({ session }) => {
+    run: ({ session, lent, ...request }, context) => {
       const slot = this.#slot(session);
-      return this.#guard(() => slot.wasm.finish());
+      return this.#run(slot, request, context, (wasm, totalMs) => ({
+        outputs: slot.outputs.map((output) => takeOutput(wasm.memory, output)),
+        returned: lent,
+        nodes: request.profile ? [...slot.wasm.timings()] : [],
+        totalMs,
+      }));
     },
 
-    run: ({ session, inputs, lent, outputs, profile, progress: wantsProgress }, context) => {
+    mail: async ({ session, mailbox: init }, context) => {
       const slot = this.#slot(session);
-      return this.#inTurn(slot, async () => {
-        const wasm = await this.#started;
-        const run = slot.wasm;
-        if (context.cancelled) throw abortError(context.signal, "run");
-        try {
-          const start = performance.now();
-          this.#guard(() => {
-            const before = slot.given;
-            // Until all are there, what the module holds is no set that a later run could begin with.
-            slot.given = undefined;
-            slot.given = giveInputs(wasm.memory, run, inputs, before);
-            run.begin(outputs, profile);
-          });
-          for (;;) {
-            if (context.cancelled) throw abortError(context.signal, "run");
-            if (this.#guard(() => run.advance(STEP_BUDGET_MS))) break;
-            if (wantsProgress) context.progress({ done: run.done(), total: run.total() });
-            await this.#env.breathe();
-            if (slot.closed) throw disposed();
-          }
-          const totalMs = performance.now() - start;
-          return this.#guard(() => {
-            if (run.outputsChanged()) slot.outputs = run.outputs();
-            return {
-              outputs: slot.outputs.map((output) => takeOutput(wasm.memory, output)),
-              returned: lent,
-              nodes: profile ? [...run.timings()] : [],
-              totalMs,
-            };
-          });
-        } finally {
-          if (!this.#broken && !slot.closed) this.#guard(() => run.end());
+      if (init !== undefined) {
+        slot.mailbox = new Mailbox(init);
+        slot.told = undefined;
+      }
+      const { mailbox } = slot;
+      if (mailbox === undefined) throw new WeblaneError("internal", `session ${session} has no mailbox`);
+      slot.inRow = performance.now() - slot.answered < LISTEN_MS;
+      const request = { inputs: mailbox.inputs(), profile: false, progress: false };
+      return this.#run(slot, request, context, ({ memory }) => {
+        const { outputs } = slot;
+        if (slot.told === outputs) {
+          if (mailbox.writeOutputs(outputs.map(({ ptr, len }) => new Uint8Array(memory.buffer, ptr, len))))
+            return undefined;
+        } else {
+          const small = outputs.every(({ strings }) => strings === undefined);
+          slot.told = small ? outputs : undefined;
         }
+        return outputs.map((output) => takeOutput(memory, output));
       });
     },
 
@@ -266,14 +297,68 @@ export class Host {
     },
   };
 
+  /** Runs a session's model when its turn comes; `take` gets the outputs and the milliseconds that it took. */
+  #run<T>(
+    slot: SessionSlot,
+    { inputs, outputs, profile, progress: wantsProgress }: RunRequest,
+    context: Context<"run"> | Context<"mail">,
+    take: (wasm: Wasm, totalMs: number) => T,
+  ): Promise<T> {
+    return this.#inTurn(slot, async () => {
+      const wasm = await this.#started;
+      const run = slot.wasm;
+      if (context.cancelled) throw abortError(context.signal, "run");
+      try {
+        const start = performance.now();
+        this.#guard(() => {
+          const before = slot.given;
+          // Until all are there, what the module holds is no set that a later run could begin with.
+          slot.given = undefined;
+          slot.given = giveInputs(wasm.memory, run, inputs, before);
+          run.begin(outputs, profile);
+        });
+        for (;;) {
+          if (context.cancelled) throw abortError(context.signal, "run");
+          if (this.#guard(() => run.advance(STEP_BUDGET_MS))) break;
+          if (wantsProgress) (context as Context<"run">).progress({ done: run.done(), total: run.total() });
+          await this.#env.breathe();
+          if (slot.closed) throw disposed();
+        }
+        const totalMs = performance.now() - start;
+        return this.#guard(() => {
+          if (run.outputsChanged()) slot.outputs = run.outputs();
+          return take(wasm, totalMs);
+        });
+      } finally {
+        if (!this.#broken && !slot.closed) this.#guard(() => run.end());
+      }
+    });
+  }
+
+  /** Waits a moment for the page to ask for another run, when runs come in a row. */
+  #listen(session: number): void {
+    const slot = this.#sessions.get(session);
+    if (slot?.mailbox === undefined) return;
+    slot.answered = performance.now();
+    if (!slot.inRow) return;
+    const id = slot.mailbox.listen();
+    if (id !== undefined) void this.handle({ id, method: "mail", params: { session } });
+  }
+
   async #start(
     threads: number,
     variant: Variant | "auto",
     wasmUrls: Readonly<Partial<Record<Variant, string>>>,
+    early: Variant | undefined,
   ): Promise<[Wasm, VariantChoice]> {
     const { platform } = this.#env;
     const start = async (choice: VariantChoice): Promise<[Wasm, VariantChoice]> => [
-      await this.#env.instantiate(choice.variant, wasmUrls[choice.variant], choice.threads),
+      await this.#env.instantiate(
+        choice.variant,
+        wasmUrls[choice.variant],
+        choice.threads,
+        choice.variant === early,
+      ),
       choice,
     ];
     const choice = chooseVariant(platform, { threads, variant });
@@ -296,6 +381,12 @@ export class Host {
       return wasm.startThreads(1);
     });
     return { ...choice, threads, threadsReason, version: wasm.version() };
+  }
+
+  /** Runs a piece of the warm-up unless it is over. */
+  #warmUp(): void {
+    const wasm = this.#pooled;
+    if (wasm !== undefined && this.#guard(() => wasm.warmUp(WARM_UP_MS))) this.#pooled = undefined;
   }
 
   #slot(session: number): SessionSlot {
@@ -423,10 +514,17 @@ function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor 
   return { name, type, dims, data: strings ?? new Uint8Array(memory.buffer, ptr, len).slice() };
 }
 
-function transferables(result: Out<Method>): Transferable[] {
-  if (typeof result !== "object" || !("totalMs" in result)) return [];
-  const outputs = result.outputs.flatMap(({ data }) =>
+/** Buffers of a method's result that move to the page. */
+function transferables(method: Method, result: Out<Method>): Transferable[] {
+  if (method === "run") {
+    const { outputs, returned } = result as Out<"run">;
+    return [...large(outputs), ...returned];
+  }
+  return method === "mail" ? large((result as Out<"mail">) ?? []) : [];
+}
+
+function large(tensors: readonly WireTensor[]): Transferable[] {
+  return tensors.flatMap(({ data }) =>
     data instanceof Uint8Array && data.byteLength >= MIN_TRANSFER_BYTES ? [data.buffer as ArrayBuffer] : [],
   );
-  return [...outputs, ...result.returned];
 }

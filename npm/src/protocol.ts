@@ -3,6 +3,7 @@
  * This module is types only.
  */
 import type { ErrorShape } from "./errors.js";
+import type { MailboxInit } from "./mailbox.js";
 import type { TensorType } from "./tensor.js";
 import type { Variant } from "./variant.js";
 
@@ -125,6 +126,8 @@ export interface Protocol {
       readonly variant: Variant | "auto";
       /** Addresses that replace the ones next to the worker. */
       readonly wasmUrls: Readonly<Partial<Record<Variant, string>>>;
+      /** The build that the page compiles meanwhile, if it does: the worker waits for it with `compiled`. */
+      readonly early: Variant | undefined;
     };
     out: { readonly info: RuntimeInfo; readonly stop?: StopWords | undefined };
     progress: LoadProgress;
@@ -140,10 +143,15 @@ export interface Protocol {
     out: undefined;
     progress: never;
   };
-  /** The model file is complete: which locations of external data does it name? */
-  externals: { in: OfSession; out: readonly string[]; progress: never };
-  /** All files are complete: optimises and plans. */
-  finish: { in: OfSession; out: ModelInfo; progress: LoadProgress };
+  /**
+   * The model file is complete: optimises and plans. When the model names files of external data, it says where they are
+   * instead, and comes again once all of them are there.
+   */
+  finish: {
+    in: OfSession;
+    out: { readonly model: ModelInfo } | { readonly externals: readonly string[] };
+    progress: LoadProgress;
+  };
   /** Runs the model. Runs of one session follow one another in the order in which they came. */
   run: {
     in: OfSession & {
@@ -163,6 +171,15 @@ export interface Protocol {
       readonly totalMs: number;
     };
     progress: RunProgress;
+  };
+  /**
+   * Runs the model on the inputs in the session's mailbox, which comes with the first call that uses it. The result is
+   * the outputs, or nothing when they lie in the mailbox and differ from the last result in their elements alone.
+   */
+  mail: {
+    in: OfSession & { readonly mailbox?: MailboxInit | undefined };
+    out: readonly WireTensor[] | undefined;
+    progress: never;
   };
   /** Bytes of WebAssembly memory. */
   memory: { in: undefined; out: number; progress: never };
@@ -198,7 +215,9 @@ export type ToWorker =
   | Request
   /** The caller does not want this call's result any more. */
   | { readonly cancel: number }
-  /** The pool workers that the worker asked for are ready, or could not be had. */
+  /** The build named `early` by `start`; nothing when it could not be compiled. */
+  | { readonly compiled: WebAssembly.Module | undefined }
+  /** The pool workers that the worker asked for have been started, or could not be. */
   | { readonly spawned: true | string }
   /** First and only message to a pool worker. */
   | { readonly seat: PoolSeat };
@@ -215,7 +234,5 @@ export type FromWorker =
   | { readonly hire: number }
   /** The pool workers get their seats. */
   | { readonly spawn: { readonly seat: PoolSeat; readonly count: number } }
-  /** From a pool worker: ready to work. */
-  | { readonly seated: true }
   /** From a pool worker: it has crashed. */
   | { readonly crash: ErrorShape };

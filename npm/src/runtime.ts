@@ -2,6 +2,7 @@
 /**
  * A worker with a WebAssembly build in it. Every session has one of its own unless sessions are told to share.
  */
+import { compileEarly } from "./builds.js";
 import { Client } from "./client.js";
 import { absoluteUrl, type Spawn, spawnWorker } from "./environment.js";
 import { abortError, toWeblaneError, WeblaneError } from "./errors.js";
@@ -48,8 +49,16 @@ export function startEngine(
   spawn: Spawn = spawnWorker,
 ): Engine {
   const urls = wasmUrls(options.wasmPaths);
+  // The page compiles while the worker's script is loaded. There is no worker to do it for in the place of a fake.
+  const early = spawn === spawnWorker ? compileEarly(options, urls) : undefined;
   const client = new Client(spawn);
-  const start = { threads: options.threads ?? 0, variant: options.variant ?? "auto", wasmUrls: urls };
+  void early?.module.then((module) => client.handOver(module));
+  const start = {
+    threads: options.threads ?? 0,
+    variant: options.variant ?? "auto",
+    wasmUrls: urls,
+    early: early?.variant,
+  };
   const ready = client.call("start", start, { onProgress }).then(({ info, stop }) => {
     if (stop !== undefined) client.useStopWords(stop);
     return info;

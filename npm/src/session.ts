@@ -6,6 +6,7 @@ import type { CallOptions } from "./client.js";
 import type { Spawn } from "./environment.js";
 import { abortError, toWeblaneError, WeblaneError } from "./errors.js";
 import { decodeTensor, encodeFeeds, type Feeds, show } from "./feeds.js";
+import { areLike, type Described, describe, describeInputs, type Mailbox, openMailbox } from "./mailbox.js";
 import type {
   LoadProgress,
   ModelInfo,
@@ -14,6 +15,7 @@ import type {
   RunProgress,
   RuntimeInfo,
   ValueInfo,
+  WireTensor,
 } from "./protocol.js";
 import { type Engine, type Runtime, type RuntimeOptions, startEngine, unlessAborted } from "./runtime.js";
 import { type ModelSource, openSource } from "./source.js";
@@ -95,6 +97,13 @@ export class Session {
   readonly #model: ModelInfo;
   readonly #runtime: RuntimeInfo;
   readonly #spare = new SpareBuffers();
+  #mailbox: Mailbox | undefined;
+  /** The inputs of the last run that could have gone through a mailbox. */
+  #small: readonly Described[] | undefined;
+  /** What the worker last said of the outputs in the mailbox. */
+  #described: readonly Described[] = [];
+  /** Runs that have not ended. */
+  #running = 0;
   #disposed = false;
 
   private constructor(engine: Engine, owned: boolean, id: number, model: ModelInfo, runtime: RuntimeInfo) {
@@ -158,7 +167,7 @@ export class Session {
   run(feeds: Feeds, options?: RunOptions): Promise<Record<string, Tensor> | Profile>;
   async run(feeds: Feeds, options: RunOptions = {}): Promise<Record<string, Tensor> | Profile> {
     if (options.profile === true) return this.profile(feeds, options);
-    return tensors(await this.#run(feeds, options, false));
+    return tensors((await this.#run(feeds, options, false)).outputs);
   }
 
   /**
@@ -167,7 +176,7 @@ export class Session {
    */
   async profile(feeds: Feeds, options: RunOptions = {}): Promise<Profile> {
     const reply = await this.#run(feeds, options, true);
-    return { outputs: tensors(reply), totalMs: reply.totalMs, nodes: reply.nodes };
+    return { outputs: tensors(reply.outputs), totalMs: reply.totalMs, nodes: reply.nodes };
   }
 
   /** Facts about the model, the WebAssembly build and the memory. */
@@ -190,7 +199,9 @@ export class Session {
     await this.dispose();
   }
 
-  async #run(feeds: Feeds, options: RunOptions, profile: boolean): Promise<Out<"run">> {
+  async #run(feeds: Feeds, options: RunOptions, profile: false): Promise<Pick<Out<"run">, "outputs">>;
+  async #run(feeds: Feeds, options: RunOptions, profile: true): Promise<Out<"run">>;
+  async #run(feeds: Feeds, options: RunOptions, profile: boolean): Promise<Pick<Out<"run">, "outputs">> {
     if (this.#disposed) throw disposed();
     const { signal, timeout, outputs, transfer = false, onProgress } = options;
     if (timeout !== undefined && !(typeof timeout === "number" && timeout >= 0)) {
@@ -209,13 +220,51 @@ export class Session {
     const wire = encodeFeeds(this.inputs, feeds, transfer, this.#spare);
     const call: CallOptions<"run"> = { transfer: wire.transfer, signal, timeout, onProgress };
     const { inputs, lent } = wire;
-    const reply = await this.#engine.client.call(
-      "run",
-      { session: this.#id, inputs, lent, outputs, profile, progress: onProgress !== undefined },
-      call,
-    );
-    this.#spare.put(reply.returned);
-    return reply;
+    const plain = !profile && !transfer && (outputs ?? signal ?? timeout ?? onProgress) === undefined;
+    // The mailbox has room for one run; those that overlap with it must not come before it either.
+    const mails = plain && this.#running === 0;
+    this.#running++;
+    try {
+      if (mails) {
+        const mailed = this.#mail(inputs);
+        if (mailed !== undefined) return { outputs: await mailed };
+      }
+      const reply = await this.#engine.client.call(
+        "run",
+        { session: this.#id, inputs, lent, outputs, profile, progress: onProgress !== undefined },
+        call,
+      );
+      this.#spare.put(reply.returned);
+      return reply;
+    } finally {
+      this.#running--;
+    }
+  }
+
+  /** A run through the mailbox, for inputs that can go there. */
+  #mail(inputs: readonly WireTensor[]): Promise<readonly WireTensor[]> | undefined {
+    const known = this.#mailbox?.fits(inputs) === true;
+    if (!known) {
+      // The second run alike makes one: sequences that grow from run to run would make a new one for each.
+      const before = this.#small;
+      this.#small = describeInputs(inputs);
+      if (this.#small === undefined || before === undefined || !areLike(inputs, before)) return undefined;
+      this.#mailbox = openMailbox(this.#small);
+    }
+    const mailbox = this.#mailbox as Mailbox;
+    mailbox.writeInputs(inputs);
+    return this.#post(mailbox, known);
+  }
+
+  async #post(mailbox: Mailbox, known: boolean): Promise<readonly WireTensor[]> {
+    const params = { session: this.#id, mailbox: known ? undefined : mailbox.init };
+    const outputs = await this.#engine.client.call("mail", params, {
+      // The bell says nothing but the id.
+      ring: known ? (id) => mailbox.ring(id) : undefined,
+    });
+    if (outputs === undefined) return mailbox.readOutputs(this.#described);
+    this.#described = outputs.map(describe);
+    return outputs;
   }
 }
 
@@ -223,10 +272,10 @@ function disposed(): WeblaneError {
   return new WeblaneError("disposed", "the session was disposed of");
 }
 
-function tensors(reply: Out<"run">): Record<string, Tensor> {
+function tensors(outputs: readonly WireTensor[]): Record<string, Tensor> {
   // No prototype: a model may call an output "constructor".
   const named: Record<string, Tensor> = Object.create(null);
-  for (const output of reply.outputs) named[output.name] = decodeTensor(output);
+  for (const output of outputs) named[output.name] = decodeTensor(output);
   return named;
 }
 
@@ -265,16 +314,18 @@ async function transfer(
   // The file flows while the build compiles. The first failure counts; the others follow from it.
   const [info, , url] = await Promise.all([engine.ready, opened, model]);
   onProgress?.({ phase: "parse", loaded: 0, total: 1 });
-  const locations = await client.call("externals", { session }, { signal });
-  onProgress?.({ phase: "parse", loaded: 1, total: 1 });
-  for (const location of locations) {
-    const file = await externalSource(location, externalData, url);
-    await sendFile(engine, session, location, file, options);
+  const finish = () => client.call("finish", { session }, { signal, onProgress });
+  let done = await finish();
+  if ("externals" in done) {
+    for (const location of done.externals) {
+      const file = await externalSource(location, externalData, url);
+      await sendFile(engine, session, location, file, options);
+    }
+    done = await finish();
   }
-  onProgress?.({ phase: "optimize", loaded: 0, total: 1 });
-  const done = await client.call("finish", { session }, { signal });
+  if ("externals" in done) throw new WeblaneError("internal", "the engine asks for external data twice");
   onProgress?.({ phase: "optimize", loaded: 1, total: 1 });
-  return [done, info];
+  return [done.model, info];
 }
 
 /** Sends one file; returns its address, if it has one. */

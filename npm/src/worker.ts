@@ -5,7 +5,8 @@ import relaxedMt from "glue:relaxed_mt";
 import relaxedSt from "glue:relaxed_st";
 import simdMt from "glue:simd_mt";
 import simdSt from "glue:simd_st";
-import { nodeModule } from "./environment.js";
+import { compileBuild } from "./builds.js";
+import { fetchOk, nodeModule, openNodeFile } from "./environment.js";
 import { toWeblaneError, WeblaneError } from "./errors.js";
 import { describeTrap, Host } from "./host.js";
 import { onPoolWanted } from "./pool.js";
@@ -13,12 +14,12 @@ import type { FromWorker, PoolSeat, ToWorker } from "./protocol.js";
 import { detectPlatform, type Variant } from "./variant.js";
 import type { Glue, Wasm } from "./wasm.js";
 
-/** wasm-bindgen's module and the address of each build. Bundlers recognise exactly these expressions. */
-const BUILDS: Readonly<Record<Variant, { glue: Glue | null; url: URL }>> = {
-  simd_st: { glue: simdSt, url: new URL("./weblane_simd_st.wasm", import.meta.url) },
-  simd_mt: { glue: simdMt, url: new URL("./weblane_simd_mt.wasm", import.meta.url) },
-  relaxed_st: { glue: relaxedSt, url: new URL("./weblane_relaxed_st.wasm", import.meta.url) },
-  relaxed_mt: { glue: relaxedMt, url: new URL("./weblane_relaxed_mt.wasm", import.meta.url) },
+/** wasm-bindgen's module of each build that is part of this package. */
+const GLUE: Readonly<Record<Variant, Glue | null>> = {
+  simd_st: simdSt,
+  simd_mt: simdMt,
+  relaxed_st: relaxedSt,
+  relaxed_mt: relaxedMt,
 };
 
 const nodePort = nodeModule("node:worker_threads")?.parentPort;
@@ -27,7 +28,7 @@ const page = (nodePort ?? globalThis) as {
 };
 
 function glueOf(variant: Variant): Glue {
-  const { glue } = BUILDS[variant];
+  const glue = GLUE[variant];
   if (glue === null)
     throw new WeblaneError("unsupported_platform", `the build ${variant} is not part of this package`);
   return glue;
@@ -35,13 +36,19 @@ function glueOf(variant: Variant): Glue {
 
 let onSpawned: ((outcome: true | string) => void) | undefined;
 
+let onCompiled!: (module: WebAssembly.Module | undefined) => void;
+/** What the page has made of the build that it compiles early. */
+const compiledByPage = new Promise<WebAssembly.Module | undefined>((resolve) => {
+  onCompiled = resolve;
+});
+
 const host = new Host({
   platform: detectPlatform(),
   post: (message, transfer) => page.postMessage(message, transfer),
   breathe,
   open: openFile,
 
-  async instantiate(variant, url, threads): Promise<Wasm> {
+  async instantiate(variant, url, threads, early): Promise<Wasm> {
     const glue = glueOf(variant);
     // The pool's workers load their script while this one compiles. One thread of the pool is this worker itself.
     const helpers = variant.endsWith("_mt") ? threads - 1 : 0;
@@ -49,7 +56,7 @@ const host = new Host({
     let memory: WebAssembly.Memory;
     try {
       if (variant.endsWith("_mt")) avoidBaselineCompiler();
-      const module = await compile(new URL(url ?? BUILDS[variant].url));
+      const module = (early && (await compiledByPage)) ?? (await compileBuild(variant, url));
       ({ memory } = await instantiate(glue, module));
     } catch (error) {
       if (helpers > 0) page.postMessage({ hire: 0 });
@@ -70,6 +77,7 @@ const host = new Host({
       },
       WasmSession: glue.WasmSession,
       version: glue.version,
+      warmUp: glue.warmUp,
       stopWord: glue.stopWord,
       runningWord: glue.runningWord,
       lastFailure: glue.lastFailure,
@@ -80,6 +88,7 @@ const host = new Host({
 function receive(message: ToWorker): void {
   if ("seat" in message) void sit(message.seat);
   else if ("spawned" in message) onSpawned?.(message.spawned);
+  else if ("compiled" in message) onCompiled(message.compiled);
   else if ("cancel" in message) host.cancel(message.cancel);
   else void host.handle(message);
 }
@@ -93,7 +102,6 @@ async function sit({ variant, module, memory, receiver }: PoolSeat): Promise<voi
   try {
     glue = glueOf(variant);
     await glue.default({ module_or_path: module, memory });
-    page.postMessage({ seated: true });
     glue.wbg_rayon_start_worker?.(receiver);
   } catch (error) {
     page.postMessage({ crash: describeTrap(error, glue?.lastFailure()).toJSON() });
@@ -120,37 +128,6 @@ function avoidBaselineCompiler(): void {
   if (Number.parseInt(process?.versions?.v8 ?? "", 10) < 12) {
     nodeModule("node:v8")?.setFlagsFromString("--no-liftoff");
   }
-}
-
-async function compile(url: URL): Promise<WebAssembly.Module> {
-  const none = new AbortController().signal;
-  try {
-    if (url.protocol === "file:" && nodePort)
-      return await WebAssembly.compile(await collect(openNodeFile(url)));
-    // The streaming form is what browsers keep compiled code of.
-    const response = await fetchOk(url.href, none);
-    const type = response.headers.get("content-type") ?? "";
-    if (type.startsWith("application/wasm")) return await WebAssembly.compileStreaming(response);
-    return await WebAssembly.compile(await response.arrayBuffer());
-  } catch (error) {
-    throw toWeblaneError(error, "unsupported_platform", `${url} could not be compiled: `);
-  }
-}
-
-async function fetchOk(url: string, signal: AbortSignal): Promise<Response> {
-  let response: Response;
-  try {
-    response = await fetch(url, { signal });
-  } catch (error) {
-    throw toWeblaneError(error, signal.aborted ? "aborted" : "network", `${url} could not be fetched: `);
-  }
-  if (!response.ok) {
-    throw new WeblaneError(
-      "network",
-      `${url} could not be fetched: the server answered ${response.status} ${response.statusText}`.trim(),
-    );
-  }
-  return response;
 }
 
 async function openFile(url: string, signal: AbortSignal) {
@@ -202,29 +179,6 @@ function reader(body: ReadableStream<Uint8Array>): Reader {
     const reader = body.getReader();
     return { reuses: false, next: () => reader.read(), cancel: () => reader.cancel() };
   }
-}
-
-function openNodeFile(url: URL) {
-  const fs = nodeModule("node:fs");
-  if (fs === undefined) throw new WeblaneError("network", `${url} cannot be read here`);
-  try {
-    return { total: fs.statSync(url).size, isHtml: false, chunks: fs.createReadStream(url) };
-  } catch (error) {
-    throw toWeblaneError(error, "network");
-  }
-}
-
-async function collect(file: {
-  total: number;
-  chunks: AsyncIterable<Uint8Array>;
-}): Promise<Uint8Array<ArrayBuffer>> {
-  const bytes = new Uint8Array(file.total);
-  let at = 0;
-  for await (const chunk of file.chunks) {
-    bytes.set(chunk, at);
-    at += chunk.byteLength;
-  }
-  return bytes;
 }
 
 /** One turn of the event loop. Timers would do, but browsers stretch nested ones to 4 ms. */

@@ -41,9 +41,7 @@ test("pool workers start before their seats are there", async () => {
   await workers.say(0, { spawn: { seat, count: 2 } });
   expect(workers.all.length).toBe(4);
   expect(workers.all.slice(1, 3).map((w) => w.posted)).toEqual([[{ seat }], [{ seat }]]);
-  await workers.say(1, { seated: true });
-  expect(workers.all[0]?.posted).toEqual([]);
-  await workers.say(2, { seated: true });
+  // Nobody waits until they sit.
   expect(workers.all[0]?.posted).toEqual([{ spawned: true }]);
   client.close(new WeblaneError("disposed", "the end"));
   expect(workers.all.every((w) => w.terminated)).toBe(true);
@@ -59,6 +57,18 @@ test("seats find workers that were not hired, and say why there are none", async
   const [reply] = workers.all[0]?.posted ?? [];
   expect(reply && "spawned" in reply && reply.spawned).toContain("no more workers");
   expect(client.closed).toBeUndefined();
+});
+
+test("the worker hears of the build that the page has compiled, or that there is none", async () => {
+  const workers = new Workers();
+  const client = new Client(workers.spawn);
+  const module = new WebAssembly.Module(new Uint8Array([0, 0x61, 0x73, 0x6d, 1, 0, 0, 0]));
+  client.handOver(module);
+  client.handOver(undefined);
+  expect(workers.all[0]?.posted).toEqual([{ compiled: module }, { compiled: undefined }]);
+  client.close(new WeblaneError("disposed", "the end"));
+  client.handOver(module);
+  expect(workers.all[0]?.posted.length).toBe(2);
 });
 
 test("a hired worker that fails ends the client", async () => {

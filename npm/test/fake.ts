@@ -138,6 +138,7 @@ export class FakeEngine {
       #step = 0;
       #wanted: readonly string[] = [];
       #ended = false;
+      #told = "";
 
       expect(bytes: number) {
         log.push(`expect ${bytes}`);
@@ -194,7 +195,10 @@ export class FakeEngine {
         return script.steps;
       }
       outputsChanged() {
-        return true;
+        const now = JSON.stringify(this.outputs());
+        const changed = now !== this.#told;
+        this.#told = now;
+        return changed;
       }
       outputs() {
         return this.#wanted.map((name) => {
@@ -221,6 +225,10 @@ export class FakeEngine {
       },
       WasmSession: FakeSession,
       version: () => "0.0.0",
+      warmUp: () => {
+        log.push("warm up");
+        return true;
+      },
       stopWord: () => 0,
       runningWord: () => 4,
       lastFailure: () => this.script.said,

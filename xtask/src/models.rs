@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Models with an architecture of their own and seeded weights.
-const WORKLOADS: [&str; 8] = [
+const WORKLOADS: [&str; 13] = [
     "mobilenet_v2",
     "efficientnet_lite0",
     "resnet50",
@@ -16,6 +16,11 @@ const WORKLOADS: [&str; 8] = [
     "minilm_l6",
     "all_minilm_l6_v2",
     "digits",
+    "mobilenet_v2_int8",
+    "efficientnet_lite0_int8",
+    "resnet50_int8",
+    "minilm_l6_int8",
+    "distilbert_base_int8",
 ];
 /// What the pages of the demo site load.
 const DEMO: [&str; 2] = ["all_minilm_l6_v2", "digits"];

@@ -34,6 +34,7 @@ const plural = (threads) => `${threads} thread${threads > 1 ? "s" : ""}`;
 const IMPORTS = {
   weblane: () => import("/weblane/dist/index.js"),
   "weblane-1t": () => import("/weblane/dist/index.js"),
+  "weblane-float": () => import("/weblane/dist/index.js"),
   "onnxruntime-web": () => import("/ort/ort.wasm.min.mjs"),
   litert: () => import("/litert/dist/index.js"),
 };
@@ -62,6 +63,7 @@ const LOADERS = {
   },
   /** On one thread whatever the others have: how much more threads give. */
   "weblane-1t": (code, url, feeds) => LOADERS.weblane(code, url, feeds, { threads: 1 }),
+  "weblane-float": (...load) => LOADERS.weblane(...load),
   async "onnxruntime-web"(ort, url, feeds, { threads, profile = false }) {
     const lines = profile ? interceptLog() : undefined;
     ort.env.wasm.wasmPaths = "/ort/";

@@ -54,14 +54,14 @@ impl Conv {
     }
 
     /// What does not depend on the input, from the shape of the weights.
-    fn params(&self, w: &[usize]) -> Result<ConvParams> {
+    pub(super) fn params(&self, w: &[usize]) -> Result<ConvParams> {
         let &[_, per_group, ref kernel @ ..] = w else { return Err(Error::shape(format!("weights of shape {w:?}"))) };
         // Any input will do that the window fits into.
         let x = self.window.least_input(per_group.saturating_mul(self.groups), kernel, self.layout)?;
         Ok(self.geometry(&x, w)?.0)
     }
 
-    fn geometry(&self, x: &[usize], w: &[usize]) -> Result<(ConvParams, ConvInput)> {
+    pub(super) fn geometry(&self, x: &[usize], w: &[usize]) -> Result<(ConvParams, ConvInput)> {
         let (batch, in_channels, spatial) = split_dims(x, self.layout)?;
         let kernel = w.get(2..).ok_or_else(|| Error::shape(format!("weights of shape {w:?}")))?;
         let s = self.window.over(&spatial, kernel)?;

@@ -18,10 +18,12 @@ pub mod body;
 mod prepare;
 mod sizes;
 pub mod spatial;
+mod table;
 #[cfg(test)]
 pub(crate) mod testing;
 pub use attributes::Attributes;
 pub use prepare::{Compute, PackCache, Precision, Prepare};
+pub use table::Table;
 
 /// What is known where a shape is inferred.
 #[derive(Debug)]
@@ -304,6 +306,8 @@ ops! {
     grid_sample
     identity
     if_
+    integer_product
+    lookup
     loop_
     loss
     matmul
@@ -316,6 +320,8 @@ ops! {
     patches
     pool
     quantize
+    quantized_binary
+    quantized_pool
     random
     range
     reduce

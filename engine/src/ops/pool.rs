@@ -81,7 +81,7 @@ fn parse_global(a: &mut Attributes) -> Result<Op> {
 }
 
 impl Pool {
-    fn shape(&self, dims: &[usize]) -> Result<PoolShape> {
+    pub(super) fn shape(&self, dims: &[usize]) -> Result<PoolShape> {
         let (batch, channels, spatial) = split_dims(dims, self.layout)?;
         let kernel = self.window.kernel.as_deref().unwrap_or_default();
         let Sliding { input, kernel, strides, dilations, begin, end, output } = self.window.over(&spatial, kernel)?;

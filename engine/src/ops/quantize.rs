@@ -3,7 +3,8 @@
 
 use super::matmul::{MatMul, batch_strides};
 use super::spatial::{Window, split_dims};
-use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
+use super::sizes::permuted_axis;
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, axis_index};
 use crate::for_dtype;
@@ -114,6 +115,30 @@ fn is_nibble(dtype: DType) -> bool {
 
 const QUANTA: &str = "integers of 4, 8 and 16 bits";
 
+/// A scale, unless it is one that nothing can be quantised with.
+pub(super) fn checked_scale(scale: f32, what: &str) -> Result<f32> {
+    match scale.is_finite() && scale > 0.0 {
+        true => Ok(scale),
+        false => Err(Error::invalid_input(format!("{what} is {scale}; a finite number above 0 was wanted"))),
+    }
+}
+
+/// Refuses scales that nothing can be quantised with.
+fn check_scales(scales: TensorView, what: &str) -> Result<()> {
+    if scales.dtype != DType::F32 {
+        return Ok(());
+    }
+    scales.as_slice::<f32>()?.iter().try_for_each(|&s| checked_scale(s, what).map(drop))
+}
+
+/// Refuses such scales among constants, when the model is loaded.
+fn check_constant_scales(scales: &Fact, what: &str) -> Result<()> {
+    match scales.tensor().filter(|t| !t.is_released()) {
+        Some(t) => check_scales(t.view(), what),
+        None => Ok(()),
+    }
+}
+
 impl Operator for Linear {
     fn name(&self) -> &'static str {
         if self.back { "DequantizeLinear" } else { "QuantizeLinear" }
@@ -124,6 +149,7 @@ impl Operator for Linear {
         if !scale.dtype.is_float() && scale.dtype != DType::I32 {
             return Err(wrong_dtype("the scale", scale.dtype, "floats"));
         }
+        check_constant_scales(scale, "a scale")?;
         if let (Some(x), Some(s)) = (x.dims(), scale.dims()) {
             self.grid(&x, &s)?;
         }
@@ -153,6 +179,7 @@ impl Operator for Linear {
         let (x, scale, zero) = (io.input(0)?, io.input(1)?, io.optional(2));
         let grid = self.grid(x.dims, scale.dims)?;
         let scales = scale.as_slice::<f32>()?;
+        check_scales(scale, "a scale")?;
         if self.back {
             let y = io.output(0)?.as_slice::<f32>()?;
             if is_nibble(x.dtype) {
@@ -192,6 +219,19 @@ impl Operator for Linear {
             let zero = zero.map(|z| z.as_slice::<T>()).transpose()?;
             Ok(quant::quantize(cx, x, &grid, scales, zero, bounds, y.as_slice::<T>()?)?)
         }, else Err(wrong_dtype("the result", y.dtype, QUANTA)))
+    }
+
+    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+        let scale = operands.get(1)?.as_ref()?.dims()?;
+        let mut roles = vec![Role::Keep; operands.len()];
+        roles[0] = Role::Permute;
+        // One scale for all, or one for each index of an axis; blocks stay where they are.
+        let axis = match scale.as_slice() {
+            [] | [1] => self.axis,
+            _ if self.block > 0 => return None,
+            _ => permuted_axis(self.axis, perm)?,
+        };
+        Some(Permuted { op: Linear { axis, ..self.clone() }.into(), roles })
     }
 }
 
@@ -418,6 +458,9 @@ impl Operator for QuantizedProduct {
         let dtype = match self.scaled {
             false => DType::I32,
             true => {
+                for (i, what) in [(1, "the scale of A"), (4, "a scale of B"), (6, "the scale of the result")] {
+                    check_constant_scales(cx.input(i)?, what)?;
+                }
                 let zero = cx.input(7)?;
                 if !matches!(zero.dtype, DType::U8 | DType::I8) {
                     return Err(wrong_dtype("the zero point of the result", zero.dtype, "uint8 and int8"));
@@ -460,6 +503,9 @@ impl Operator for QuantizedProduct {
         let scalar = |i: usize| -> Result<f32> {
             io.slice::<f32>(i)?.first().copied().ok_or_else(|| Error::shape(format!("operand {i} is empty")))
         };
+        for (i, what) in [(1, "the scale of A"), (4, "a scale of B"), (6, "the scale of the result")] {
+            check_scales(io.input(i)?, what)?;
+        }
         let (a_scale, y_scale) = (scalar(1)?, scalar(6)?);
         let b_scale = io.slice::<f32>(4)?;
         let zero = io.input(7)?;

@@ -18,6 +18,7 @@ use crate::ops::Op;
 use crate::ops::conv::Conv;
 use crate::ops::conv_transpose::ConvTranspose;
 use crate::ops::gemm::Gemm;
+use crate::ops::integer_product::{IntegerProduct, Kind, Target};
 use crate::ops::matmul::MatMul;
 use weblane_kernels::epilogue::Activation;
 
@@ -53,7 +54,10 @@ fn activate(view: &View, i: usize) -> Option<Replacement> {
     } else if let Some(gemm) = product.op.get::<Gemm>() {
         Gemm { activation: compose(gemm.activation, activation)?, ..gemm.clone() }.into()
     } else {
-        return None;
+        let mut integer = product.op.get::<IntegerProduct>()?.clone();
+        let Target::Real { activation: last, .. } = &mut integer.target else { return None };
+        *last = compose(*last, activation)?;
+        integer.into()
     };
     Some(Replacement { root: i, nodes: vec![i, p], op, operands: operands(product) })
 }
@@ -71,7 +75,23 @@ fn add(view: &View, i: usize) -> Option<Replacement> {
 
 fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacement> {
     let (p, product) = only_product(view, x)?;
-    let matmul = product.op.get::<MatMul>().filter(|m| !m.bias && m.activation == Activation::Identity)?;
+    let plain = Activation::Identity;
+    let (op, at): (Op, usize) = if let Some(integer) = product.op.get::<IntegerProduct>() {
+        let mut integer = integer.clone();
+        match (&integer.kind, &mut integer.target) {
+            (Kind::MatMul(_), Target::Real { bias, residual: false, activation, .. })
+                if !*bias && *activation == plain =>
+            {
+                *bias = true;
+            }
+            _ => return None,
+        }
+        let at = integer.extras();
+        (integer.into(), at)
+    } else {
+        let matmul = product.op.get::<MatMul>().filter(|m| !m.bias && m.activation == plain)?;
+        (MatMul { bias: true, ..matmul.clone() }.into(), 2)
+    };
     let rank_of_b = view.fact(product.inputs.get(1).copied().flatten()?).and_then(Fact::rank)?;
     let shape = view.fact(x)?.shape.as_ref()?;
     let n = shape.last()?.known()?;
@@ -82,9 +102,8 @@ fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacem
         return None;
     }
     let mut operands = operands(product);
-    operands.insert(2, bias.into());
-    let op = MatMul { bias: true, ..matmul.clone() };
-    Some(Replacement { root: i, nodes: vec![i, p], op: op.into(), operands })
+    operands.insert(at, bias.into());
+    Some(Replacement { root: i, nodes: vec![i, p], op, operands })
 }
 
 fn add_residual(view: &View, i: usize, x: ValueId, residual: ValueId) -> Option<Replacement> {
@@ -98,7 +117,12 @@ fn add_residual(view: &View, i: usize, x: ValueId, residual: ValueId) -> Option<
     } else if let Some(matmul) = product.op.get::<MatMul>().filter(|m| m.activation == plain && !m.residual) {
         MatMul { residual: true, ..matmul.clone() }.into()
     } else {
-        return None;
+        let mut integer = product.op.get::<IntegerProduct>()?.clone();
+        match &mut integer.target {
+            Target::Real { residual, activation, .. } if !*residual && *activation == plain => *residual = true,
+            _ => return None,
+        }
+        integer.into()
     };
     let mut operands = operands(product);
     operands.push(residual.into());

@@ -42,7 +42,7 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
 }
 
 /// Readers of an `Identity` read its operand instead. One that feeds a graph output stays: outputs keep their names.
-fn drop_identities(graph: &mut Graph) {
+pub(super) fn drop_identities(graph: &mut Graph) {
     let pairs: Vec<_> = graph
         .nodes
         .iter()

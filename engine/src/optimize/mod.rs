@@ -25,6 +25,7 @@ mod padding;
 mod pattern;
 mod pooling;
 mod products;
+mod qdq;
 mod simplify;
 mod skip_norm;
 mod softmax;
@@ -71,6 +72,10 @@ impl<'a> Pass<'a> {
 /// graph's inputs.
 pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     let pass = Pass::new(cx, inputs);
+    // Before folding, which would make real numbers of quantised weights.
+    qdq::run(&mut graph, &pass)?;
+    // Folding lets go of weights one by one; facts would hold them.
+    pass.memo.take();
     // Weights in half precision become single here, once.
     fold::run(&mut graph, &pass)?;
     half::drop_round_trips(&mut graph, &pass)?;

@@ -99,6 +99,17 @@ impl Net {
         self.node(op_type, &inputs.iter().copied().map(Some).collect::<Vec<_>>(), attrs)
     }
 
+    /// A node with several results.
+    pub(crate) fn nodes(&mut self, op_type: &str, inputs: &[ValueId], results: usize) -> Vec<ValueId> {
+        let first = self.op(op_type, inputs);
+        let mut outputs = vec![first];
+        outputs.extend((1..results).map(|k| self.graph.add_value(format!("{op_type} {k}"))));
+        if let Some(node) = self.graph.nodes.last_mut() {
+            node.outputs = outputs.clone();
+        }
+        outputs
+    }
+
     pub(crate) fn node(&mut self, op_type: &str, inputs: &[Option<ValueId>], attrs: Attrs) -> ValueId {
         self.nodes_of("", op_type, inputs, attrs, 1)[0]
     }
@@ -183,8 +194,8 @@ impl Net {
         names(&graph)
     }
 
-    /// Runs both graphs on seeded inputs; symbolic sizes become 3, 4, ... in the order of their first appearance.
-    pub(crate) fn check(&self, rewritten: &Graph) {
+    /// Results of both graphs for seeded inputs; symbolic sizes become 3, 4, ... in the order of their first appearance.
+    pub(crate) fn both(&self, rewritten: &Graph) -> [Vec<Tensor>; 2] {
         let mut symbols: Vec<Dim> = Vec::new();
         let mut size = |d: &Dim| {
             d.known().unwrap_or_else(|| {
@@ -215,7 +226,12 @@ impl Net {
                 }
             })
             .collect();
-        let (want, got) = (run(&self.graph, &inputs), run(rewritten, &inputs));
+        [run(&self.graph, &inputs), run(rewritten, &inputs)]
+    }
+
+    /// Whether both graphs give the same.
+    pub(crate) fn check(&self, rewritten: &Graph) {
+        let [want, got] = self.both(rewritten);
         assert_eq!(want.len(), got.len());
         for (want, got) in want.iter().zip(&got) {
             assert_eq!(want.dims(), got.dims());

@@ -28,6 +28,23 @@ impl Kernel for Peak {
     }
 }
 
+/// The same for pairs of 16-bit products, two operations each product: the form of 8-bit products that all have.
+struct DotPeak(usize);
+impl Kernel for DotPeak {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> bool {
+        let x = s.splat_i32(black_box(0x0003_0005));
+        let mut acc: [S::I32; 12] = core::array::from_fn(|i| s.splat_i32(i as i32));
+        for _ in 0..self.0 {
+            for acc in &mut acc {
+                *acc = s.add_i32(*acc, s.dot_i16(*acc, x));
+            }
+        }
+        acc.iter().any(|acc| s.mask_any(s.lt_i32(s.splat_i32(0), *acc)))
+    }
+}
+
 /// Shortest time of one call of `f` in seconds.
 fn time(mut f: impl FnMut()) -> f64 {
     f();
@@ -58,17 +75,27 @@ fn main() {
             flops / time(|| assert!(dispatch(isa, Peak(black_box(steps))) > 0.0)) / 1e9
         })
         .collect();
-    print!("{:34}", "GFLOP/s (% of peak)");
+    let dot_peaks: Vec<f64> = isas
+        .iter()
+        .map(|&isa| {
+            let steps = 1 << 16;
+            let ops = (4 * 12 * isa.lanes() * steps) as f64;
+            ops / time(|| drop(black_box(dispatch(isa, DotPeak(black_box(steps)))))) / 1e9
+        })
+        .collect();
+    print!("{:42}", "GFLOP/s or GOP/s (% of peak)");
     isas.iter().for_each(|isa| print!("{:>16}", isa.name()));
-    print!("\n{:34}", "peak of multiply-add");
+    print!("\n{:42}", "peak of multiply-add");
     peaks.iter().for_each(|peak| print!("{peak:>16.1}"));
+    print!("\n{:42}", "peak of pairs of 16-bit products");
+    dot_peaks.iter().for_each(|peak| print!("{peak:>16.1}"));
     println!();
-    for Work { name, flops, prepare } in works() {
+    for Work { name, flops, int8, prepare } in works() {
         if !name.contains(&filter) {
             continue;
         }
-        print!("{name:34}");
-        for (&isa, peak) in isas.iter().zip(&peaks) {
+        print!("{name:42}");
+        for (&isa, peak) in isas.iter().zip(if int8 { &dot_peaks } else { &peaks }) {
             let mut run = prepare(isa);
             let rate = flops / pool.run(isa, |cx| time(|| run(cx))) / 1e9;
             print!("{rate:>9.1} ({:>3.0}%)", 100.0 * rate / peak);

@@ -3,6 +3,7 @@
 use weblane_kernels::conv::{Algorithm, Conv, ConvInput, ConvParams, Layout};
 use weblane_kernels::epilogue::{Activation, Epilogue};
 use weblane_kernels::gemm::{Batched, Matrix, PackedB, Rhs, gemm, gemm_batched};
+use weblane_kernels::int8::{Bytes, BytesMut, Form, Output, PackedQ, QConv, QMatrix, Requantize, qgemm};
 use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
 
@@ -13,8 +14,10 @@ pub(crate) type Run = Box<dyn FnMut(&Cx<'_>)>;
 pub(crate) struct Work {
     /// What it is.
     pub(crate) name: String,
-    /// Floating-point operations of one run: two per multiply-add.
+    /// Operations of one run: two per multiply-add.
     pub(crate) flops: f64,
+    /// Whether they are those of 8-bit integers in their fastest exact form.
+    pub(crate) int8: bool,
     /// Packs the weights for an instruction set and returns the run.
     pub(crate) prepare: Box<dyn Fn(Isa) -> Run>,
 }
@@ -63,6 +66,8 @@ pub(crate) fn works() -> Vec<Work> {
     let mut works: Vec<Work> = PRODUCTS.into_iter().map(product).collect();
     works.push(attention());
     works.extend(CONVOLUTIONS.into_iter().map(convolution));
+    works.extend(PRODUCTS.into_iter().map(product_int8));
+    works.extend(CONVOLUTIONS.into_iter().map(convolution_int8));
     works
 }
 
@@ -70,6 +75,7 @@ fn product([m, k, n]: [usize; 3]) -> Work {
     Work {
         name: format!("gemm {m} x {k} x {n}"),
         flops: 2.0 * (m * k * n) as f64,
+        int8: false,
         prepare: Box::new(move |isa| {
             let (a, b) = (vec![0.5; m * k], vec![0.25; k * n]);
             let b = PackedB::new(isa, Matrix::new(&b, k, n)).expect("sizes fit");
@@ -89,6 +95,7 @@ fn attention() -> Work {
     Work {
         name: "scores 12 x 128 x 32 x 128".into(),
         flops: 2.0 * (heads * tokens * dims * tokens) as f64,
+        int8: false,
         prepare: Box::new(move |_| {
             let (q, k) = (vec![0.5; heads * tokens * dims], vec![0.25; heads * tokens * dims]);
             let mut c = vec![0.0; heads * tokens * tokens];
@@ -115,7 +122,28 @@ fn attention() -> Work {
     }
 }
 
-fn convolution([size, in_channels, out_channels, groups, kernel, stride]: [usize; 6]) -> Work {
+/// Unsigned activations, signed weights with a scale for each column, quantised again.
+fn product_int8([m, k, n]: [usize; 3]) -> Work {
+    Work {
+        name: format!("int8 gemm {m} x {k} x {n}"),
+        flops: 2.0 * (m * k * n) as f64,
+        int8: true,
+        prepare: Box::new(move |isa| {
+            let (a, b) = (vec![131; m * k], vec![3; k * n]);
+            let b = QMatrix::new(Bytes::I8(&b), k, n);
+            let b = PackedQ::new(isa, Form::best(isa), b, &[0]).expect("sizes fit");
+            let (bias, multiplier) = (vec![100; n], vec![1e-3; n]);
+            let mut c = vec![0; m * n];
+            Box::new(move |cx| {
+                let requantize = Requantize { multiplier: &multiplier, zero: 3, lo: 0, hi: 255, add: None };
+                let output = Output::Quantized { requantize, y: BytesMut::U8(&mut c) };
+                qgemm(cx, QMatrix::new(Bytes::U8(&a), m, k), 128, &b, Some(&bias), output).expect("sizes fit");
+            })
+        }),
+    }
+}
+
+fn conv_shape([size, in_channels, out_channels, groups, kernel, stride]: [usize; 6]) -> (ConvParams, ConvInput, usize) {
     let pad = kernel / 2;
     let params = ConvParams {
         in_channels,
@@ -126,11 +154,41 @@ fn convolution([size, in_channels, out_channels, groups, kernel, stride]: [usize
         dilations: [1; 3],
     };
     let input = ConvInput { batch: 1, spatial: [1, size, size], pads_begin: [0, pad, pad], pads_end: [0, pad, pad] };
-    let side = (size + 2 * pad - kernel) / stride + 1;
+    (params, input, (size + 2 * pad - kernel) / stride + 1)
+}
+
+fn convolution_int8(shape: [usize; 6]) -> Work {
+    let [size, in_channels, out_channels, groups, kernel, stride] = shape;
+    let (params, input, side) = conv_shape(shape);
+    let per_output = in_channels / groups * kernel * kernel;
+    Work {
+        name: format!("int8 conv {size}^2 {in_channels}>{out_channels}/{groups} {kernel}x{kernel} s{stride}"),
+        flops: 2.0 * (side * side * out_channels * per_output) as f64,
+        int8: true,
+        prepare: Box::new(move |isa| {
+            let weights = vec![3; out_channels * per_output];
+            let (bias, multiplier) = (vec![100; out_channels], vec![1e-3; out_channels]);
+            let conv = QConv::new(isa, Form::best(isa), params.clone(), Bytes::I8(&weights), &[0]).expect("sizes fit");
+            let x = vec![131; size * size * in_channels];
+            let mut out = vec![0; side * side * out_channels];
+            let input = input.clone();
+            Box::new(move |cx| {
+                let requantize = Requantize { multiplier: &multiplier, zero: 3, lo: 0, hi: 255, add: None };
+                let output = Output::Quantized { requantize, y: BytesMut::U8(&mut out) };
+                conv.run(cx, &input, Bytes::U8(&x), 128, Some(&bias), output).expect("sizes fit");
+            })
+        }),
+    }
+}
+
+fn convolution(shape: [usize; 6]) -> Work {
+    let [size, in_channels, out_channels, groups, kernel, stride] = shape;
+    let (params, input, side) = conv_shape(shape);
     let per_output = in_channels / groups * kernel * kernel;
     Work {
         name: format!("conv {size}^2 {in_channels}>{out_channels}/{groups} {kernel}x{kernel} s{stride}"),
         flops: 2.0 * (side * side * out_channels * per_output) as f64,
+        int8: false,
         prepare: Box::new(move |isa| {
             let weights = vec![0.25; out_channels * per_output];
             let bias = vec![1.0; out_channels];

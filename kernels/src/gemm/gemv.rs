@@ -8,10 +8,12 @@
 //!     acc[0..4] = 0
 //!     for vectors of k: acc[q] += a * B[.., q]
 //!     c[q] = sum of lanes
+//! for strips of weights of few bits: see nbits.rs
 //! ```
 
 use super::{Activate, Matrix, OutPtr, Rhs, clamp, part, split_activation, table};
 use crate::epilogue::Epilogue;
+use crate::nbits;
 use crate::par::Cx;
 use crate::simd::{Kernel, Simd, dispatch};
 use core::ops::Range;
@@ -27,22 +29,27 @@ const TASK_ELEMENTS: usize = 1 << 16;
 pub(super) fn supports(b: &Rhs<'_>) -> bool {
     match b {
         Rhs::Packed(_) => true,
+        // Needs a row that was made ready.
+        Rhs::Bits(_) => false,
         Rhs::Plain(b) => b.col_stride == 1 || b.row_stride == 1,
     }
 }
 
-/// `c = activation(a b + bias + residual)` for one row `a`; shapes were checked.
+/// `c = activation(a b + bias + residual)` for one row `a`; shapes were checked. For weights of few bits it is a row that
+/// [`NBits::with_ready`](crate::nbits::NBits::with_ready) made.
 pub(super) fn gemv(cx: &Cx<'_>, a: &[f32], b: Rhs<'_>, epilogue: &Epilogue<'_>, c: &mut [f32]) {
     let isa = cx.isa();
     let (k, n) = match b {
         Rhs::Packed(b) => (b.k(), b.n()),
         Rhs::Plain(b) => (b.rows, b.cols),
+        Rhs::Bits(b) => (b.k(), b.n()),
     };
     // Units of whole groups: which columns share a group does not depend on the cut.
     let unit = match b {
         Rhs::Packed(_) => (VECTORS / table::tile(isa).nrv) * table::panel_width(isa),
         Rhs::Plain(b) if b.col_stride == 1 => VECTORS * isa.lanes(),
         Rhs::Plain(_) => COLUMNS,
+        Rhs::Bits(_) => nbits::STRIPS * isa.lanes(),
     };
     let units = n.div_ceil(unit);
     let tasks = units.min((k.saturating_mul(n)).div_ceil(TASK_ELEMENTS)).max(1);
@@ -75,6 +82,7 @@ impl Kernel for Gemv<'_> {
             Rhs::Packed(b) => packed(s, a, b.data(), b.n(), columns.clone(), out),
             Rhs::Plain(b) if b.col_stride == 1 => row_major(s, a, &b, columns.clone(), out),
             Rhs::Plain(b) => transposed(s, a, &b, columns.clone(), out),
+            Rhs::Bits(b) => b.multiply(s, a, columns.clone(), out),
         }
         finish(s, epilogue, columns, out);
     }

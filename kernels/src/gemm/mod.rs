@@ -29,6 +29,7 @@ pub use pack::PackedB;
 use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
 use crate::math;
+use crate::nbits::NBits;
 use crate::par::Cx;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
@@ -94,7 +95,13 @@ pub enum Rhs<'a> {
     Packed(&'a PackedB),
     /// Packed on the way.
     Plain(Matrix<'a>),
+    /// Of few bits, unpacked on the way.
+    Bits(&'a NBits),
 }
+
+/// With fewer rows than this, weights of few bits are multiplied row by row instead of being unpacked: that takes three
+/// operations for each weight and row, unpacking five and the product one.
+const MIN_UNPACK_ROWS: usize = 4;
 
 /// `c[i * ldc + j] = activation((a b)[i, j] + bias[j] + residual[i * ldc + j])`.
 ///
@@ -116,6 +123,12 @@ pub fn gemm(cx: &Cx<'_>, a: Matrix<'_>, b: Rhs<'_>, epilogue: &Epilogue<'_>, c: 
             b.check("B")?;
             (b.rows, b.cols)
         }
+        Rhs::Bits(b) => {
+            if b.isa() != isa {
+                return Err(Error::new(format!("B was packed for {}, but {isa} runs", b.isa())));
+            }
+            (b.k(), b.n())
+        }
     };
     a.check("A")?;
     let (m, k) = (a.rows, a.cols);
@@ -126,12 +139,25 @@ pub fn gemm(cx: &Cx<'_>, a: Matrix<'_>, b: Rhs<'_>, epilogue: &Epilogue<'_>, c: 
         return Ok(());
     }
     check_output(m, n, ldc, epilogue, c.len())?;
+    if let Rhs::Bits(bits) = b
+        && m < MIN_UNPACK_ROWS
+        && a.col_stride == 1
+        && k > 0
+    {
+        for i in 0..m {
+            let residual = epilogue.residual.map(|r| &r[i * ldc..]);
+            let epilogue = Epilogue { residual, ..*epilogue };
+            let (a, c) = (&a.data[i * a.row_stride..][..k], &mut c[i * ldc..][..n]);
+            bits.with_ready(cx, a, |ready| gemv::gemv(cx, ready, b, &epilogue, c));
+        }
+        return Ok(());
+    }
     if m == 1 && a.col_stride == 1 && gemv::supports(&b) {
         gemv::gemv(cx, &a.data[..k], b, epilogue, c);
         return Ok(());
     }
     let c = OutPtr(c.as_mut_ptr());
-    run(cx, 1, m, n, k, matches!(b, Rhs::Plain(_)), a.col_stride != 1 && k > 1, &|_| Problem {
+    run(cx, 1, m, n, k, !matches!(b, Rhs::Packed(_)), a.col_stride != 1 && k > 1, &|_| Problem {
         a,
         b,
         c,
@@ -446,7 +472,7 @@ pub(crate) fn part(len: usize, parts: usize, index: usize) -> Range<usize> {
 
 /// Computes `problems` products of one shape (`m`, `n` >= 1), all blocks of all of them in parallel.
 ///
-/// `pack_b` says whether the right-hand sides are plain, `gather_a` whether the left-hand sides are not direct.
+/// `pack_b` says whether the right-hand sides are plain or of few bits, `gather_a` whether the left-hand sides are not direct.
 pub(crate) fn run<'a, A: Lhs>(
     cx: &Cx<'_>,
     problems: usize,
@@ -484,6 +510,10 @@ pub(crate) fn run<'a, A: Lhs>(
             Rhs::Packed(packed) => (packed.data(), 0),
             Rhs::Plain(b) => {
                 pack::pack_panels(isa, b, panels.clone(), b_scratch);
+                (&*b_scratch, first_panel)
+            }
+            Rhs::Bits(b) => {
+                b.unpack_panels(panels.clone(), b_scratch);
                 (&*b_scratch, first_panel)
             }
         };

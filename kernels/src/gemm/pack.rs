@@ -109,6 +109,28 @@ impl PackedB {
     }
 }
 
+/// Four columns into four places from `at` on of each row. Weights lie like this, and a first load packs them in code
+/// that the engine of a browser has not optimised yet: tiles of 4 x 4, which compilers turn into shuffles of registers,
+/// are a fifth of the instructions there.
+fn transpose_columns(columns: [&[f32]; 4], rows: &mut [f32], width: usize, at: usize) {
+    let count = rows.len() / width;
+    let mut i = 0;
+    while i + 4 <= count {
+        let tile: [[f32; 4]; 4] = core::array::from_fn(|j| columns[j][i..][..4].try_into().unwrap_or_default());
+        #[allow(clippy::needless_range_loop)]
+        for p in 0..4 {
+            let row: [f32; 4] = core::array::from_fn(|j| tile[j][p]);
+            rows[(i + p) * width + at..][..4].copy_from_slice(&row);
+        }
+        i += 4;
+    }
+    for i in i..count {
+        for (j, column) in columns.iter().enumerate() {
+            rows[i * width + at + j] = column[i];
+        }
+    }
+}
+
 /// Elements that a packed `k` x `n` matrix takes.
 pub(crate) fn packed_len(isa: Isa, k: usize, n: usize) -> Result<usize> {
     n.checked_next_multiple_of(isa.lanes())
@@ -137,7 +159,16 @@ pub(crate) fn pack_panels(isa: Isa, b: &Matrix<'_>, panels: Range<usize>, dst: &
             // Blocks of rows that stay in the first-level cache while each column is walked along k.
             for (block, rows) in dst.chunks_mut(width * 32).enumerate() {
                 let p0 = block * 32;
-                for q in 0..cols {
+                let mut q0 = 0;
+                if b.row_stride == 1 {
+                    while q0 + 4 <= cols {
+                        let columns: [&[f32]; 4] =
+                            core::array::from_fn(|j| &b.data[p0 + (first + q0 + j) * b.col_stride..]);
+                        transpose_columns(columns, rows, width, q0);
+                        q0 += 4;
+                    }
+                }
+                for q in q0..cols {
                     let src = &b.data[p0 * b.row_stride + (first + q) * b.col_stride..];
                     for (i, row) in rows.chunks_exact_mut(width).enumerate() {
                         row[q] = src[i * b.row_stride];

@@ -38,6 +38,14 @@ impl Form {
         }
     }
 
+    /// Neighbours along k that a lane of 32 bits holds.
+    pub(crate) const fn group(self) -> usize {
+        match self {
+            Self::Wide => 2,
+            Self::U8S8 | Self::S8S8 => 4,
+        }
+    }
+
     /// Refuses a form that is not [available](Self::available).
     pub(crate) fn check(self, isa: Isa) -> Result<()> {
         if Self::available(isa).contains(&self) {

@@ -9,14 +9,24 @@
 //! arithmetic behind them is that of [`Requantize`], rounded after each operation.
 
 mod form;
+mod gather;
+mod nest;
+mod output;
+mod pack;
+mod table;
+mod tile;
+
 pub use form::Form;
+pub use pack::PackedQ;
 
 use crate::conv::{ConvInput, ConvParams, volume};
 use crate::epilogue::Activation;
 use crate::error::{Error, Result};
 use crate::par::Cx;
-use crate::reference::int8 as reference;
 use crate::simd::Isa;
+use gather::{Lhs, Matrix, Patches};
+use nest::Problem;
+use output::Sink;
 
 /// 8-bit elements.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +60,33 @@ impl Bytes<'_> {
             Bytes::U8(x) => x[i].into(),
             Bytes::I8(x) => x[i].into(),
         }
+    }
+
+    /// Without the first `count` elements.
+    fn skip(self, count: usize) -> Self {
+        match self {
+            Bytes::U8(x) => Bytes::U8(&x[count..]),
+            Bytes::I8(x) => Bytes::I8(&x[count..]),
+        }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        match self {
+            Bytes::U8(x) => x.as_ptr(),
+            Bytes::I8(x) => x.as_ptr().cast(),
+        }
+    }
+
+    /// Refuses a zero point that is not of the range of the elements.
+    fn check_zero(&self, name: &str, zero: i32) -> Result<()> {
+        let [lo, hi] = match self {
+            Bytes::U8(_) => [0, 255],
+            Bytes::I8(_) => [-128, 127],
+        };
+        if (lo..=hi).contains(&zero) {
+            return Ok(());
+        }
+        Err(Error::new(format!("the zero point {zero} of {name} does not lie in {lo} to {hi}")))
     }
 }
 
@@ -207,6 +244,24 @@ impl Output<'_> {
             }
             Output::Quantized { requantize, y } => {
                 per_column("the multiplier", requantize.multiplier.len())?;
+                // Sums of products with them do not overflow to infinity, so that there is no NaN.
+                let factor = |x: f32| {
+                    if x.abs() <= 1e30 { Ok(()) } else { Err(Error::new(format!("a multiplier of {x} is too large"))) }
+                };
+                requantize.multiplier.iter().try_for_each(|&x| factor(x))?;
+                let byte = |name: &str, x: i32| {
+                    if (-128..=255).contains(&x) {
+                        Ok(())
+                    } else {
+                        Err(Error::new(format!("{name} {x} does not lie in -128 to 255")))
+                    }
+                };
+                byte("the zero point", requantize.zero)?;
+                byte("the lower bound", requantize.lo)?;
+                byte("the upper bound", requantize.hi)?;
+                if requantize.lo > requantize.hi {
+                    return Err(Error::new(format!("the bounds {} and {} cross", requantize.lo, requantize.hi)));
+                }
                 let range = |lo: i32, hi: i32| {
                     let [least, largest] = match y {
                         BytesMut::U8(_) => [0, 255],
@@ -220,6 +275,10 @@ impl Output<'_> {
                 };
                 if let Some(add) = requantize.add {
                     want("the addend", add.other.len(), len)?;
+                    add.other.check_zero("the addend", add.other_zero)?;
+                    byte("the zero point", add.zero)?;
+                    factor(add.first)?;
+                    factor(add.second)?;
                     range(add.lo, add.hi)?;
                 } else {
                     range(requantize.lo, requantize.hi)?;
@@ -227,67 +286,6 @@ impl Output<'_> {
                 want("the output", y.len(), len)
             }
         }
-    }
-}
-
-/// The right-hand side of a product, packed once for one instruction set and one form of it; made for weights.
-#[derive(Clone, Debug)]
-pub struct PackedQ {
-    isa: Isa,
-    form: Form,
-    k: usize,
-    n: usize,
-    /// Elements minus their zero points, `[k, n]`.
-    data: Vec<i16>,
-}
-
-impl PackedQ {
-    /// Packs the `k` x `n` matrix `b`, whose columns have the zero points `zero` (one for all, or one for each). For
-    /// weights stored `[n, k]` pass their [`transposed`](QMatrix::transposed) view.
-    ///
-    /// # Errors
-    /// If `b`'s data is shorter than its shape and strides need, the zero points are neither 1 nor `n` or not of the
-    /// range of `b`'s elements, the form is not of this instruction set, or memory is short.
-    pub fn new(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32]) -> Result<Self> {
-        b.check("B")?;
-        form.check(isa)?;
-        let (k, n) = (b.rows, b.cols);
-        if zero.len() != 1 && zero.len() != n {
-            return Err(Error::new(format!("{} zero points for {n} columns", zero.len())));
-        }
-        let mut data = Vec::with_capacity(volume(&[k, n])?);
-        for p in 0..k {
-            for j in 0..n {
-                let zero = zero[if zero.len() == 1 { 0 } else { j }];
-                data.push((b.data.get(p * b.row_stride + j * b.col_stride) - zero) as i16);
-            }
-        }
-        Ok(Self { isa, form, k, n, data })
-    }
-
-    /// Rows of the matrix: the length of the dot products.
-    pub fn k(&self) -> usize {
-        self.k
-    }
-
-    /// Columns of the matrix.
-    pub fn n(&self) -> usize {
-        self.n
-    }
-
-    /// The instruction set it was packed for.
-    pub fn isa(&self) -> Isa {
-        self.isa
-    }
-
-    /// The form of the dot product it was packed for.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
-    /// Memory it holds.
-    pub fn bytes(&self) -> usize {
-        self.data.len() * size_of::<i16>()
     }
 }
 
@@ -303,29 +301,22 @@ pub fn qgemm(
     bias: Option<&[i32]>,
     output: Output<'_>,
 ) -> Result<()> {
-    if b.isa != cx.isa() {
-        return Err(Error::new(format!("B was packed for {}, but {} runs", b.isa, cx.isa())));
+    if b.isa() != cx.isa() {
+        return Err(Error::new(format!("B was packed for {}, but {} runs", b.isa(), cx.isa())));
     }
     a.check("A")?;
-    if a.cols != b.k {
-        return Err(Error::new(format!("A is {} x {}, but B is {} x {}", a.rows, a.cols, b.k, b.n)));
+    a.data.check_zero("A", a_zero)?;
+    if a.cols != b.k() {
+        return Err(Error::new(format!("A is {} x {}, but B is {} x {}", a.rows, a.cols, b.k(), b.n())));
     }
-    if let Some(bias) = bias.filter(|bias| bias.len() != b.n) {
-        return Err(Error::new(format!("the bias has {} elements, expected {}", bias.len(), b.n)));
+    if let Some(bias) = bias {
+        crate::conv::check_len("the bias", bias.len(), b.n())?;
     }
-    output.check(a.rows, b.n)?;
-    let mut sums = vec![0i32; a.rows * b.n];
-    for (i, row) in sums.chunks_exact_mut(b.n.max(1)).enumerate() {
-        for (j, sum) in row.iter_mut().enumerate() {
-            *sum = bias.map_or(0, |bias| bias[j]);
-            for p in 0..b.k {
-                let x = a.data.get(i * a.row_stride + p * a.col_stride) - a_zero;
-                *sum = sum.wrapping_add(x * i32::from(b.data[p * b.n + j]));
-            }
-        }
-    }
-    reference::finish(&sums, b.n, output);
-    Ok(())
+    output.check(a.rows, b.n())?;
+    let sink = Sink::new(b.n(), bias, output);
+    let lhs = Lhs::Matrix(Matrix { data: a.data, row_stride: a.row_stride, col_stride: a.col_stride });
+    // SAFETY: A was checked to have its rows, the output to have all of `m` x `n`.
+    unsafe { nest::run(cx, 1, a.rows, a_zero, b, &|_| Problem { lhs, b, column: 0 }, &sink) }
 }
 
 /// A convolution of 8-bit tensors with its weights packed for one instruction set and one form of it.
@@ -333,7 +324,8 @@ pub fn qgemm(
 pub struct QConv {
     isa: Isa,
     params: ConvParams,
-    weights: Vec<i32>,
+    /// For each group a matrix of `kd * kh * kw * in / groups` rows and `out / groups` columns.
+    weights: Vec<PackedQ>,
 }
 
 impl QConv {
@@ -344,17 +336,38 @@ impl QConv {
     /// If sizes are zero, groups do not divide the channels, `weights` or `zero` have the wrong length, or the form is
     /// not of this instruction set.
     pub fn new(isa: Isa, form: Form, params: ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
-        params.check()?;
         form.check(isa)?;
+        Self::pack(isa, form, params, weights, zero)
+    }
+
+    /// [`QConv::new`] for any form.
+    fn pack(isa: Isa, form: Form, params: ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
+        params.check()?;
         let ConvParams { in_channels, out_channels, groups, kernel, .. } = params;
-        let per_output = volume(&[in_channels / groups, volume(&kernel)?])?;
-        crate::conv::check_len("the weights", weights.len(), volume(&[out_channels, per_output])?)?;
+        let (ipg, opg, taps) = (in_channels / groups, out_channels / groups, volume(&kernel)?);
+        let k = volume(&[ipg, taps])?;
+        crate::conv::check_len("the weights", weights.len(), volume(&[out_channels, k])?)?;
         if zero.len() != 1 && zero.len() != out_channels {
             return Err(Error::new(format!("{} zero points for {out_channels} output channels", zero.len())));
         }
-        let zero = |i: usize| zero[if zero.len() == 1 { 0 } else { i / per_output }];
-        let weights = (0..weights.len()).map(|i| weights.get(i) - zero(i)).collect();
-        Ok(Self { isa, params, weights })
+        let pack = |group: usize| {
+            let zero = if zero.len() == 1 { zero } else { &zero[group * opg..][..opg] };
+            let from = group * opg * k;
+            // [out, in, tap] to [out, tap, in]: the order in which patches lie in memory.
+            let source = |i: usize| from + i / k * k + i % ipg * taps + i % k / ipg;
+            let matrix = |data| QMatrix::new(data, opg, k).transposed();
+            match weights {
+                Bytes::U8(w) => {
+                    let rows: Vec<u8> = (0..opg * k).map(|i| w[source(i)]).collect();
+                    PackedQ::pack(isa, form, matrix(Bytes::U8(&rows)), zero)
+                }
+                Bytes::I8(w) => {
+                    let rows: Vec<i8> = (0..opg * k).map(|i| w[source(i)]).collect();
+                    PackedQ::pack(isa, form, matrix(Bytes::I8(&rows)), zero)
+                }
+            }
+        };
+        Ok(Self { isa, weights: (0..groups).map(pack).collect::<Result<_>>()?, params })
     }
 
     /// What it was made with.
@@ -364,7 +377,7 @@ impl QConv {
 
     /// Memory the packed weights hold.
     pub fn bytes(&self) -> usize {
-        self.weights.len() * size_of::<i32>()
+        self.weights.iter().map(PackedQ::bytes).sum()
     }
 
     /// Convolves `x`, `[batch, d, h, w, channels]` with zero point `x_zero`, which is also what padding stands for; the
@@ -385,16 +398,44 @@ impl QConv {
         if cx.isa() != self.isa {
             return Err(Error::new(format!("the weights were packed for {}, but {} runs", self.isa, cx.isa())));
         }
-        let out = self.params.output_spatial(input)?;
+        let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = self.params;
+        let out_spatial = self.params.output_spatial(input)?;
         let [d, h, w] = input.spatial;
-        crate::conv::check_len("the input", x.len(), volume(&[input.batch, d, h, w, self.params.in_channels])?)?;
+        crate::conv::check_len("the input", x.len(), volume(&[input.batch, d, h, w, in_channels])?)?;
+        x.check_zero("the input", x_zero)?;
         if let Some(bias) = bias {
-            crate::conv::check_len("the bias", bias.len(), self.params.out_channels)?;
+            crate::conv::check_len("the bias", bias.len(), out_channels)?;
         }
-        output.check(volume(&[input.batch, out[0], out[1], out[2]])?, self.params.out_channels)?;
-        let sums = reference::conv(&self.params, input, out, x, x_zero, &self.weights, bias)?;
-        reference::finish(&sums, self.params.out_channels, output);
-        Ok(())
+        let m = volume(&[input.batch, out_spatial[0], out_spatial[1], out_spatial[2]])?;
+        output.check(m, out_channels)?;
+        if m == 0 || out_channels == 0 {
+            return Ok(());
+        }
+        let (ipg, opg) = (in_channels / groups, out_channels / groups);
+        let sink = Sink::new(out_channels, bias, output);
+        let direct = kernel == [1; 3] && strides == [1; 3] && out_spatial == input.spatial;
+        let problem = |group: usize| {
+            let lhs = if direct {
+                let data = x.skip(group * ipg);
+                Lhs::Matrix(Matrix { data, row_stride: in_channels, col_stride: 1 })
+            } else {
+                Lhs::Patches(Patches {
+                    x,
+                    channels: in_channels,
+                    first: group * ipg,
+                    depth: ipg,
+                    spatial: input.spatial,
+                    out_spatial,
+                    kernel,
+                    strides,
+                    dilations,
+                    pads: input.pads_begin,
+                })
+            };
+            Problem { lhs, b: &self.weights[group], column: group * opg }
+        };
+        // SAFETY: the input and the output were checked to have the sizes that the parameters say.
+        unsafe { nest::run(cx, groups, m, x_zero, &self.weights[0], &problem, &sink) }
     }
 }
 

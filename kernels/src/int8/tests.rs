@@ -25,3 +25,244 @@ fn a_product_by_hand() {
         }
     });
 }
+
+/// Pseudo-random bits (a linear congruential generator).
+struct Random(u32);
+
+impl Random {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.0 >> 8
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        self.next() as usize % n
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Bytes of either kind; a third of the time the extremes alone.
+    fn bytes(&mut self, len: usize) -> Owned {
+        let extremes = self.below(3) == 0;
+        let bytes =
+            (0..len).map(|_| if extremes { self.pick(&[0, 255, 127, 128]) } else { self.next() as u8 }).collect();
+        Owned { bytes, signed: self.below(2) == 0 }
+    }
+
+    fn reals(&mut self, len: usize, scale: f32) -> Vec<f32> {
+        (0..len).map(|_| (self.next() as f32 / (1 << 23) as f32 - 1.0) * scale).collect()
+    }
+
+    fn integers(&mut self, len: usize) -> Vec<i32> {
+        (0..len).map(|_| self.next() as i32 % 20_000 - 10_000).collect()
+    }
+}
+
+struct Owned {
+    bytes: Vec<u8>,
+    signed: bool,
+}
+
+impl Owned {
+    fn get(&self) -> Bytes<'_> {
+        if self.signed { Bytes::I8(bytemuck::cast_slice(&self.bytes)) } else { Bytes::U8(&self.bytes) }
+    }
+
+    fn get_mut(&mut self) -> BytesMut<'_> {
+        if self.signed {
+            BytesMut::I8(bytemuck::cast_slice_mut(&mut self.bytes))
+        } else {
+            BytesMut::U8(&mut self.bytes)
+        }
+    }
+
+    /// A zero point, often an extreme one.
+    fn zero(&self, r: &mut Random) -> i32 {
+        let zero = r.pick(&[0, 0, 255, 127, 128, 1, 77]);
+        if self.signed { i32::from(zero as u8 as i8) } else { zero }
+    }
+}
+
+/// Every kind of output from the same sums, compared with the oracle's.
+fn compare(what: &str, r: &mut Random, sums: &[i32], n: usize, mut run: impl FnMut(Output<'_>) -> Result<()>) {
+    let mut got = vec![7; sums.len()];
+    run(Output::Sums(&mut got)).unwrap();
+    assert_eq!(got, sums, "{what}: sums");
+
+    let per_column = r.pick(&[1, n]);
+    let largest = sums.iter().map(|x| x.unsigned_abs()).max().unwrap_or(0).max(1) as f32;
+    let scale = r.reals(per_column, 300.0 / largest);
+    let (bias, residual) = (r.reals(n, 20.0), r.reals(sums.len(), 20.0));
+    let activation = r.pick(&[Activation::Identity, Activation::Relu, Activation::Clip { lo: -3.0, hi: 6.0 }]);
+    let (with_bias, with_residual) = (r.below(2) == 0, r.below(2) == 0);
+    fn real<'a>(
+        scale: &'a [f32],
+        bias: Option<&'a [f32]>,
+        residual: Option<&'a [f32]>,
+        activation: Activation,
+        y: &'a mut [f32],
+    ) -> Output<'a> {
+        Output::Real { scale, bias, residual, activation, y }
+    }
+    let (bias, residual) = (with_bias.then_some(&bias[..]), with_residual.then_some(&residual[..]));
+    let (mut want, mut got) = (vec![0.0; sums.len()], vec![7.0; sums.len()]);
+    crate::reference::int8::finish(sums, n, real(&scale, bias, residual, activation, &mut want));
+    run(real(&scale, bias, residual, activation, &mut got)).unwrap();
+    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&got), bits(&want), "{what}: {activation:?}");
+
+    for _ in 0..2 {
+        let width = r.pick(&[100.0, 300.0, 1e30]) / largest;
+        let scale = r.reals(per_column, width);
+        // Sums that are halves after scaling.
+        let scale = if r.below(3) == 0 { vec![0.5; per_column] } else { scale };
+        let mut want = r.bytes(sums.len());
+        let mut got = Owned { bytes: vec![7; sums.len()], signed: want.signed };
+        let full = if want.signed { [-128, 127] } else { [0, 255] };
+        let other = r.bytes(sums.len());
+        let [lo, hi] = if r.below(2) == 0 { full } else { [full[0] + 10, full[1] - 100] };
+        let add = (r.below(2) == 0).then(|| Addend {
+            other: other.get(),
+            other_zero: other.zero(r),
+            first: r.pick(&[1.0, 0.37]),
+            second: r.pick(&[0.5, 1.9]),
+            zero: want.zero(r),
+            lo,
+            hi,
+        });
+        let zero = want.zero(r);
+        let requantize = match add {
+            Some(_) => Requantize { multiplier: &scale, zero, lo: -128, hi: 127, add },
+            None => Requantize { multiplier: &scale, zero, lo, hi, add },
+        };
+        crate::reference::int8::finish(sums, n, Output::Quantized { requantize, y: want.get_mut() });
+        run(Output::Quantized { requantize, y: got.get_mut() }).unwrap();
+        assert_eq!(got.bytes, want.bytes, "{what}: {requantize:?}");
+    }
+}
+
+#[test]
+fn products_match_the_oracle() {
+    let mut r = Random(1);
+    each_context(|cx| {
+        let isa = cx.isa();
+        for form in Form::ALL {
+            let (mr, nr, lanes) = (table::tile(isa, form).mr, table::panel_width(isa, form), isa.lanes());
+            let kc = table::tile(isa, form).kc * form.group();
+            let ms = [1, 2, mr - 1, mr, mr + 1, 2 * mr + 1, 0, 5 * mr + 2];
+            let ns = [1, lanes, lanes + 1, nr - 1, nr, nr + 1, 2 * nr + lanes, 3 * nr + 5, 0, 150];
+            let ks = [1, 2, 3, 4, 5, 7, 8, 31, 64, kc - 1, kc, kc + 1, 2 * kc + 3, 0];
+            for case in 0..60 {
+                let (m, n, k) = if case < ks.len() {
+                    (mr + 1, nr + 1, ks[case])
+                } else if case == ks.len() {
+                    (4 * mr + 3, 3 * nr + 1, 40)
+                } else {
+                    (r.pick(&ms), r.pick(&ns), r.pick(&ks[..9]))
+                };
+                let (a, b) = (r.bytes(m * k), r.bytes(k * n));
+                // A transposed view of the other way round is the same matrix in another order.
+                let (mut ma, mut mb) = (QMatrix::new(a.get(), m, k), QMatrix::new(b.get(), k, n));
+                if r.below(3) == 0 {
+                    ma = QMatrix::new(a.get(), k, m).transposed();
+                }
+                if r.below(2) == 0 {
+                    mb = QMatrix::new(b.get(), n, k).transposed();
+                }
+                let a_zero = a.zero(&mut r);
+                let b_zero: Vec<i32> = (0..r.pick(&[1, n.max(1)])).map(|_| b.zero(&mut r)).collect();
+                if b_zero.len() != 1 && b_zero.len() != n {
+                    continue;
+                }
+                let bias = r.integers(n);
+                let bias = (r.below(2) == 0).then_some(&bias[..]);
+                let sums = crate::reference::int8::matmul(ma, a_zero, mb, &b_zero, bias);
+                let packed = PackedQ::pack(isa, form, mb, &b_zero).unwrap();
+                let what = format!("{isa} {form} {m} x {k} x {n}, zeros {a_zero} and {b_zero:?}");
+                compare(&what, &mut r, &sums, n, |output| qgemm(cx, ma, a_zero, &packed, bias, output));
+            }
+        }
+    });
+}
+
+#[test]
+fn sums_wrap_and_tasks_do_not_change_them() {
+    // Large enough for many tasks and passes.
+    let (m, n, k) = (70, 290, 2100);
+    let (a, b) = (vec![255u8; m * k], vec![-128i8; k * n]);
+    each_context(|cx| {
+        for form in Form::ALL {
+            let b = QMatrix::new(Bytes::I8(&b), k, n);
+            let packed = PackedQ::pack(cx.isa(), form, b, &[0]).unwrap();
+            let bias = vec![i32::MIN; n];
+            let mut y = vec![0; m * n];
+            qgemm(cx, QMatrix::new(Bytes::U8(&a), m, k), 0, &packed, Some(&bias), Output::Sums(&mut y)).unwrap();
+            let want = i32::MIN.wrapping_sub(255 * 128 * k as i32);
+            assert!(y.iter().all(|&y| y == want), "{} {form}", cx.isa());
+        }
+    });
+}
+
+#[test]
+fn convolutions_match_the_oracle() {
+    let mut r = Random(2);
+    let conv = |ic, oc, groups, kernel, strides, dilations| ConvParams {
+        in_channels: ic,
+        out_channels: oc,
+        groups,
+        kernel,
+        strides,
+        dilations,
+    };
+    let one = [1; 3];
+    let cases = [
+        (conv(3, 8, 1, [1, 3, 3], [1, 2, 2], one), [1, 9, 11], [0, 1, 1]),
+        (conv(16, 5, 1, one, one, one), [1, 6, 7], [0; 3]),
+        (conv(7, 9, 1, one, [1, 2, 2], one), [1, 7, 6], [0; 3]),
+        (conv(8, 12, 2, [1, 3, 3], one, one), [1, 5, 6], [0, 1, 1]),
+        (conv(4, 6, 2, one, one, one), [1, 5, 5], [0; 3]),
+        (conv(5, 4, 1, [1, 3, 2], one, [1, 2, 3]), [1, 9, 9], [0, 2, 1]),
+        (conv(2, 3, 1, [2, 3, 2], [2, 1, 1], one), [4, 5, 6], [1, 1, 1]),
+        (conv(6, 12, 6, [1, 3, 3], one, one), [1, 5, 5], [0, 1, 1]),
+        (conv(33, 33, 33, [1, 3, 3], one, one), [1, 7, 9], [0, 1, 1]),
+        (conv(32, 32, 32, [1, 3, 3], [1, 2, 2], one), [1, 8, 8], [0, 1, 1]),
+        (conv(5, 5, 5, [1, 5, 5], one, one), [1, 7, 7], [0, 2, 2]),
+        (conv(72, 72, 72, [1, 5, 5], [1, 2, 2], one), [1, 9, 10], [0, 2, 2]),
+        (conv(16, 16, 16, [2, 1, 4], one, [1, 1, 2]), [3, 4, 9], [1, 0, 2]),
+        (conv(8, 8, 8, [1, 1, 1], one, one), [1, 4, 4], [0; 3]),
+        (conv(1, 4, 1, [1, 1, 7], one, one), [1, 1, 3], [0, 0, 6]),
+    ];
+    each_context(|cx| {
+        for form in Form::ALL {
+            for (params, spatial, pads) in &cases {
+                let input = ConvInput {
+                    batch: r.pick(&[1, 2]),
+                    spatial: *spatial,
+                    pads_begin: *pads,
+                    pads_end: pads.map(|p| p + r.below(2) * usize::from(p > 0)),
+                };
+                let out = params.output_spatial(&input).unwrap();
+                let pixels: usize = spatial.iter().product();
+                let x = r.bytes(input.batch * pixels * params.in_channels);
+                let taps: usize = params.kernel.iter().product();
+                let per_output = params.in_channels / params.groups * taps;
+                let w = r.bytes(params.out_channels * per_output);
+                let x_zero = x.zero(&mut r);
+                let w_zero: Vec<i32> = (0..r.pick(&[1, params.out_channels])).map(|_| w.zero(&mut r)).collect();
+                let centred: Vec<i32> = (0..w.bytes.len())
+                    .map(|i| w.get().get(i) - w_zero[if w_zero.len() == 1 { 0 } else { i / per_output }])
+                    .collect();
+                let bias = r.integers(params.out_channels);
+                let bias = (r.below(2) == 0).then_some(&bias[..]);
+                let sums = crate::reference::int8::conv(params, &input, out, x.get(), x_zero, &centred, bias).unwrap();
+                let conv = QConv::pack(cx.isa(), form, params.clone(), w.get(), &w_zero).unwrap();
+                let what = format!("{} {form} {params:?} {input:?}", cx.isa());
+                compare(&what, &mut r, &sums, params.out_channels, |output| {
+                    conv.run(cx, &input, x.get(), x_zero, bias, output)
+                });
+            }
+        }
+    });
+}

@@ -2,8 +2,25 @@
 
 use crate::conv::{ConvInput, ConvParams};
 use crate::error::Result;
-use crate::int8::{Bytes, BytesMut, Output, Requantize};
+use crate::int8::{Bytes, BytesMut, Output, QMatrix, Requantize};
 use crate::naive;
+
+/// Sums of a product; `b_zero` holds one zero point for all columns, or one for each.
+///
+/// # Panics
+/// If a matrix is smaller than its sizes say.
+pub fn matmul(a: QMatrix<'_>, a_zero: i32, b: QMatrix<'_>, b_zero: &[i32], bias: Option<&[i32]>) -> Vec<i32> {
+    let element = |m: &QMatrix<'_>, i: usize, j: usize| m.data.get(i * m.row_stride + j * m.col_stride);
+    let mut sums = vec![0i32; a.rows * b.cols];
+    for (i, sum) in sums.iter_mut().enumerate() {
+        let (i, j) = (i / b.cols, i % b.cols);
+        let zero = b_zero[if b_zero.len() == 1 { 0 } else { j }];
+        *sum = (0..a.cols).fold(bias.map_or(0, |bias| bias[j]), |sum, p| {
+            sum.wrapping_add((element(&a, i, p) - a_zero) * (element(&b, p, j) - zero))
+        });
+    }
+    sums
+}
 
 /// Sums of a convolution, channels-last in and out; `weights` are centred, `[out, in / groups, kd, kh, kw]`.
 ///

@@ -97,6 +97,8 @@ macro_rules! partial_methods {
 
 mod dispatch;
 pub use dispatch::{Isa, IsaError, dispatch};
+mod dot;
+pub(crate) use dot::{Dot, DotKernel, dispatch_dot};
 
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -238,6 +240,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a - b`, wrapping.
     fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a * b`, wrapping.
+    fn mul_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Bitwise and.
     fn and_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Bitwise or.
@@ -261,6 +265,48 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// The same bits as `f32`.
     #[allow(clippy::wrong_self_convention)] // `self` proves the instructions, `a` is converted
     fn from_bits(self, a: Self::I32) -> Self::F32;
+
+    /// Reads `LANES` elements at `p`.
+    ///
+    /// # Safety
+    /// `p..p+LANES` must be readable. No alignment is needed.
+    unsafe fn load_i32_ptr(self, p: *const i32) -> Self::I32;
+    /// Reads one element and copies it to all lanes.
+    ///
+    /// # Safety
+    /// `p` must be readable.
+    unsafe fn splat_i32_ptr(self, p: *const i32) -> Self::I32;
+    /// Writes `LANES` elements at `p`.
+    ///
+    /// # Safety
+    /// `p..p+LANES` must be writable. No alignment is needed.
+    unsafe fn store_i32_ptr(self, p: *mut i32, v: Self::I32);
+    /// Two `i16` in each lane, all `x`.
+    fn splat_i16(self, x: i16) -> Self::I32;
+    /// `a - b` of two `i16` in each lane, wrapping.
+    fn sub_i16(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a0 b0 + a1 b1` of the two `i16` in each lane, wrapping.
+    fn dot_i16(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `2 LANES` bytes as `i16`, two in each lane.
+    ///
+    /// # Safety
+    /// `p..p+2*LANES` must be readable.
+    unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> Self::I32;
+    /// `LANES` bytes as `i32`.
+    ///
+    /// # Safety
+    /// `p..p+LANES` must be readable.
+    unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> Self::I32;
+    /// Writes `2 LANES` numbers as bytes. They lie in `-128..=127` if signed, else in `0..=255`.
+    ///
+    /// # Safety
+    /// `p..p+2*LANES` must be writable.
+    unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [Self::I32; 2]);
+    /// `2 LANES` bytes from each of two places as pairs of `i16`: a lane holds a byte of `a` below one of `b`.
+    ///
+    /// # Safety
+    /// `2 * LANES` bytes at both must be readable.
+    unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [Self::I32; 2];
 
     /// Sum of all lanes, in a tree whose shape depends on `LANES` only.
     fn reduce_add(self, a: Self::F32) -> f32;

@@ -78,6 +78,62 @@ impl Simd for Neon {
         // SAFETY: `self` proves the features.
         unsafe { vshlq_s32(a, vdupq_n_s32(-(BITS as i32))) }
     }
+    #[inline(always)]
+    unsafe fn load_i32_ptr(self, p: *const i32) -> int32x4_t {
+        // SAFETY: the caller's contract.
+        unsafe { vld1q_s32(p) }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32_ptr(self, p: *const i32) -> int32x4_t {
+        // SAFETY: the caller's contract.
+        unsafe { vld1q_dup_s32(p) }
+    }
+    #[inline(always)]
+    unsafe fn store_i32_ptr(self, p: *mut i32, v: int32x4_t) {
+        // SAFETY: the caller's contract.
+        unsafe { vst1q_s32(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> int32x4_t {
+        // SAFETY: the caller's contract.
+        unsafe {
+            if SIGNED {
+                vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p.cast())))
+            } else {
+                vreinterpretq_s32_u16(vmovl_u8(vld1_u8(p)))
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> int32x4_t {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let x = vdup_n_u32(p.cast::<u32>().read_unaligned());
+            if SIGNED {
+                vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(x))))
+            } else {
+                vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(x)))))
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [int32x4_t; 2]) {
+        // SAFETY: the caller's contract. The low bytes are the same for both kinds.
+        unsafe { vst1_s8(p.cast(), vmovn_s16(vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1])))) }
+    }
+    #[inline(always)]
+    unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [int32x4_t; 2] {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let (a, b) = (vld1_u8(a), vld1_u8(b));
+            let [low, high] = [vzip1_u8(a, b), vzip2_u8(a, b)];
+            if SIGNED {
+                [low, high].map(|x| vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(x))))
+            } else {
+                [low, high].map(|x| vreinterpretq_s32_u16(vmovl_u8(x)))
+            }
+        }
+    }
     wrap! {
         splat(x: f32) -> float32x4_t = vdupq_n_f32(x);
         add(a: float32x4_t, b: float32x4_t) -> float32x4_t = vaddq_f32(a, b);
@@ -103,9 +159,17 @@ impl Simd for Neon {
         mask_and(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vandq_u32(a, b);
         mask_or(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vorrq_u32(a, b);
         mask_any(m: uint32x4_t) -> bool = vmaxvq_u32(m) != 0;
+        splat_i16(x: i16) -> int32x4_t = vreinterpretq_s32_s16(vdupq_n_s16(x));
+        sub_i16(a: int32x4_t, b: int32x4_t) -> int32x4_t =
+            vreinterpretq_s32_s16(vsubq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
+        dot_i16(a: int32x4_t, b: int32x4_t) -> int32x4_t = {
+            let (a, b) = (vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
+            vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b))
+        };
         splat_i32(x: i32) -> int32x4_t = vdupq_n_s32(x);
         add_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = vaddq_s32(a, b);
         sub_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = vsubq_s32(a, b);
+        mul_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = vmulq_s32(a, b);
         and_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = vandq_s32(a, b);
         or_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = vorrq_s32(a, b);
         xor_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = veorq_s32(a, b);

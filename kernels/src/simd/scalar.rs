@@ -187,6 +187,10 @@ impl Simd for Scalar {
         a.wrapping_sub(b)
     }
     #[inline(always)]
+    fn mul_i32(self, a: i32, b: i32) -> i32 {
+        a.wrapping_mul(b)
+    }
+    #[inline(always)]
     fn and_i32(self, a: i32, b: i32) -> i32 {
         a & b
     }
@@ -232,6 +236,57 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn load_i32_ptr(self, p: *const i32) -> i32 {
+        // SAFETY: the caller's contract.
+        unsafe { p.read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32_ptr(self, p: *const i32) -> i32 {
+        // SAFETY: the caller's contract.
+        unsafe { p.read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_i32_ptr(self, p: *mut i32, v: i32) {
+        // SAFETY: the caller's contract.
+        unsafe { p.write_unaligned(v) }
+    }
+    #[inline(always)]
+    fn splat_i16(self, x: i16) -> i32 {
+        pair(x, x)
+    }
+    #[inline(always)]
+    fn sub_i16(self, a: i32, b: i32) -> i32 {
+        pair((a as i16).wrapping_sub(b as i16), ((a >> 16) as i16).wrapping_sub((b >> 16) as i16))
+    }
+    #[inline(always)]
+    fn dot_i16(self, a: i32, b: i32) -> i32 {
+        (i32::from(a as i16) * i32::from(b as i16)).wrapping_add((a >> 16) * (b >> 16))
+    }
+    #[inline(always)]
+    unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> i32 {
+        // SAFETY: the caller's contract.
+        unsafe { pair(widen::<SIGNED>(*p), widen::<SIGNED>(*p.add(1))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> i32 {
+        // SAFETY: the caller's contract.
+        unsafe { widen::<SIGNED>(*p).into() }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [i32; 2]) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            *p = v[0] as u8;
+            *p.add(1) = v[1] as u8;
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [i32; 2] {
+        // SAFETY: the caller's contract.
+        [0, 1].map(|i| unsafe { pair(widen::<SIGNED>(*a.add(i)), widen::<SIGNED>(*b.add(i))) })
+    }
+
+    #[inline(always)]
     fn reduce_add(self, a: f32) -> f32 {
         a
     }
@@ -243,4 +298,15 @@ impl Simd for Scalar {
     fn reduce_min(self, a: f32) -> f32 {
         a
     }
+}
+
+/// Two `i16` in one lane, the first in the low half.
+#[inline(always)]
+fn pair(low: i16, high: i16) -> i32 {
+    i32::from(low as u16) | i32::from(high) << 16
+}
+
+#[inline(always)]
+fn widen<const SIGNED: bool>(x: u8) -> i16 {
+    if SIGNED { (x as i8).into() } else { x.into() }
 }

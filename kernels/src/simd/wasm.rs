@@ -78,6 +78,54 @@ macro_rules! implement {
             fn shr_i32<const BITS: u32>(self, a: v128) -> v128 {
                 i32x4_shr(a, BITS)
             }
+            #[inline(always)]
+            unsafe fn load_i32_ptr(self, p: *const i32) -> v128 {
+                // SAFETY: the caller's contract; wasm loads need no alignment.
+                unsafe { v128_load(p.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn splat_i32_ptr(self, p: *const i32) -> v128 {
+                // SAFETY: the caller's contract; wasm loads need no alignment.
+                unsafe { v128_load32_splat(p.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn store_i32_ptr(self, p: *mut i32, v: v128) {
+                // SAFETY: the caller's contract; wasm stores need no alignment.
+                unsafe { v128_store(p.cast(), v) }
+            }
+            #[inline(always)]
+            unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> v128 {
+                // SAFETY: the caller's contract.
+                unsafe { if SIGNED { i16x8_load_extend_i8x8(p.cast()) } else { i16x8_load_extend_u8x8(p) } }
+            }
+            #[inline(always)]
+            unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> v128 {
+                // SAFETY: the caller's contract; wasm loads need no alignment.
+                let x = unsafe { v128_load32_zero(p.cast()) };
+                if SIGNED {
+                    i32x4_extend_low_i16x8(i16x8_extend_low_i8x16(x))
+                } else {
+                    i32x4_extend_low_u16x8(i16x8_extend_low_u8x16(x))
+                }
+            }
+            #[inline(always)]
+            unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [v128; 2]) {
+                let x = i16x8_narrow_i32x4(v[0], v[1]);
+                let x = if SIGNED { i8x16_narrow_i16x8(x, x) } else { u8x16_narrow_i16x8(x, x) };
+                // SAFETY: the caller's contract; wasm stores need no alignment.
+                unsafe { v128_store64_lane::<0>(x, p.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [v128; 2] {
+                // SAFETY: the caller's contract; wasm loads need no alignment.
+                let (a, b) = unsafe { (v128_load64_zero(a.cast()), v128_load64_zero(b.cast())) };
+                let x = i8x16_shuffle::<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(a, b);
+                if SIGNED {
+                    [i16x8_extend_low_i8x16(x), i16x8_extend_high_i8x16(x)]
+                } else {
+                    [i16x8_extend_low_u8x16(x), i16x8_extend_high_u8x16(x)]
+                }
+            }
             wrap! {
                 splat(x: f32) -> v128 = f32x4_splat(x);
                 add(a: v128, b: v128) -> v128 = f32x4_add(a, b);
@@ -105,9 +153,13 @@ macro_rules! implement {
                 mask_and(a: v128, b: v128) -> v128 = v128_and(a, b);
                 mask_or(a: v128, b: v128) -> v128 = v128_or(a, b);
                 mask_any(m: v128) -> bool = v128_any_true(m);
+                splat_i16(x: i16) -> v128 = i16x8_splat(x);
+                sub_i16(a: v128, b: v128) -> v128 = i16x8_sub(a, b);
+                dot_i16(a: v128, b: v128) -> v128 = i32x4_dot_i16x8(a, b);
                 splat_i32(x: i32) -> v128 = i32x4_splat(x);
                 add_i32(a: v128, b: v128) -> v128 = i32x4_add(a, b);
                 sub_i32(a: v128, b: v128) -> v128 = i32x4_sub(a, b);
+                mul_i32(a: v128, b: v128) -> v128 = i32x4_mul(a, b);
                 and_i32(a: v128, b: v128) -> v128 = v128_and(a, b);
                 or_i32(a: v128, b: v128) -> v128 = v128_or(a, b);
                 xor_i32(a: v128, b: v128) -> v128 = v128_xor(a, b);

@@ -114,6 +114,58 @@ macro_rules! impl_128 {
                 // SAFETY: `self` proves the features.
                 unsafe { _mm_sra_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
             }
+            #[inline(always)]
+            unsafe fn load_i32_ptr(self, p: *const i32) -> __m128i {
+                // SAFETY: the caller's contract; `self` proves the features.
+                unsafe { _mm_loadu_si128(p.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn splat_i32_ptr(self, p: *const i32) -> __m128i {
+                // SAFETY: the caller's contract; `self` proves the features.
+                unsafe { _mm_set1_epi32(p.read_unaligned()) }
+            }
+            #[inline(always)]
+            unsafe fn store_i32_ptr(self, p: *mut i32, v: __m128i) {
+                // SAFETY: the caller's contract; `self` proves the features.
+                unsafe { _mm_storeu_si128(p.cast(), v) }
+            }
+            #[inline(always)]
+            unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> __m128i {
+                // SAFETY: the caller's contract; `self` proves the features.
+                unsafe {
+                    let x = _mm_loadl_epi64(p.cast());
+                    if SIGNED { _mm_cvtepi8_epi16(x) } else { _mm_cvtepu8_epi16(x) }
+                }
+            }
+            #[inline(always)]
+            unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> __m128i {
+                // SAFETY: the caller's contract; `self` proves the features.
+                unsafe {
+                    let x = _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned());
+                    if SIGNED { _mm_cvtepi8_epi32(x) } else { _mm_cvtepu8_epi32(x) }
+                }
+            }
+            #[inline(always)]
+            unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [__m128i; 2]) {
+                // SAFETY: the caller's contract; `self` proves the features.
+                unsafe {
+                    let x = _mm_packs_epi32(v[0], v[1]);
+                    let x = if SIGNED { _mm_packs_epi16(x, x) } else { _mm_packus_epi16(x, x) };
+                    _mm_storel_epi64(p.cast(), x);
+                }
+            }
+            #[inline(always)]
+            unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [__m128i; 2] {
+                // SAFETY: the caller's contract; `self` proves the features.
+                unsafe {
+                    let x = _mm_unpacklo_epi8(_mm_loadl_epi64(a.cast()), _mm_loadl_epi64(b.cast()));
+                    if SIGNED {
+                        [_mm_cvtepi8_epi16(x), _mm_srai_epi16::<8>(_mm_unpackhi_epi8(x, x))]
+                    } else {
+                        [_mm_cvtepu8_epi16(x), _mm_unpackhi_epi8(x, _mm_setzero_si128())]
+                    }
+                }
+            }
             wrap! {
                 splat(x: f32) -> __m128 = _mm_set1_ps(x);
                 add(a: __m128, b: __m128) -> __m128 = _mm_add_ps(a, b);
@@ -143,9 +195,13 @@ macro_rules! impl_128 {
                 mask_and(a: __m128, b: __m128) -> __m128 = _mm_and_ps(a, b);
                 mask_or(a: __m128, b: __m128) -> __m128 = _mm_or_ps(a, b);
                 mask_any(m: __m128) -> bool = _mm_movemask_ps(m) != 0;
+                splat_i16(x: i16) -> __m128i = _mm_set1_epi16(x);
+                sub_i16(a: __m128i, b: __m128i) -> __m128i = _mm_sub_epi16(a, b);
+                dot_i16(a: __m128i, b: __m128i) -> __m128i = _mm_madd_epi16(a, b);
                 splat_i32(x: i32) -> __m128i = _mm_set1_epi32(x);
                 add_i32(a: __m128i, b: __m128i) -> __m128i = _mm_add_epi32(a, b);
                 sub_i32(a: __m128i, b: __m128i) -> __m128i = _mm_sub_epi32(a, b);
+                mul_i32(a: __m128i, b: __m128i) -> __m128i = _mm_mullo_epi32(a, b);
                 and_i32(a: __m128i, b: __m128i) -> __m128i = _mm_and_si128(a, b);
                 or_i32(a: __m128i, b: __m128i) -> __m128i = _mm_or_si128(a, b);
                 xor_i32(a: __m128i, b: __m128i) -> __m128i = _mm_xor_si128(a, b);
@@ -265,6 +321,61 @@ impl Simd for Avx2 {
         // SAFETY: `self` proves the features.
         unsafe { _mm256_sra_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
     }
+    #[inline(always)]
+    unsafe fn load_i32_ptr(self, p: *const i32) -> __m256i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32_ptr(self, p: *const i32) -> __m256i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe { _mm256_set1_epi32(p.read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn store_i32_ptr(self, p: *mut i32, v: __m256i) {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe { _mm256_storeu_si256(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> __m256i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            let x = _mm_loadu_si128(p.cast());
+            if SIGNED { _mm256_cvtepi8_epi16(x) } else { _mm256_cvtepu8_epi16(x) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> __m256i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            let x = _mm_loadl_epi64(p.cast());
+            if SIGNED { _mm256_cvtepi8_epi32(x) } else { _mm256_cvtepu8_epi32(x) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [__m256i; 2]) {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            // The packing works in halves of registers; bring the quarters back into order.
+            let x = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
+            let (low, high) = (_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            let x = if SIGNED { _mm_packs_epi16(low, high) } else { _mm_packus_epi16(low, high) };
+            _mm_storeu_si128(p.cast(), x);
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [__m256i; 2] {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            let (a, b) = (_mm_loadu_si128(a.cast()), _mm_loadu_si128(b.cast()));
+            let [low, high] = [_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)];
+            if SIGNED {
+                [_mm256_cvtepi8_epi16(low), _mm256_cvtepi8_epi16(high)]
+            } else {
+                [_mm256_cvtepu8_epi16(low), _mm256_cvtepu8_epi16(high)]
+            }
+        }
+    }
     wrap! {
         splat(x: f32) -> __m256 = _mm256_set1_ps(x);
         add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
@@ -294,9 +405,13 @@ impl Simd for Avx2 {
         mask_and(a: __m256, b: __m256) -> __m256 = _mm256_and_ps(a, b);
         mask_or(a: __m256, b: __m256) -> __m256 = _mm256_or_ps(a, b);
         mask_any(m: __m256) -> bool = _mm256_movemask_ps(m) != 0;
+        splat_i16(x: i16) -> __m256i = _mm256_set1_epi16(x);
+        sub_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_sub_epi16(a, b);
+        dot_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_madd_epi16(a, b);
         splat_i32(x: i32) -> __m256i = _mm256_set1_epi32(x);
         add_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(a, b);
         sub_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_sub_epi32(a, b);
+        mul_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_mullo_epi32(a, b);
         and_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_and_si256(a, b);
         or_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_or_si256(a, b);
         xor_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_xor_si256(a, b);
@@ -403,6 +518,58 @@ impl Simd for Avx512 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_srai_epi32::<BITS>(a) }
     }
+    #[inline(always)]
+    unsafe fn load_i32_ptr(self, p: *const i32) -> __m512i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32_ptr(self, p: *const i32) -> __m512i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe { _mm512_set1_epi32(p.read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn store_i32_ptr(self, p: *mut i32, v: __m512i) {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe { _mm512_storeu_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> __m512i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            let x = _mm256_loadu_si256(p.cast());
+            if SIGNED { _mm512_cvtepi8_epi16(x) } else { _mm512_cvtepu8_epi16(x) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> __m512i {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            let x = _mm_loadu_si128(p.cast());
+            if SIGNED { _mm512_cvtepi8_epi32(x) } else { _mm512_cvtepu8_epi32(x) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [__m512i; 2]) {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v[0]));
+            _mm_storeu_si128(p.add(16).cast(), _mm512_cvtepi32_epi8(v[1]));
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [__m512i; 2] {
+        // SAFETY: the caller's contract; `self` proves the features.
+        unsafe {
+            let mut pairs = [_mm512_setzero_si512(); 2];
+            for (i, pairs) in pairs.iter_mut().enumerate() {
+                let (a, b) = (_mm_loadu_si128(a.add(16 * i).cast()), _mm_loadu_si128(b.add(16 * i).cast()));
+                let x = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
+                *pairs = if SIGNED { _mm512_cvtepi8_epi16(x) } else { _mm512_cvtepu8_epi16(x) };
+            }
+            pairs
+        }
+    }
     wrap! {
         splat(x: f32) -> __m512 = _mm512_set1_ps(x);
         add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
@@ -432,9 +599,13 @@ impl Simd for Avx512 {
         mask_and(a: __mmask16, b: __mmask16) -> __mmask16 = a & b;
         mask_or(a: __mmask16, b: __mmask16) -> __mmask16 = a | b;
         mask_any(m: __mmask16) -> bool = m != 0;
+        splat_i16(x: i16) -> __m512i = _mm512_set1_epi16(x);
+        sub_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi16(a, b);
+        dot_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_madd_epi16(a, b);
         splat_i32(x: i32) -> __m512i = _mm512_set1_epi32(x);
         add_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi32(a, b);
         sub_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi32(a, b);
+        mul_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_mullo_epi32(a, b);
         and_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512(a, b);
         or_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
         xor_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_xor_si512(a, b);

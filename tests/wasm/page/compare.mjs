@@ -73,12 +73,24 @@ function toNumbers(type, data) {
   return data;
 }
 
+/** The angle between two outputs as a cosine, for quantised models. */
+function cosine(a, b) {
+  let [ab, aa, bb] = [0, 0, 0];
+  for (let i = 0; i < a.length; i++) {
+    ab += a[i] * b[i];
+    aa += a[i] * a[i];
+    bb += b[i] * b[i];
+  }
+  return ab / Math.sqrt(aa * bb);
+}
+
 /**
  * Throws unless type and shape are the same and every |got - want| <= atol + rtol * |want|. NaN equals NaN,
  * infinities are equal by sign; integers, booleans and strings are compared with the tolerance of the case too,
- * except 64-bit integers, which must be equal. Returns the largest difference.
+ * except 64-bit integers, which must be equal. Where the golden has a `cosine`, that of both must be at least so large, and
+ * nothing else counts. Returns the largest difference.
  */
-export function compare(got, want, { rtol, atol }, what) {
+export function compare(got, want, { rtol, atol, cosine: least }, what) {
   const fail = (text) => {
     throw new Error(`${what}: ${text}`);
   };
@@ -89,6 +101,10 @@ export function compare(got, want, { rtol, atol }, what) {
   }
   const [a, b] = [toNumbers(got.type, got.data), toNumbers(want.type, want.data)];
   if (a.length !== b.length) fail(`${a.length} elements, wanted ${b.length}`);
+  if (least !== undefined) {
+    const met = cosine(a, b);
+    if (!(met >= least)) fail(`the cosine is ${met}, at least ${least} was wanted`);
+  }
   const exact = want.type === "string" || want.type === "int64" || want.type === "uint64";
   let largest = 0;
   let wrong = 0;
@@ -99,7 +115,7 @@ export function compare(got, want, { rtol, atol }, what) {
     if (!exact) {
       if (Number.isNaN(a[i]) && Number.isNaN(b[i])) continue;
       const difference = Math.abs(a[i] - b[i]);
-      off = !(difference <= atol + rtol * Math.abs(b[i])) || !Number.isFinite(b[i]);
+      off = least === undefined && !(difference <= atol + rtol * Math.abs(b[i]) && Number.isFinite(b[i]));
       if (difference > largest) largest = difference;
     }
     if (off && wrong++ === 0) first = `element ${i} is ${a[i]}, wanted ${b[i]}`;

@@ -1,0 +1,53 @@
+//! A function of 8-bit integers as a table of its 256 results: what the optimiser makes of pointwise operators between
+//! quantised tensors, and of a change of scale.
+
+use super::integer_product::check_bytes;
+use super::{Infer, Io, Operator, Permuted, Registration, Table};
+use crate::error::{Error, Result};
+use crate::fact::Fact;
+use crate::tensor::DType;
+use weblane_kernels::par::Cx;
+
+/// No model has this operator by name.
+pub const OPERATORS: &[Registration] = &[];
+
+/// `y = table[x]`, where x counts as an unsigned byte.
+#[derive(Clone, Debug)]
+pub struct Lookup {
+    /// 256 results, as unsigned bytes.
+    pub table: Table<u8>,
+    /// Element type of the result: `uint8` or `int8`.
+    pub dtype: DType,
+}
+
+impl Operator for Lookup {
+    fn name(&self) -> &'static str {
+        "weblane.Lookup"
+    }
+
+    fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
+        let x = cx.input(0)?;
+        check_bytes(x)?;
+        cx.results(vec![Fact { dtype: self.dtype, shape: x.shape.clone(), content: Default::default() }])
+    }
+
+    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+        let table: &[u8; 256] =
+            (&*self.table).try_into().map_err(|_| Error::internal("a table that has not 256 entries"))?;
+        if io.in_place.is_some() {
+            io.output(0)?.bytes().iter_mut().for_each(|y| *y = table[usize::from(*y)]);
+            return Ok(());
+        }
+        let x = io.input(0)?.bytes();
+        io.output(0)?.bytes().iter_mut().zip(x).for_each(|(y, &x)| *y = table[usize::from(x)]);
+        Ok(())
+    }
+
+    fn in_place(&self) -> &'static [usize] {
+        &[0]
+    }
+
+    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+        Permuted::elementwise(self, 1)
+    }
+}

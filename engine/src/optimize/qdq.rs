@@ -1,0 +1,999 @@
+//! Quantised graphs run as integers. What quantisers write round an operator of real numbers becomes an operator of 8-bit
+//! integers:
+//!
+//! ```text
+//! Q(act(product(DQ(a), DQ(w), bias)))        -> product of integers, quantised again; the bounds of `act` among them
+//! product(DQ(a), DQ(w), bias)                -> product of integers, made real
+//! Q(act(DQ(a) + DQ(b))), the same with *     -> sum or product of quantised tensors
+//! Q(f(DQ(x))), f any chain of functions      -> a table of 256 results
+//! Q(mean over windows of DQ(x))              -> mean of integers
+//! Q(Concat(DQ(a), DQ(b), ..))                -> Concat of bytes, each brought to the scale of the result before
+//! move(DQ(x))                                -> DQ(move(x)) for all that moves elements only, and for maxima
+//! product quantised + other quantised        -> the other is added in the epilogue of the product
+//! real(sums) * a_scale * w_scale             -> product of integers, made real
+//! ```
+//!
+//! `Q` and `DQ` are QuantizeLinear and DequantizeLinear with one scale for a tensor of bytes; weights may have one for
+//! each column. Runs before weights could be folded into real numbers.
+
+use super::activation::activation_of;
+use super::pattern::{Operand, Replacement, View, rewrite};
+use super::{Pass, fold};
+use crate::analyze::{Folding, infer_node};
+use crate::error::Result;
+use crate::fact::{Fact, axis_index};
+use crate::graph::{Graph, Node, ValueId};
+use crate::ops::binary::{Arithmetic, Function};
+use crate::ops::cast::Cast;
+use crate::ops::clip::Clip;
+use crate::ops::concat::Concat;
+use crate::ops::conv::Conv;
+use crate::ops::gemm::Gemm;
+use crate::ops::identity::Identity;
+use crate::ops::integer_product::{IntegerProduct, Kind, Sum, Target};
+use crate::ops::lookup::Lookup;
+use crate::ops::matmul::MatMul;
+use crate::ops::pad::{Mode, Pad};
+use crate::ops::pool::{GlobalPool, Pool};
+use crate::ops::quantize::{Linear, Product as QuantizedKind, QuantizedProduct};
+use crate::ops::quantized_binary::{Function as QuantizedFunction, QuantizedBinary};
+use crate::ops::quantized_pool::{QuantizedMean, Windows};
+use crate::ops::unary::Pointwise;
+use crate::ops::{Op, Table};
+use crate::tensor::{DType, Tensor};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use weblane_kernels::conv::Layout;
+use weblane_kernels::epilogue::Activation;
+use weblane_kernels::pool::PoolOp;
+
+/// Nodes that a table may stand for.
+const MAX_REGION: usize = 32;
+
+/// Sums and biases above this stay real: half of what 32 bits hold.
+const MAX_SUM: i64 = 1 << 30;
+
+/// Brings quantised graphs to integers.
+pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
+    let quantized = |n: &Node| n.op.is::<Linear>() || n.op.is::<QuantizedProduct>();
+    if !graph.nodes.iter().any(quantized) {
+        return Ok(());
+    }
+    rewrite(graph, pass, |view, i| {
+        if let Some(found) = lookup(view, pass, i)? {
+            return Ok(Some(found));
+        }
+        Ok(between(view, i)?.or_else(|| moved(view, i)).or_else(|| named_product(view, i)).or_else(|| dynamic(view, i)))
+    })?;
+    fold::drop_identities(graph);
+    rewrite(graph, pass, |view, i| Ok(real(view, i)?.or_else(|| residual(view, i)).or_else(|| clamp(view, i))))?;
+    Ok(())
+}
+
+/// Scale and zero point of a tensor of bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Scheme {
+    scale: f32,
+    zero: i32,
+    dtype: DType,
+}
+
+impl Scheme {
+    fn new(view: &View, dtype: DType, scale: ValueId, zero: Option<ValueId>) -> Option<Scheme> {
+        let scale = view.scalar(scale).filter(|s| s.is_finite() && *s > 0.0)?;
+        let zero = match zero {
+            Some(zero) => match *integers(view, zero)? {
+                [zero] => zero,
+                _ => return None,
+            },
+            None => 0,
+        };
+        is_byte(dtype).then_some(Scheme { scale, zero, dtype })
+    }
+
+    fn bounds(&self) -> (i32, i32) {
+        if self.dtype == DType::U8 { (0, 255) } else { (-128, 127) }
+    }
+
+    fn quantize(&self, x: f32) -> i32 {
+        let (lo, hi) = self.bounds();
+        ((x / self.scale).round_ties_even() as i32).saturating_add(self.zero).clamp(lo, hi)
+    }
+
+    /// What `lo <= x <= hi` becomes; quantisation keeps order.
+    fn quantize_bounds(&self, (lo, hi): (f32, f32)) -> (i32, i32) {
+        (self.quantize(lo), self.quantize(hi))
+    }
+
+    /// The byte that stands for each code of another scheme.
+    fn table_from(&self, from: &Scheme) -> Table<u8> {
+        let one = |byte: u8| {
+            let code = if from.dtype == DType::U8 { i32::from(byte) } else { i32::from(byte as i8) };
+            self.quantize((code - from.zero) as f32 * from.scale) as u8
+        };
+        (0..=255).map(one).collect::<Vec<u8>>().into()
+    }
+}
+
+fn is_byte(dtype: DType) -> bool {
+    matches!(dtype, DType::U8 | DType::I8)
+}
+
+fn integers(view: &View, id: ValueId) -> Option<Vec<i32>> {
+    Some(view.tensor(id)?.view().to_i64s().ok()?.iter().map(|&v| v as i32).collect())
+}
+
+fn input(node: &Node, k: usize) -> Option<ValueId> {
+    node.inputs.get(k).copied().flatten()
+}
+
+/// The value itself behind identities.
+fn strip(view: &View, mut id: ValueId) -> ValueId {
+    while let Some((_, node)) = view.producer(id)
+        && node.op.is::<Identity>()
+        && let Some(x) = input(node, 0)
+    {
+        id = x;
+    }
+    id
+}
+
+/// The bytes behind a value that is their DequantizeLinear.
+fn dequantized(view: &View, id: ValueId) -> Option<(ValueId, Scheme)> {
+    let (_, node) = view.producer(strip(view, id))?;
+    node.op.get::<Linear>().filter(|l| l.back && l.block == 0)?;
+    let x = strip(view, input(node, 0)?);
+    let scheme = Scheme::new(view, view.fact(x)?.dtype, input(node, 1)?, input(node, 2))?;
+    view.is_f32(id).then_some((x, scheme))
+}
+
+/// The real number that a node quantises, and how.
+fn quantizer(view: &View, node: &Node) -> Option<(ValueId, Scheme)> {
+    node.op.get::<Linear>().filter(|l| !l.back && l.block == 0)?;
+    let x = strip(view, input(node, 0)?);
+    let scheme = Scheme::new(view, view.fact(node.outputs[0])?.dtype, input(node, 1)?, input(node, 2))?;
+    view.is_f32(x).then_some((x, scheme))
+}
+
+/// Constant bytes with scales for the whole or for each index of an axis.
+struct Weights {
+    id: ValueId,
+    scales: Vec<f32>,
+    zeros: Vec<i32>,
+    dims: Vec<usize>,
+    /// Largest distance from a zero point.
+    reach: i64,
+}
+
+impl Weights {
+    fn new(view: &View, x: ValueId, scale: ValueId, zero: Option<ValueId>) -> Option<Weights> {
+        let tensor = view.tensor(x).filter(|t| is_byte(t.dtype()))?;
+        let scales = view.tensor(scale)?.as_slice::<f32>().ok()?.to_vec();
+        let zeros = match zero {
+            Some(zero) => integers(view, zero)?,
+            None => vec![0],
+        };
+        if scales.is_empty() || scales.iter().any(|s| !s.is_finite() || *s <= 0.0) || zeros.is_empty() {
+            return None;
+        }
+        let reach = if tensor.dtype() == DType::I8 && zeros.iter().all(|&z| z == 0) { 128 } else { 255 };
+        Some(Weights { id: x, scales, zeros, dims: tensor.dims().to_vec(), reach })
+    }
+
+    /// Behind their DequantizeLinear, with scales along `axis` or for the whole.
+    fn dequantized(view: &View, id: ValueId, axis: usize) -> Option<Weights> {
+        let (_, node) = view.producer(strip(view, id))?;
+        let linear = node.op.get::<Linear>().filter(|l| l.back && l.block == 0)?;
+        let weights = Weights::new(view, strip(view, input(node, 0)?), input(node, 1)?, input(node, 2))?;
+        let along = weights.scales.len() == 1 || axis_index(linear.axis, weights.dims.len()).ok()? == axis;
+        (along && view.is_f32(id)).then_some(weights)
+    }
+
+    /// Whether the columns are `n`, and dot products of length `k` fit into 32 bits.
+    fn fit(&self, k: usize, n: usize) -> bool {
+        let lists = [self.scales.len(), self.zeros.len()];
+        lists.into_iter().all(|len| len == 1 || len == n)
+            && i64::try_from(k).is_ok_and(|k| k.saturating_mul(255 * self.reach) <= MAX_SUM)
+    }
+}
+
+/// A product of real numbers that are quantised.
+struct Product {
+    kind: Kind,
+    a: ValueId,
+    a_scheme: Scheme,
+    b: Weights,
+    /// What a sum of 1 stands for: one for all columns, or one for each.
+    units: Vec<f32>,
+    /// One for each column.
+    bias: Option<Vec<f32>>,
+}
+
+impl Product {
+    fn of(view: &View, node: &Node) -> Option<Product> {
+        let (a, b) = (input(node, 0)?, input(node, 1)?);
+        let (kind, b, alpha, bias) = if let Some(conv) = node.op.get::<Conv>() {
+            let plain = conv.layout == Layout::Nchw && !conv.residual && conv.activation == Activation::Identity;
+            let bias = input(node, 2).map(|id| (id, 1.0));
+            (Kind::Conv(plain.then(|| conv.clone())?), Weights::dequantized(view, b, 0)?, 1.0, bias)
+        } else if let Some(m) = node.op.get::<MatMul>() {
+            let plain = !m.bias && !m.residual && !m.trans_a && m.activation == Activation::Identity;
+            let m = plain.then(|| MatMul { alpha: 1.0, ..m.clone() })?;
+            let axis = usize::from(!m.trans_b);
+            (Kind::MatMul(m), Weights::dequantized(view, b, axis)?, node.op.get::<MatMul>()?.alpha, None)
+        } else {
+            let g = node.op.get::<Gemm>().filter(|g| !g.trans_a && g.activation == Activation::Identity)?;
+            let bias = input(node, 2).map(|id| (id, g.beta));
+            let m = MatMul { trans_b: g.trans_b, ..MatMul::default() };
+            (Kind::MatMul(m), Weights::dequantized(view, b, usize::from(!g.trans_b))?, g.alpha, bias)
+        };
+        let (a, a_scheme) = dequantized(view, a)?;
+        let (k, n) = columns(&kind, &b.dims)?;
+        if !b.fit(k, n) || !(alpha.is_finite() && alpha > 0.0) {
+            return None;
+        }
+        let bias = match bias {
+            None => None,
+            Some((id, beta)) => {
+                let tensor = view.tensor(id).filter(|t| matches!(t.dims(), [] | [_] | [1, _]))?;
+                match tensor.as_slice::<f32>().ok()? {
+                    [one] => Some(vec![one * beta; n]),
+                    row if row.len() == n => Some(row.iter().map(|v| v * beta).collect()),
+                    _ => return None,
+                }
+            }
+        };
+        let units = b.scales.iter().map(|s| a_scheme.scale * s * alpha).collect();
+        Some(Product { kind, a, a_scheme, b, units, bias })
+    }
+
+    /// The bias in units of the sums.
+    fn integer_bias(&self) -> Option<Option<Table<i32>>> {
+        let Some(bias) = &self.bias else { return Some(None) };
+        let unit = |j: usize| f64::from(self.units[if self.units.len() == 1 { 0 } else { j }]);
+        let one = |(j, v): (usize, &f32)| {
+            let v = (f64::from(*v) / unit(j)).round_ties_even();
+            (v.abs() <= MAX_SUM as f64).then_some(v as i32)
+        };
+        Some(Some(bias.iter().enumerate().map(one).collect::<Option<Vec<_>>>()?.into()))
+    }
+
+    fn operator(self, bias: Option<Table<i32>>, target: Target) -> (IntegerProduct, Vec<Operand>) {
+        let b_zero = Table::shortest(self.b.zeros);
+        let op = IntegerProduct { kind: self.kind, a_zero: Some(self.a_scheme.zero), b_zero, bias, target };
+        (op, vec![self.a.into(), self.b.id.into()])
+    }
+
+    /// With sums quantised again.
+    fn quantized(self, y: Scheme, (lo, hi): (i32, i32)) -> Option<(IntegerProduct, Vec<Operand>)> {
+        let multiplier = Table::shortest(self.units.iter().map(|u| u / y.scale).collect());
+        let bias = self.integer_bias()?;
+        let target = Target::Quantized { dtype: y.dtype, multiplier, zero: y.zero, lo, hi, add: None };
+        Some(self.operator(bias, target))
+    }
+}
+
+/// Length of the dot products and number of columns.
+fn columns(kind: &Kind, b: &[usize]) -> Option<(usize, usize)> {
+    match (kind, b) {
+        (Kind::Conv(_), [n, rest @ ..]) if !rest.is_empty() => Some((rest.iter().product(), *n)),
+        (Kind::MatMul(m), &[r, c]) => Some(if m.trans_b { (c, r) } else { (r, c) }),
+        _ => None,
+    }
+}
+
+/// What stands before the activations that only bound a value, if nobody else reads it, and their bounds.
+fn bounded(view: &View, mut x: ValueId, nodes: &mut Vec<usize>) -> (ValueId, (f32, f32)) {
+    let (mut lo, mut hi) = (f32::NEG_INFINITY, f32::INFINITY);
+    while let Some((i, node)) = view.producer(x)
+        && view.uses(x) == 1
+        && let Some((inner, activation)) = activation_of(view, node)
+    {
+        let (a, b) = match activation {
+            Activation::Relu => (0.0, f32::INFINITY),
+            Activation::Clip { lo, hi } if lo <= hi => (lo, hi),
+            _ => break,
+        };
+        (lo, hi) = (a.clamp(lo, hi), b.clamp(lo, hi));
+        nodes.push(i);
+        x = strip(view, inner);
+    }
+    (x, (lo, hi))
+}
+
+/// A QuantizeLinear with what it quantises.
+fn between(view: &View, i: usize) -> Result<Option<Replacement>> {
+    let find = || {
+        let (x, y) = quantizer(view, &view.graph.nodes[i])?;
+        let mut nodes = vec![i];
+        let (x, bounds) = bounded(view, x, &mut nodes);
+        let (p, node) = view.producer(x).filter(|(_, n)| view.uses(x) == 1 && n.outputs.len() == 1)?;
+        let bounds = y.quantize_bounds(bounds);
+        nodes.push(p);
+        let (op, operands) = product(view, node, y, bounds)
+            .or_else(|| binary(view, node, y, bounds))
+            .or_else(|| if bounds == y.bounds() { mean(view, node, y).or_else(|| concat(view, node, y)) } else { None })?;
+        Some(Replacement { root: i, nodes, op, operands })
+    };
+    Ok(find())
+}
+
+type Made = (Op, Vec<Operand>);
+
+fn product(view: &View, node: &Node, y: Scheme, bounds: (i32, i32)) -> Option<Made> {
+    let (op, operands) = Product::of(view, node)?.quantized(y, bounds)?;
+    Some((op.into(), operands))
+}
+
+fn binary(view: &View, node: &Node, y: Scheme, (lo, hi): (i32, i32)) -> Option<Made> {
+    let arithmetic = node.op.get::<Arithmetic>()?;
+    let Function::Kernel(_) = arithmetic.function else { return None };
+    let [(a, sa), (b, sb)] = [dequantized(view, input(node, 0)?)?, dequantized(view, input(node, 1)?)?];
+    let function = match node.op.name() {
+        "Add" => QuantizedFunction::Add { first: sa.scale / y.scale, second: sb.scale / y.scale },
+        "Mul" => QuantizedFunction::Mul { scale: sa.scale * sb.scale / y.scale },
+        _ => return None,
+    };
+    let op = QuantizedBinary { function, zeros: [sa.zero, sb.zero], zero: y.zero, lo, hi, dtype: y.dtype };
+    Some((op.into(), vec![a.into(), b.into()]))
+}
+
+fn mean(view: &View, node: &Node, y: Scheme) -> Option<Made> {
+    let windows = if let Some(pool) = node.op.get::<Pool>() {
+        Windows::Sliding(matches!(pool.op, PoolOp::Average { .. }).then(|| pool.clone())?)
+    } else {
+        let pool = node.op.get::<GlobalPool>()?;
+        Windows::Global(matches!(pool.op, PoolOp::Average { .. }).then(|| pool.clone())?)
+    };
+    let (x, from) = dequantized(view, input(node, 0)?)?;
+    let multiplier = from.scale / y.scale;
+    let op = QuantizedMean { windows, x_zero: from.zero, multiplier, zero: y.zero, dtype: y.dtype };
+    Some((op.into(), vec![x.into()]))
+}
+
+fn concat(view: &View, node: &Node, y: Scheme) -> Option<Made> {
+    let concat = node.op.get::<Concat>()?;
+    let operands: Option<Vec<Operand>> = (0..node.inputs.len())
+        .map(|k| {
+            let (x, from) = dequantized(view, input(node, k)?)?;
+            Some(match from == y {
+                true => x.into(),
+                false => Operand::Computed(requantizer(&from, &y).into(), vec![x.into()]),
+            })
+        })
+        .collect();
+    Some((concat.clone().into(), operands?))
+}
+
+fn requantizer(from: &Scheme, to: &Scheme) -> Lookup {
+    Lookup { table: to.table_from(from), dtype: to.dtype }
+}
+
+/// DequantizeLinear goes behind what only moves elements.
+fn moved(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    let data = input(node, 0)?;
+    let (x, scheme) = dequantized(view, data)?;
+    let (_, linear) = view.producer(strip(view, data))?;
+    let mut operands: Vec<Operand> = node.inputs.iter().map(|&id| id.into()).collect();
+    operands[0] = x.into();
+    let op: Op = match node.op.name() {
+        "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Transpose" | "Slice" | "Gather" | "Expand"
+        | "DepthToSpace" | "SpaceToDepth" | "Identity" => node.op.clone(),
+        // Quantisation keeps order, and padding takes no part.
+        "MaxPool" if !node.op.get::<Pool>()?.indices => node.op.clone(),
+        "Pad" => {
+            let pad = node.op.get::<Pad>()?;
+            let zero = match input(node, 2) {
+                Some(id) => view.scalar(id)? == 0.0,
+                None => pad.value.unwrap_or(0.0) == 0.0,
+            };
+            if pad.mode == Mode::Constant {
+                let byte = match scheme.dtype {
+                    DType::U8 => Tensor::scalar(scheme.zero as u8),
+                    _ => Tensor::scalar(scheme.zero as i8),
+                };
+                operands.resize_with(operands.len().max(3), || Operand::Absent);
+                operands[2] = Operand::Constant(zero.then_some(byte.ok()?)?);
+            }
+            Pad { value: None, ..pad.clone() }.into()
+        }
+        _ => return None,
+    };
+    if node.outputs.len() != 1 {
+        return None;
+    }
+    let mut outer = vec![Operand::Computed(op, operands)];
+    outer.extend(linear.inputs[1..].iter().map(|&id| Operand::from(id)));
+    Some(Replacement { root: i, nodes: vec![i], op: linear.op.clone(), operands: outer })
+}
+
+/// Whether a node computes each element of its result from one element of what it reads and from constants.
+fn is_pointwise(view: &View, node: &Node) -> bool {
+    let constant = |k: usize| input(node, k).is_none_or(|id| view.tensor(id).is_some_and(|t| t.len() == 1));
+    let function = if let Some(linear) = node.op.get::<Linear>() {
+        linear.block == 0 && constant(1) && constant(2)
+    } else {
+        let kernel = |a: &Arithmetic| matches!(a.function, Function::Kernel(_));
+        node.op.is::<Pointwise>()
+            || node.op.is::<Lookup>()
+            || node.op.is::<Identity>()
+            || node.op.is::<Clip>()
+            || node.op.get::<Arithmetic>().is_some_and(kernel)
+    };
+    let result = |id: ValueId| view.fact(id).is_some_and(|f| f.dtype == DType::F32 || is_byte(f.dtype));
+    function && node.outputs.len() == 1 && result(node.outputs[0])
+}
+
+/// The bytes from which a value could be computed by a table, those before others first.
+fn sources(view: &View, root: ValueId) -> Vec<ValueId> {
+    let (mut todo, mut seen, mut found) = (vec![root], BTreeSet::new(), BTreeSet::new());
+    while let Some(id) = todo.pop() {
+        if view.tensor(id).is_some() || !seen.insert(id) || seen.len() > 2 * MAX_REGION {
+            continue;
+        }
+        if id != root && view.fact(id).is_some_and(|f| is_byte(f.dtype)) {
+            found.insert((view.producer(id).map(|(i, _)| i), id));
+        }
+        if let Some((_, node)) = view.producer(id).filter(|(_, n)| is_pointwise(view, n)) {
+            todo.extend(node.operands());
+        }
+    }
+    found.into_iter().map(|(_, id)| id).collect()
+}
+
+/// Whether a value follows from the bytes `source` by pointwise nodes, which are collected.
+fn follows(view: &View, id: ValueId, source: ValueId, nodes: &mut BTreeSet<usize>) -> bool {
+    if id == source || view.tensor(id).is_some_and(|t| t.len() == 1) {
+        return true;
+    }
+    let Some((i, node)) = view.producer(id).filter(|(_, n)| is_pointwise(view, n)) else { return false };
+    if nodes.contains(&i) {
+        return true;
+    }
+    nodes.len() < MAX_REGION && nodes.insert(i) && node.operands().all(|id| follows(view, id, source, nodes))
+}
+
+/// Pointwise functions from bytes to bytes.
+fn lookup(view: &View, pass: &Pass, i: usize) -> Result<Option<Replacement>> {
+    let node = &view.graph.nodes[i];
+    if !(node.op.get::<Linear>().is_some_and(|l| !l.back) || node.op.is::<Lookup>()) || !is_pointwise(view, node) {
+        return Ok(None);
+    }
+    let root = node.outputs[0];
+    let Some(dtype) = view.fact(root).map(|f| f.dtype).filter(|&d| is_byte(d)) else { return Ok(None) };
+    for source in sources(view, root) {
+        let mut nodes = BTreeSet::new();
+        if !view.same_rank(source, root) || !follows(view, root, source, &mut nodes) {
+            continue;
+        }
+        // A table alone is what it should become.
+        if nodes.len() == 1 && node.op.is::<Lookup>() {
+            continue;
+        }
+        let Some(table) = tabulate(view, pass, source, root, &nodes)? else { continue };
+        let same = view.fact(source).is_some_and(|f| f.dtype == dtype) && (0..=255).all(|b| table[usize::from(b)] == b);
+        let op: Op = if same { Identity.into() } else { Lookup { table: table.into(), dtype }.into() };
+        return Ok(Some(Replacement { root: i, nodes: vec![i], op, operands: vec![source.into()] }));
+    }
+    Ok(None)
+}
+
+/// The nodes' own results for all 256 bytes.
+fn tabulate(
+    view: &View,
+    pass: &Pass,
+    source: ValueId,
+    root: ValueId,
+    nodes: &BTreeSet<usize>,
+) -> Result<Option<Vec<u8>>> {
+    let mut facts: Vec<Option<Fact>> = vec![None; view.graph.values.len()];
+    let bytes: Vec<u8> = (0..=255).collect();
+    let Some(dtype) = view.fact(source).map(|f| f.dtype) else { return Ok(None) };
+    let all = match dtype {
+        DType::U8 => Tensor::from_slice(&[256], &bytes)?,
+        _ => Tensor::from_slice(&[256], &bytes.iter().map(|&b| b as i8).collect::<Vec<_>>())?,
+    };
+    facts[source.index()] = Some(Fact::constant(Arc::new(all)));
+    for &i in nodes {
+        let node = &view.graph.nodes[i];
+        for id in node.operands().filter(|&id| view.tensor(id).is_some()) {
+            facts[id.index()] = view.fact(id).cloned();
+        }
+        let results = infer_node(node, &facts, pass.cx, Folding { max_bytes: usize::MAX })?;
+        facts[node.outputs[0].index()] = results.into_iter().next();
+    }
+    let table = facts[root.index()].as_ref().and_then(Fact::tensor).map(|t| t.bytes().to_vec());
+    Ok(table.filter(|t| t.len() == 256))
+}
+
+/// QLinearConv, QLinearMatMul, ConvInteger and MatMulInteger with constant weights, scales and zero points.
+fn named_product(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    let product = node.op.get::<QuantizedProduct>()?;
+    let a = input(node, 0)?;
+    let dtype = view.fact(a)?.dtype;
+    let kind = integer_kind(product);
+    if !product.scaled {
+        let b = integer_weights(view, node)?;
+        let zero = match input(node, 2) {
+            Some(zero) => match *integers(view, zero)? {
+                [zero] => zero,
+                _ => return None,
+            },
+            None => 0,
+        };
+        columns(&kind, &b.dims).filter(|&(_, n)| b.zeros.len() == 1 || b.zeros.len() == n)?;
+        let b_zero = Table::shortest(b.zeros);
+        let op = IntegerProduct { kind, a_zero: Some(zero), b_zero, bias: None, target: Target::Sums };
+        return Some(Replacement { root: i, nodes: vec![i], op: op.into(), operands: vec![a.into(), b.id.into()] });
+    }
+    let a_scheme = Scheme::new(view, dtype, input(node, 1)?, input(node, 2))?;
+    let y = Scheme::new(view, view.fact(node.outputs[0])?.dtype, input(node, 6)?, input(node, 7))?;
+    let b = Weights::new(view, input(node, 3)?, input(node, 4)?, input(node, 5))?;
+    let (_, n) = columns(&kind, &b.dims)?;
+    if [b.scales.len(), b.zeros.len()].iter().any(|&len| len != 1 && len != n) {
+        return None;
+    }
+    let bias = match input(node, 8) {
+        Some(bias) => Some(integers(view, bias).filter(|b| b.len() == n)?.into()),
+        None => None,
+    };
+    let multiplier = Table::shortest(b.scales.iter().map(|s| a_scheme.scale * s / y.scale).collect());
+    let (lo, hi) = y.bounds();
+    let target = Target::Quantized { dtype: y.dtype, multiplier, zero: y.zero, lo, hi, add: None };
+    let b_zero = Table::shortest(b.zeros);
+    let op = IntegerProduct { kind, a_zero: Some(a_scheme.zero), b_zero, bias, target };
+    Some(Replacement { root: i, nodes: vec![i], op: op.into(), operands: vec![a.into(), b.id.into()] })
+}
+
+fn integer_kind(product: &QuantizedProduct) -> Kind {
+    match &product.kind {
+        QuantizedKind::MatMul => Kind::MatMul(MatMul::default()),
+        QuantizedKind::Conv(window, groups) => Kind::Conv(Conv {
+            window: window.clone(),
+            groups: *groups,
+            layout: Layout::Nchw,
+            activation: Activation::Identity,
+            residual: false,
+        }),
+    }
+}
+
+/// B of a MatMulInteger or ConvInteger; its scale is not known here.
+fn integer_weights(view: &View, node: &Node) -> Option<Weights> {
+    let b = input(node, 1)?;
+    let tensor = view.tensor(b).filter(|t| is_byte(t.dtype()))?;
+    let zeros = match input(node, 3) {
+        Some(zero) => integers(view, zero)?,
+        None => vec![0],
+    };
+    Some(Weights { id: b, scales: vec![1.0], zeros, dims: tensor.dims().to_vec(), reach: 255 })
+}
+
+/// `real(sums) * scale of a * scale of b`, as quantisers write it behind DynamicQuantizeLinear.
+fn dynamic(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    if node.op.name() != "Mul" || !view.is_f32(node.outputs[0]) {
+        return None;
+    }
+    let (x, s) = (input(node, 0)?, input(node, 1)?);
+    [(x, s), (s, x)].into_iter().find_map(|(x, s)| {
+        let (c, cast) = view.producer(x).filter(|(_, n)| n.op.is::<Cast>() && view.uses(x) == 1)?;
+        let sums = input(cast, 0)?;
+        let (p, product) = view.producer(sums).filter(|_| view.uses(sums) == 1)?;
+        let op = product.op.get::<QuantizedProduct>().filter(|p| !p.scaled)?;
+        let kind = integer_kind(op);
+        let b = integer_weights(view, product)?;
+        let (_, n) = columns(&kind, &b.dims).filter(|&(_, n)| b.zeros.len() == 1 || b.zeros.len() == n)?;
+        let one = |id: ValueId| view.fact(id).and_then(Fact::dims).is_some_and(|d| d.iter().product::<usize>() == 1);
+        let zero = input(product, 2);
+        if zero.is_some_and(|zero| !one(zero)) {
+            return None;
+        }
+        // The scale of b alone is known; it may stand for columns, along the last axis.
+        let both = view.producer(s).filter(|(_, n)| n.op.name() == "Mul").map(|(_, n)| n);
+        let parts = both.and_then(|n| {
+            let (a, b) = (input(n, 0)?, input(n, 1)?);
+            [(a, b), (b, a)].into_iter().find(|&(a, b)| view.tensor(b).is_some() && one(a))
+        });
+        let (a_scale, scales) = match parts {
+            Some((a, b)) => {
+                let tensor = view.tensor(b)?;
+                let columns = matches!(kind, Kind::MatMul(_)) && tensor.dims().last() == Some(&n);
+                let fits = tensor.len() == 1 || (columns && tensor.len() == n);
+                (a, fits.then(|| tensor.as_slice::<f32>().ok())??.to_vec())
+            }
+            None => (s, vec![1.0]),
+        };
+        let shape = view.same_rank(sums, node.outputs[0]) && one(a_scale) && view.is_f32(a_scale);
+        if !shape || scales.iter().any(|s| !s.is_finite() || *s <= 0.0) {
+            return None;
+        }
+        let scale = Table::shortest(scales);
+        let target = Target::Real { scale, bias: false, residual: false, activation: Activation::Identity };
+        let op = IntegerProduct { kind, a_zero: None, b_zero: Table::shortest(b.zeros), bias: None, target };
+        let operands = vec![input(product, 0)?.into(), b.id.into(), a_scale.into(), zero.into()];
+        Some(Replacement { root: i, nodes: vec![i, c, p], op: op.into(), operands })
+    })
+}
+
+/// A product that nobody quantises again.
+fn real(view: &View, i: usize) -> Result<Option<Replacement>> {
+    let node = &view.graph.nodes[i];
+    let Some(product) = Product::of(view, node).filter(|_| node.outputs.len() == 1) else { return Ok(None) };
+    let bias = match &product.bias {
+        Some(bias) => Some(Operand::Constant(Tensor::from_slice(&[bias.len()], bias)?)),
+        None => None,
+    };
+    let scale = Table::shortest(product.units.clone());
+    let target = Target::Real { scale, bias: bias.is_some(), residual: false, activation: Activation::Identity };
+    let (op, mut operands) = product.operator(None, target);
+    operands.extend(bias);
+    Ok(Some(Replacement { root: i, nodes: vec![i], op: op.into(), operands }))
+}
+
+/// A sum with the result of a product that nobody else reads; of two products the later one takes it.
+fn residual(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    let binary = node.op.get::<QuantizedBinary>()?;
+    let QuantizedFunction::Add { first, second } = binary.function else { return None };
+    let (a, b) = (input(node, 0)?, input(node, 1)?);
+    let mut order = [(a, b, first, second, binary.zeros[1]), (b, a, second, first, binary.zeros[0])];
+    let position = |id: ValueId| view.producer(id).map(|(p, _)| p);
+    if position(b) > position(a) {
+        order.reverse();
+    }
+    order.into_iter().find_map(|(x, other, first, second, other_zero)| {
+        let (p, product) = view.producer(x).filter(|_| view.uses(x) == 1)?;
+        let op = product.op.get::<IntegerProduct>()?;
+        let Target::Quantized { add: None, .. } = op.target else { return None };
+        if !view.same_shape(x, other) {
+            return None;
+        }
+        let mut op = op.clone();
+        if let Target::Quantized { add, dtype, .. } = &mut op.target {
+            let &QuantizedBinary { zero, lo, hi, .. } = binary;
+            *add = Some(Sum { other_zero, first, second, zero, lo, hi });
+            *dtype = binary.dtype;
+        }
+        let mut operands: Vec<Operand> = product.inputs.iter().map(|&id| id.into()).collect();
+        operands.push(other.into());
+        Some(Replacement { root: i, nodes: vec![i, p], op: op.into(), operands })
+    })
+}
+
+/// A table behind a product that only bounds its result.
+fn clamp(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    let lookup = node.op.get::<Lookup>()?;
+    let x = input(node, 0)?;
+    let (p, product) = view.producer(x).filter(|_| view.uses(x) == 1)?;
+    let op = product.op.get::<IntegerProduct>()?;
+    let Target::Quantized { dtype, lo, hi, ref add, .. } = op.target else { return None };
+    if dtype != lookup.dtype {
+        return None;
+    }
+    let (least, largest) = add.as_ref().map_or((lo, hi), |add| (add.lo, add.hi));
+    let value = |code: i32| match dtype {
+        DType::U8 => i32::from(lookup.table[code as usize & 255]),
+        _ => i32::from(lookup.table[code as usize & 255] as i8),
+    };
+    let (lo, hi) = (value(least), value(largest));
+    let bounds_only = lo <= hi && (least..=largest).all(|code| value(code) == code.clamp(lo, hi));
+    if !bounds_only {
+        return None;
+    }
+    let mut op = op.clone();
+    match &mut op.target {
+        Target::Quantized { add: Some(add), .. } => (add.lo, add.hi) = (lo, hi),
+        Target::Quantized { lo: l, hi: h, .. } => (*l, *h) = (lo, hi),
+        _ => return None,
+    }
+    let operands = product.inputs.iter().map(|&id| id.into()).collect();
+    Some(Replacement { root: i, nodes: vec![i, p], op: op.into(), operands })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::optimize;
+    use super::super::testing::{Net, float, int, ints, names, noise, with_cx};
+    use super::*;
+
+    fn bytes(n: &mut Net, dims: &[usize], values: &[u8]) -> ValueId {
+        n.graph.add_constant("constant", Tensor::from_slice(dims, values).unwrap())
+    }
+
+    fn q(n: &mut Net, x: ValueId, scale: f32, zero: u8) -> ValueId {
+        let (scale, zero) = (n.scalar(scale), bytes(n, &[], &[zero]));
+        n.op("QuantizeLinear", &[x, scale, zero])
+    }
+
+    fn dq(n: &mut Net, x: ValueId, scale: f32, zero: u8) -> ValueId {
+        let (scale, zero) = (n.scalar(scale), bytes(n, &[], &[zero]));
+        n.op("DequantizeLinear", &[x, scale, zero])
+    }
+
+    /// There and back.
+    fn qdq(n: &mut Net, x: ValueId, scale: f32, zero: u8) -> ValueId {
+        let x = q(n, x, scale, zero);
+        dq(n, x, scale, zero)
+    }
+
+    /// Signed weights with a scale for each index of an axis, and the scales.
+    fn weights(n: &mut Net, dims: &[usize], axis: usize, seed: u64) -> (ValueId, Vec<f32>) {
+        let values: Vec<i8> = noise(dims.iter().product(), seed).iter().map(|v| (v * 127.0) as i8).collect();
+        let scales: Vec<f32> = noise(dims[axis], seed + 1).iter().map(|v| 0.01 + 0.005 * v).collect();
+        let w = n.graph.add_constant("w", Tensor::from_slice(dims, &values).unwrap());
+        let scale = n.constant(&[dims[axis]], &scales);
+        let zero = n.graph.add_constant("zero", Tensor::from_slice(&[dims[axis]], &vec![0i8; dims[axis]]).unwrap());
+        (n.op_with("DequantizeLinear", &[w, scale, zero], &[("axis", int(axis as i64))]), scales)
+    }
+
+    /// A bias in units of the sums, as onnxruntime's quantiser writes it.
+    fn bias(n: &mut Net, x_scale: f32, scales: &[f32], seed: u64) -> ValueId {
+        let values: Vec<i32> = noise(scales.len(), seed).iter().map(|v| (v * 3000.0) as i32).collect();
+        let units: Vec<f32> = scales.iter().map(|s| s * x_scale).collect();
+        let b = n.graph.add_constant("bias", Tensor::from_slice(&[values.len()], &values).unwrap());
+        let scale = n.constant(&[values.len()], &units);
+        n.op_with("DequantizeLinear", &[b, scale], &[("axis", int(0))])
+    }
+
+    /// Codes differ by one step in few places: a sum times `a b / y` in one product and in three operations of real numbers
+    /// may lie on either side of a half.
+    fn close(n: &Net, graph: &Graph, share: f32) {
+        let [want, got] = n.both(graph);
+        for (want, got) in want.iter().zip(&got) {
+            assert_eq!((want.dtype(), want.dims()), (got.dtype(), got.dims()));
+            let codes = |t: &Tensor| t.view().to_i64s().unwrap();
+            let (want, got) = (codes(want), codes(got));
+            let other = want.iter().zip(&got).filter(|(w, g)| w != g).count();
+            assert!(want.iter().zip(&got).all(|(w, g)| w.abs_diff(*g) <= 1), "more than a step");
+            assert!(other as f32 <= share * want.len() as f32, "{other} of {} differ", want.len());
+            let spread = want.iter().collect::<BTreeSet<_>>().len();
+            assert!(spread > 20, "{spread} different results say little");
+        }
+    }
+
+    fn optimized(n: &Net, facts: &[Fact]) -> Graph {
+        with_cx(|cx| optimize(n.graph.clone(), facts, cx).unwrap())
+    }
+
+    #[test]
+    fn an_inverted_residual_block() {
+        let mut n = Net::new(13);
+        let x = n.input("x", &[2, 8, 12, 11]);
+        let x = qdq(&mut n, x, 0.03, 120);
+        let conv = |n: &mut Net, x, x_scale: f32, dims: [usize; 4], groups: i64, seed: u64| {
+            let (w, scales) = weights(n, &dims, 0, seed);
+            let b = bias(n, x_scale, &scales, seed + 2);
+            let pad = dims[2] as i64 / 2;
+            n.op_with("Conv", &[x, w, b], &[("pads", ints(&[pad; 4])), ("group", int(groups))])
+        };
+        let y = conv(&mut n, x, 0.03, [24, 8, 1, 1], 1, 10);
+        let y = n.op("Relu", &[y]);
+        let y = qdq(&mut n, y, 0.05, 3);
+        let y = conv(&mut n, y, 0.05, [24, 1, 3, 3], 24, 20);
+        let (lo, hi) = (n.scalar(0.0), n.scalar(6.0));
+        let y = n.op("Clip", &[y, lo, hi]);
+        let y = qdq(&mut n, y, 6.0 / 255.0, 0);
+        let y = conv(&mut n, y, 6.0 / 255.0, [8, 24, 1, 1], 1, 30);
+        let y = qdq(&mut n, y, 0.04, 100);
+        let y = n.op("Add", &[y, x]);
+        let y = q(&mut n, y, 0.05, 110);
+        n.output(y);
+        let graph = optimized(&n, &[Fact::new(DType::F32, &[2, 8, 12, 11])]);
+        let conv = "weblane.IntegerConv";
+        assert_eq!(names(&graph), ["QuantizeLinear", "Transpose", conv, conv, conv, "Transpose"]);
+        close(&n, &graph, 0.003);
+        let Target::Quantized { lo: 3, .. } = graph.nodes[2].op.get::<IntegerProduct>().unwrap().target else {
+            panic!("Relu is no bound");
+        };
+    }
+
+    #[test]
+    fn a_classifier_behind_a_mean() {
+        for last in [true, false] {
+            let mut n = Net::new(13);
+            let x = n.input("x", &[3, 16, 6, 5]);
+            let y = qdq(&mut n, x, 0.03, 128);
+            let y = n.op("GlobalAveragePool", &[y]);
+            let y = qdq(&mut n, y, 0.005, 128);
+            let y = n.op_with("Flatten", &[y], &[("axis", int(1))]);
+            let y = qdq(&mut n, y, 0.005, 128);
+            let (w, scales) = weights(&mut n, &[100, 16], 0, 5);
+            let b = bias(&mut n, 0.005, &scales, 6);
+            let y = n.op_with("Gemm", &[y, w, b], &[("transB", int(1))]);
+            let y = if last { q(&mut n, y, 0.01, 128) } else { y };
+            n.output(y);
+            let graph = n.apply(run);
+            let mean = "weblane.QuantizedGlobalAveragePool";
+            assert_eq!(names(&graph), ["QuantizeLinear", mean, "Flatten", "weblane.IntegerMatMul"]);
+            if last {
+                close(&n, &graph, 0.001);
+            } else {
+                n.check(&graph);
+            }
+        }
+    }
+
+    #[test]
+    fn functions_become_tables() {
+        let build = |f: &dyn Fn(&mut Net, ValueId) -> ValueId, want: &[&str]| {
+            let mut n = Net::new(22);
+            let x = n.input("x", &[3, 2, 100]);
+            let x = q(&mut n, x, 0.04, 100);
+            let y = dq(&mut n, x, 0.04, 100);
+            let y = f(&mut n, y);
+            let y = q(&mut n, y, 0.02, 90);
+            n.output(y);
+            assert_eq!(n.passed(run)[1..], *want);
+        };
+        let lookup: &[&str] = &["weblane.Lookup"];
+        for name in ["Sigmoid", "HardSwish", "HardSigmoid", "LeakyRelu", "Tanh", "Gelu", "Relu", "Elu", "Exp"] {
+            build(&|n, x| n.op(name, &[x]), lookup);
+        }
+        // SiLU with both factors quantised, the scale of the model in between.
+        let silu = |n: &mut Net, x| {
+            let s = n.op("Sigmoid", &[x]);
+            let s = qdq(n, s, 1.0 / 256.0, 0);
+            n.op("Mul", &[x, s])
+        };
+        build(&silu, lookup);
+        build(&|_, x| x, lookup);
+        let spelled = |n: &mut Net, x| {
+            let (three, sixth) = (n.scalar(3.0), n.constant(&[1], &[1.0 / 6.0]));
+            let y = n.op("Add", &[x, three]);
+            let (lo, hi) = (n.scalar(0.0), n.scalar(6.0));
+            let y = n.op("Clip", &[y, lo, hi]);
+            let y = n.op("Mul", &[y, x]);
+            n.op("Mul", &[sixth, y])
+        };
+        build(&spelled, lookup);
+        // The same scale again is nothing; a constant of another rank adds an axis.
+        let mut n = Net::new(13);
+        let x = n.input("x", &[3, 100]);
+        let x = q(&mut n, x, 0.04, 100);
+        let y = dq(&mut n, x, 0.04, 100);
+        let y = qdq(&mut n, y, 0.04, 100);
+        let y = n.op("Softmax", &[y]);
+        n.output(y);
+        assert_eq!(n.optimized(), ["QuantizeLinear", "DequantizeLinear", "Softmax"]);
+        let higher = |n: &mut Net, x| {
+            let c = n.constant(&[1, 1, 1, 1], &[0.5]);
+            n.op("Mul", &[x, c])
+        };
+        build(&higher, &["DequantizeLinear", "Mul", "QuantizeLinear"]);
+    }
+
+    #[test]
+    fn elements_move_as_bytes() {
+        let mut n = Net::new(13);
+        let x = n.input("x", &[2, 4, 6, 6]);
+        let y = qdq(&mut n, x, 0.04, 100);
+        let y = n.op_with("MaxPool", &[y], &[("kernel_shape", ints(&[3, 3])), ("pads", ints(&[1, 1, 1, 1]))]);
+        let pads = n.i64s(&[0, 1, 0, 0, 0, 0, 0, 2]);
+        let y = n.op("Pad", &[y, pads]);
+        let other = qdq(&mut n, x, 0.03, 110);
+        let y = qdq(&mut n, y, 0.04, 100);
+        let shape = n.i64s(&[2, 5, 6, 8]);
+        let y = n.op("Reshape", &[y, shape]);
+        let (starts, ends, axes) = (n.i64s(&[1]), n.i64s(&[7]), n.i64s(&[3]));
+        let y = n.op("Slice", &[y, starts, ends, axes]);
+        let y = n.op_with("Concat", &[y, other], &[("axis", int(1))]);
+        let y = q(&mut n, y, 0.04, 100);
+        n.output(y);
+        let want =
+            ["QuantizeLinear", "MaxPool", "Pad", "QuantizeLinear", "Slice", "weblane.Lookup", "Concat"].map(String::from);
+        let mut left = n.optimized();
+        let mut want = want.to_vec();
+        left.sort();
+        want.sort();
+        assert_eq!(left.iter().filter(|n| *n != "Reshape").cloned().collect::<Vec<_>>(), want);
+    }
+
+    #[test]
+    fn sums_and_products_broadcast() {
+        for (name, other) in [("Add", &["n", "4", "1", "1"][..]), ("Mul", &["n", "4", "1", "1"]), ("Mul", &["1"])] {
+            let mut n = Net::new(13);
+            let x = n.symbolic("x", &["n", "4", "9", "10"]);
+            let other = n.symbolic("other", other);
+            let x = qdq(&mut n, x, 0.04, 100);
+            let other = qdq(&mut n, other, 0.03, 128);
+            let y = n.op(name, &[x, other]);
+            let y = n.op("Relu", &[y]);
+            let y = q(&mut n, y, 0.05, 10);
+            n.output(y);
+            let graph = n.apply(run);
+            assert_eq!(names(&graph)[2..], [format!("weblane.Quantized{name}")]);
+            close(&n, &graph, 0.001);
+        }
+    }
+
+    #[test]
+    fn products_of_the_standard_with_constants() {
+        let mut n = Net::new(13);
+        let x = n.input("x", &[1, 3, 9, 8]);
+        let x = q(&mut n, x, 0.04, 100);
+        let w: Vec<i8> = noise(4 * 3 * 9, 3).iter().map(|v| (v * 127.0) as i8).collect();
+        let w = n.graph.add_constant("w", Tensor::from_slice(&[4, 3, 3, 3], &w).unwrap());
+        let ws = n.constant(&[4], &[0.01, 0.02, 0.03, 0.015]);
+        let wz = n.graph.add_constant("zero", Tensor::from_slice(&[4], &[1i8, 2, -3, 4]).unwrap());
+        let (xs, ys) = (n.scalar(0.04), n.scalar(0.1));
+        let (xz, yz) = (bytes(&mut n, &[], &[100]), bytes(&mut n, &[], &[128]));
+        let b = n.graph.add_constant("bias", Tensor::from_slice(&[4], &[100i32, -200, 300, 50]).unwrap());
+        let pads = [("pads", ints(&[1, 1, 1, 1]))];
+        let y = n.op_with("QLinearConv", &[x, xs, xz, w, ws, wz, ys, yz, b], &pads);
+        let sums = n.op_with("ConvInteger", &[x, w, xz], &pads);
+        let m: Vec<u8> = noise(8 * 5, 4).iter().map(|v| (v * 100.0 + 128.0) as u8).collect();
+        let m = bytes(&mut n, &[8, 5], &m);
+        let (ms, mz) = (n.scalar(0.02), bytes(&mut n, &[], &[120]));
+        let z = n.op("QLinearMatMul", &[x, xs, xz, m, ms, mz, ys, yz]);
+        let more = n.op("MatMulInteger", &[x, m, xz, mz]);
+        for id in [y, sums, z, more] {
+            n.output(id);
+        }
+        // The same arithmetic: the same integers.
+        let mut left = n.optimized();
+        left.retain(|name| name.starts_with("weblane"));
+        left.sort();
+        let [conv, product] = ["weblane.IntegerConv", "weblane.IntegerMatMul"];
+        assert_eq!(left, [conv, conv, product, product]);
+    }
+
+    #[test]
+    fn products_quantised_at_run_time() {
+        for columns in [true, false] {
+            let mut n = Net::new(14);
+            let x = n.symbolic("x", &["batch", "tokens", "16"]);
+            let r = n.symbolic("r", &["batch", "tokens", "12"]);
+            let quantized = n.nodes("DynamicQuantizeLinear", &[x], 3);
+            let mut dense = |x: &[ValueId], seed: u64| {
+                let w: Vec<i8> = noise(16 * 12, seed).iter().map(|v| (v * 127.0) as i8).collect();
+                let w = n.graph.add_constant("w", Tensor::from_slice(&[16, 12], &w).unwrap());
+                let count = if columns { 12 } else { 1 };
+                let scales: Vec<f32> = noise(count, seed).iter().map(|v| 0.01 + 0.005 * v).collect();
+                let dims: &[usize] = if columns { &[12] } else { &[] };
+                let ws = n.constant(dims, &scales);
+                let wz = n.graph.add_constant("zero", Tensor::from_slice(dims, &vec![0i8; count]).unwrap());
+                let y = n.op("MatMulInteger", &[x[0], w, x[2], wz]);
+                let y = n.op_with("Cast", &[y], &[("to", int(1))]);
+                let s = n.op("Mul", &[x[1], ws]);
+                let y = n.op("Mul", &[y, s]);
+                let b = n.weights(&[12]);
+                n.op("Add", &[b, y])
+            };
+            let (a, b) = (dense(&quantized, 1), dense(&quantized, 2));
+            let a = n.op("Relu", &[a]);
+            let b = n.op("Add", &[b, r]);
+            n.output(a);
+            n.output(b);
+            let product = "weblane.IntegerMatMul";
+            assert_eq!(n.optimized(), ["DynamicQuantizeLinear", product, product]);
+        }
+    }
+
+    #[test]
+    fn stays_real_where_integers_do_not_fit() {
+        // Scales along the rows of a product, weights that only one side quantises, sums that others read too.
+        let build = |axis: usize, quantise: bool, shared: bool| {
+            let mut n = Net::new(13);
+            let x = n.input("x", &[7, 12]);
+            let x = if quantise { qdq(&mut n, x, 0.04, 100) } else { x };
+            let (w, _) = weights(&mut n, &[12, 12], axis, 3);
+            let y = n.op("MatMul", &[x, w]);
+            if shared {
+                n.output(y);
+            }
+            let y = n.op_with("LeakyRelu", &[y], &[("alpha", float(0.1))]);
+            let y = q(&mut n, y, 0.1, 128);
+            n.output(y);
+            let graph = n.apply(run);
+            names(&graph).contains(&"weblane.IntegerMatMul".to_owned())
+        };
+        assert!(build(1, true, false));
+        assert!(build(1, true, true), "real results are shared");
+        assert!(!build(0, true, false));
+        assert!(!build(1, false, false));
+    }
+}

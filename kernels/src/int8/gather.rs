@@ -1,0 +1,306 @@
+//! Rows of A in the form that the tiles read: widened to 16 bits with the zero point taken off, or bytes.
+//!
+//! ```text
+//! for rows of the block
+//!     a matrix         row[p] = convert(a[i, p])
+//!     patches          for kd, kh (and kw, if taps are not side by side in memory)
+//!                          convert the run of taps inside the image, zero points on both sides
+//! ```
+//!
+//! The element after an odd row is read by the tile and meets a zero of B.
+
+use super::{Bytes, Form};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use core::ops::Range;
+
+/// A left operand. Lengths were checked: everything that the fields lead to is there.
+#[derive(Clone, Copy)]
+pub(super) enum Lhs<'a> {
+    Matrix(Matrix<'a>),
+    Patches(Patches<'a>),
+}
+
+/// `(i, p)` is `data[i * row_stride + p * col_stride]`.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    pub(super) data: Bytes<'a>,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
+}
+
+/// Windows of a channels-last image, see [`crate::conv`]: a row for each pixel of the output.
+#[derive(Clone, Copy)]
+pub(super) struct Patches<'a> {
+    pub(super) x: Bytes<'a>,
+    /// Of the image, the first of the group, those of the group.
+    pub(super) channels: usize,
+    pub(super) first: usize,
+    pub(super) depth: usize,
+    pub(super) spatial: [usize; 3],
+    pub(super) out_spatial: [usize; 3],
+    pub(super) kernel: [usize; 3],
+    pub(super) strides: [usize; 3],
+    pub(super) dilations: [usize; 3],
+    pub(super) pads: [usize; 3],
+}
+
+impl Lhs<'_> {
+    fn data(&self) -> Bytes<'_> {
+        match self {
+            Self::Matrix(a) => a.data,
+            Self::Patches(p) => p.x,
+        }
+    }
+
+    /// What is added to an element for it to be read by a form of bytes.
+    pub(super) fn shift(&self, form: Form) -> i32 {
+        match (form, self.data()) {
+            (Form::U8S8, Bytes::I8(_)) => 128,
+            (Form::S8S8, Bytes::U8(_)) => -128,
+            _ => 0,
+        }
+    }
+
+    /// Writes `k` elements of each of some rows to `dst`, `ld` groups of the form (32 bits) apart.
+    pub(super) fn gather(
+        &self,
+        isa: Isa,
+        form: Form,
+        zero: i32,
+        rows: Range<usize>,
+        k: usize,
+        dst: &mut [i32],
+        ld: usize,
+    ) {
+        assert!(k.div_ceil(form.group()) <= ld && dst.len() >= rows.len() * ld);
+        let convert = Convert::new(form, &self.data(), zero);
+        dispatch(isa, Gather { lhs: self, convert, rows, k, dst: dst.as_mut_ptr().cast(), ld: 4 * ld });
+    }
+}
+
+/// How the elements of A are read by a form of the dot product.
+#[derive(Clone, Copy)]
+pub(super) struct Convert {
+    wide: bool,
+    signed: bool,
+    zero: i16,
+    /// Exclusive or that makes signed bytes unsigned, or the other way.
+    flip: u8,
+}
+
+impl Convert {
+    /// For elements like these.
+    fn new(form: Form, data: &Bytes<'_>, zero: i32) -> Self {
+        let signed = matches!(data, Bytes::I8(_));
+        let flip = match form {
+            Form::Wide => false,
+            Form::U8S8 => signed,
+            Form::S8S8 => !signed,
+        };
+        Self { wide: form == Form::Wide, signed, zero: zero as i16, flip: if flip { 0x80 } else { 0 } }
+    }
+
+    /// Bytes that an element becomes.
+    #[inline(always)]
+    fn size(self) -> usize {
+        1 + usize::from(self.wide)
+    }
+
+    /// One element.
+    ///
+    /// # Safety
+    /// `dst` must be writable for [`size`](Self::size) bytes.
+    #[inline(always)]
+    unsafe fn one(self, x: u8, dst: *mut u8) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            if self.wide {
+                let x = if self.signed { i16::from(x as i8) } else { i16::from(x) };
+                dst.cast::<i16>().write_unaligned(x - self.zero);
+            } else {
+                *dst = x ^ self.flip;
+            }
+        }
+    }
+
+    /// `len` neighbours.
+    ///
+    /// # Safety
+    /// They must be readable and writable, and not overlap.
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S, src: *const u8, dst: *mut u8, len: usize) {
+        // SAFETY: promised by the caller; vectors lie inside, the last one overlaps the one before.
+        unsafe {
+            let step = if self.wide { 2 * S::LANES } else { 4 * S::LANES };
+            if len < step {
+                for i in 0..len {
+                    self.one(*src.add(i), dst.add(i * self.size()));
+                }
+                return;
+            }
+            let last = len - step;
+            let mut i = 0;
+            if self.wide {
+                let zero = s.splat_i16(self.zero);
+                macro_rules! widen {
+                    ($signed:literal) => {
+                        loop {
+                            let x = s.sub_i16(s.widen_bytes::<$signed>(src.add(i)), zero);
+                            s.store_i32_ptr(dst.add(2 * i).cast(), x);
+                            if i == last {
+                                break;
+                            }
+                            i = (i + step).min(last);
+                        }
+                    };
+                }
+                if self.signed { widen!(true) } else { widen!(false) }
+            } else {
+                let flip = s.splat_i32(i32::from_ne_bytes([self.flip; 4]));
+                loop {
+                    s.store_i32_ptr(dst.add(i).cast(), s.xor_i32(s.load_i32_ptr(src.add(i).cast()), flip));
+                    if i == last {
+                        break;
+                    }
+                    i = (i + step).min(last);
+                }
+            }
+        }
+    }
+
+    /// `len` elements of padding, whose value is the zero point.
+    ///
+    /// # Safety
+    /// They must be writable.
+    #[inline(always)]
+    unsafe fn fill(self, dst: *mut u8, len: usize) {
+        let byte = if self.wide { 0 } else { self.zero as u8 ^ self.flip };
+        // SAFETY: promised by the caller.
+        unsafe { dst.write_bytes(byte, len * self.size()) };
+    }
+}
+
+/// Whoever makes one promises that `dst` has `ld` bytes for each row.
+struct Gather<'a> {
+    lhs: &'a Lhs<'a>,
+    convert: Convert,
+    rows: Range<usize>,
+    k: usize,
+    dst: *mut u8,
+    ld: usize,
+}
+
+impl Kernel for Gather<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        match self.lhs {
+            Lhs::Matrix(a) => self.matrix(s, a),
+            Lhs::Patches(p) => self.patches(s, p),
+        }
+    }
+}
+
+// Not inlined on wasm, where optimising compilers choke on huge functions.
+impl Gather<'_> {
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn matrix<S: Simd>(&self, s: S, a: &Matrix<'_>) {
+        let Self { convert, k, dst, ld, .. } = *self;
+        if k == 0 {
+            return;
+        }
+        let data = a.data.as_ptr();
+        for (i, row) in self.rows.clone().enumerate() {
+            // SAFETY: the matrix has these elements, the destination this row.
+            unsafe {
+                let (src, dst) = (data.add(row * a.row_stride), dst.add(i * ld));
+                if a.col_stride == 1 {
+                    convert.run(s, src, dst, k);
+                } else {
+                    for p in 0..k {
+                        convert.one(*src.add(p * a.col_stride), dst.add(p * convert.size()));
+                    }
+                }
+            }
+        }
+    }
+
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn patches<S: Simd>(&self, s: S, p: &Patches<'_>) {
+        let Self { convert, dst, ld, .. } = *self;
+        let size = convert.size();
+        let x = p.x.as_ptr();
+        let [id, ih, iw] = p.spatial;
+        let [od, oh, ow] = p.out_spatial;
+        let [kd, kh, kw] = p.kernel;
+        // Taps side by side in memory form one run.
+        let merged = p.dilations[2] == 1 && p.depth == p.channels;
+        let (runs, taps) = if merged { (1, kw) } else { (kw, 1) };
+        let first = self.rows.start;
+        let mut at = [first / ow / oh / od, first / ow / oh % od, first / ow % oh, first % ow];
+        for i in 0..self.rows.len() {
+            // SAFETY: taps that lie inside the image are read, the lengths of all runs of a row add up to k.
+            unsafe {
+                let mut dst = dst.add(i * ld);
+                // Positions in the padded image cannot overflow: it was checked to be half an address space at most.
+                let corner = |d: usize| (at[d + 1] * p.strides[d]) as isize - p.pads[d] as isize;
+                let (top, left) = (corner(1), corner(2));
+                for z in 0..kd {
+                    let iz = corner(0) + (z * p.dilations[0]) as isize;
+                    let plane = iz >= 0 && iz < id as isize;
+                    for y in 0..kh {
+                        let iy = top + (y * p.dilations[1]) as isize;
+                        if !plane || iy < 0 || iy >= ih as isize {
+                            convert.fill(dst, kw * p.depth);
+                            dst = dst.add(kw * p.depth * size);
+                            continue;
+                        }
+                        let line = ((at[0] * id + iz as usize) * ih + iy as usize) * iw;
+                        for run in 0..runs {
+                            let ix = left + (run * p.dilations[2]) as isize;
+                            // Taps left of the line, and those that end inside it.
+                            let before = ix.min(0).unsigned_abs().min(taps);
+                            let inside = ((iw as isize - ix).clamp(0, taps as isize) as usize).max(before);
+                            if before > 0 {
+                                convert.fill(dst, before * p.depth);
+                                dst = dst.add(before * p.depth * size);
+                            }
+                            if inside > before {
+                                let pixel = (line as isize + ix + before as isize) as usize;
+                                let len = (inside - before) * p.depth;
+                                convert.run(s, x.add(pixel * p.channels + p.first), dst, len);
+                                dst = dst.add(len * size);
+                            }
+                            if taps > inside {
+                                convert.fill(dst, (taps - inside) * p.depth);
+                                dst = dst.add((taps - inside) * p.depth * size);
+                            }
+                        }
+                    }
+                }
+            }
+            step(&mut at, [od, oh, ow]);
+        }
+    }
+}
+
+/// The next pixel, `[batch, d, h, w]`.
+#[inline(always)]
+fn step(at: &mut [usize; 4], [d, h, w]: [usize; 3]) {
+    at[3] += 1;
+    if at[3] == w {
+        at[3] = 0;
+        at[2] += 1;
+        if at[2] == h {
+            at[2] = 0;
+            at[1] += 1;
+            if at[1] == d {
+                at[1] = 0;
+                at[0] += 1;
+            }
+        }
+    }
+}

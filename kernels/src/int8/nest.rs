@@ -1,0 +1,335 @@
+//! The loop nest: blocks of the output in parallel, each with its rows of A and some panels of B.
+//!
+//! ```text
+//! for (ic, jc) in blocks of the output            in parallel; cut by sizes alone
+//!     gather A[ic..] into rows, all of k          stays in L2
+//!     for groups of panels of the block           their sums stay in L1
+//!         for pc in 0..k step kc
+//!             for panels of the group             kc x NR of B, stays in L1
+//!                 for tiles of the block
+//!                     sums += A[tile, pc..] B[pc.., panel]        tile.rs
+//!         take zero points back                   forms of bytes only
+//!         output(sums)                            output.rs
+//! ```
+//!
+//! Departures from the nest for floats ([`crate::gemm`]): A is always gathered, since it has to be widened, and whole,
+//! since a group of four bytes per element is a quarter of it; sums never leave the cache, so that an output sees each once.
+
+use super::gather::Lhs;
+use super::output::Sink;
+use super::pack::Correction;
+use super::tile::Strip;
+use super::{Form, PackedQ, table};
+use crate::error::{Error, Result};
+use crate::gemm::{leading_dimension, part};
+use crate::par::Cx;
+use crate::simd::{Dot, DotKernel, Isa, Kernel, Simd, dispatch, dispatch_dot};
+use core::ops::Range;
+
+/// One product: `m` rows of `lhs` times `b`, whose columns stand from `column` on in the output.
+#[derive(Clone, Copy)]
+pub(super) struct Problem<'a> {
+    pub(super) lhs: Lhs<'a>,
+    pub(super) b: &'a PackedQ,
+    pub(super) column: usize,
+}
+
+/// A task should have this many multiplications and additions at least: about ten microseconds.
+const TASK_OPS: u64 = 1 << 20;
+/// More tasks than this would not balance better.
+const MAX_TASKS: u64 = 32;
+/// Fewest columns of a block, whose rows of A are gathered for each block anew.
+const MIN_COLUMNS: usize = 128;
+/// Groups of A that a block gathers at most; 192 KiB.
+const MAX_GATHER: usize = 48 * 1024;
+/// Most rows of a block.
+const MAX_ROWS: usize = 128;
+/// Sums of a group of panels, if there are several; 8 KiB.
+const GROUP_SUMS: usize = 2048;
+
+/// How the output of each product is cut.
+struct Grid {
+    /// Tiles along m: `tall` of `height + 1` rows, then the others of `height`.
+    tiles: usize,
+    height: usize,
+    tall: usize,
+    panels: usize,
+    row_blocks: usize,
+    panel_blocks: usize,
+}
+
+impl Grid {
+    fn new(isa: Isa, form: Form, problems: usize, m: usize, n: usize, k: usize) -> Self {
+        let mr = table::tile(isa, form).mr;
+        let nr = table::panel_width(isa, form);
+        let (tiles, panels) = (m.div_ceil(mr), n.div_ceil(nr));
+        let ops = (2 * m as u64).saturating_mul(n as u64).saturating_mul(k as u64);
+        let want = (ops.saturating_mul(problems as u64) / TASK_OPS).clamp(1, MAX_TASKS).div_ceil(problems as u64);
+        let most = (MAX_GATHER / k.div_ceil(form.group()).max(1)).clamp(4 * mr, MAX_ROWS.max(4 * mr));
+        let (mut row_blocks, mut panel_blocks) = (m.div_ceil(most), 1);
+        while ((row_blocks * panel_blocks) as u64) < want {
+            let (rows, cols) = (m / row_blocks, panels / panel_blocks * nr);
+            let can_rows = rows >= 4 * mr;
+            let can_cols = cols >= 2 * MIN_COLUMNS;
+            // A block costs the reading of its rows of A and columns of B: keep it square.
+            if can_rows && (!can_cols || rows >= cols) {
+                row_blocks *= 2;
+            } else if can_cols {
+                panel_blocks *= 2;
+            } else {
+                break;
+            }
+        }
+        Self {
+            tiles,
+            height: m / tiles,
+            tall: m % tiles,
+            panels,
+            row_blocks: row_blocks.min(tiles),
+            panel_blocks: panel_blocks.min(panels),
+        }
+    }
+
+    /// First row of a tile.
+    fn row(&self, tile: usize) -> usize {
+        tile * self.height + tile.min(self.tall)
+    }
+}
+
+/// Computes `problems` products of one shape, `m` rows with zero point `a_zero` and `b` like `first`, in parallel.
+///
+/// # Safety
+/// The left operands have `m` rows; the outputs of different products are different columns of the sink, which nobody
+/// else uses.
+pub(super) unsafe fn run<'a>(
+    cx: &Cx<'_>,
+    problems: usize,
+    m: usize,
+    a_zero: i32,
+    first: &PackedQ,
+    problem: &(dyn Fn(usize) -> Problem<'a> + Sync),
+    sink: &Sink<'_>,
+) -> Result<()> {
+    let (isa, form, n, k) = (cx.isa(), first.form(), first.n(), first.k());
+    if m == 0 || n == 0 || problems == 0 {
+        return Ok(());
+    }
+    let grid = Grid::new(isa, form, problems, m, n, k);
+    let nr = table::panel_width(isa, form);
+    let groups = k.div_ceil(form.group());
+    let lda = leading_dimension(groups);
+    let rows = grid.tiles.div_ceil(grid.row_blocks) * (grid.height + 1);
+    // Even numbers of panels: the output takes two vectors at a time.
+    let together = (GROUP_SUMS / (rows * nr)).next_multiple_of(2).max(2);
+    let together = together.min(grid.panels.div_ceil(grid.panel_blocks).next_multiple_of(2));
+    // Whole cache lines, so that the rows of A start at one too.
+    let sums_len = (rows * together * nr).next_multiple_of(16);
+    let too_many = || Error::new("too many products for the address space");
+    let a_len = rows.checked_mul(lda).ok_or_else(too_many)?;
+    let per_problem = grid.row_blocks * grid.panel_blocks;
+    let tasks = per_problem.checked_mul(problems).ok_or_else(too_many)?;
+    let cost = (m as u64).saturating_mul(n as u64).saturating_mul(k as u64).saturating_mul(problems as u64);
+    cx.for_each_scratch(tasks, cost, sums_len + a_len + rows, &|task, scratch| {
+        let scratch: &mut [i32] = bytemuck::cast_slice_mut(scratch);
+        let (sums, rest) = scratch.split_at_mut(sums_len);
+        let (a, row_sums) = rest.split_at_mut(a_len);
+        let block = task % per_problem;
+        let block = Block {
+            problem: problem(task / per_problem),
+            grid: &grid,
+            // Rows first: a lane has its own rows from layer to layer, see `par`.
+            tiles: part(grid.tiles, grid.row_blocks, block / grid.panel_blocks),
+            panels: part(grid.panels, grid.panel_blocks, block % grid.panel_blocks),
+            a_zero,
+            lda,
+            together,
+        };
+        // SAFETY: the caller's contract; blocks are disjoint.
+        unsafe { block.run(isa, sums, a, row_sums, sink) };
+    });
+    Ok(())
+}
+
+/// A part of one output.
+struct Block<'a> {
+    problem: Problem<'a>,
+    grid: &'a Grid,
+    tiles: Range<usize>,
+    panels: Range<usize>,
+    a_zero: i32,
+    lda: usize,
+    together: usize,
+}
+
+impl Block<'_> {
+    /// # Safety
+    /// The block lies inside the output and nobody else uses it.
+    unsafe fn run(&self, isa: Isa, sums: &mut [i32], a: &mut [i32], row_sums: &mut [i32], sink: &Sink<'_>) {
+        let Self { problem: Problem { lhs, b, column }, grid, a_zero, lda, together, .. } = *self;
+        let (form, n, k) = (b.form(), b.n(), b.k());
+        let groups = k.div_ceil(form.group());
+        let Tables { nr, kc } = Tables::of(isa, form);
+        let rows = grid.row(self.tiles.start)..grid.row(self.tiles.end);
+        let correction = Take::new(b, a_zero, &lhs);
+        if correction.as_ref().is_some_and(|c| c.zeros.is_some()) && groups > 0 {
+            // Elements that are added up must be zero if they are not there.
+            a.chunks_mut(lda).take(rows.len()).for_each(|row| row[groups - 1] = 0);
+        }
+        lhs.gather(isa, form, a_zero, rows.clone(), k, a, lda);
+        if correction.as_ref().is_some_and(|c| c.zeros.is_some()) {
+            dispatch_dot(isa, form, RowSums { a, lda, groups, sums: &mut row_sums[..rows.len()] });
+        }
+        // Tall tiles come first: at most two strips of one height each.
+        let border = grid.tall.clamp(self.tiles.start, self.tiles.end);
+        let strips = [(self.tiles.start..border, grid.height + 1), (border..self.tiles.end, grid.height)];
+        let ld = together * nr;
+        assert!(sums.len() >= rows.len() * ld);
+        for first in self.panels.clone().step_by(together) {
+            let panels = first..(first + together).min(self.panels.end);
+            let cols = panels.start * nr..(panels.end * nr).min(n);
+            let mut pc = 0;
+            loop {
+                let depth = kc.min(groups - pc);
+                for panel in panels.clone() {
+                    let width = nr.min(n - panel * nr).next_multiple_of(isa.lanes());
+                    // All panels before this one are of full width.
+                    let b = &b.data()[panel * nr * groups + pc * width..][..depth * width];
+                    for (tiles, height) in &strips {
+                        if tiles.is_empty() {
+                            continue;
+                        }
+                        let i = grid.row(tiles.start) - rows.start;
+                        let strip = Strip {
+                            height: *height,
+                            tiles: tiles.len(),
+                            vectors: width / isa.lanes(),
+                            k: depth,
+                            a: a.as_ptr().wrapping_add(i * lda + pc),
+                            lda,
+                            b: b.as_ptr(),
+                            sums: sums.as_mut_ptr().wrapping_add(i * ld + (panel - first) * nr),
+                            ld,
+                            accumulate: pc > 0,
+                        };
+                        // SAFETY: A has the rows of the block, `lda` of at least `groups` each, and so have the sums,
+                        // `ld` each.
+                        unsafe { strip.run(isa, form) };
+                    }
+                }
+                pc += depth;
+                if pc == groups {
+                    break;
+                }
+            }
+            if let Some(take) = &correction {
+                let part = Corrected { take, sums, ld, row_sums: &row_sums[..rows.len()], cols: cols.clone() };
+                dispatch(isa, part);
+            }
+            // SAFETY: the caller's contract.
+            unsafe { sink.finish(isa, sums.as_ptr(), ld, rows.clone(), column + cols.start..column + cols.end) };
+        }
+    }
+}
+
+/// What the nest needs of the table.
+struct Tables {
+    nr: usize,
+    kc: usize,
+}
+
+impl Tables {
+    fn of(isa: Isa, form: Form) -> Self {
+        Self { nr: table::panel_width(isa, form), kc: table::tile(isa, form).kc }
+    }
+}
+
+/// What zero points add to products of bytes, see `pack.rs`.
+struct Take<'a> {
+    /// A's zero point as the dot product reads it.
+    a_zero: i32,
+    columns: &'a [i32],
+    zeros: Option<&'a [i32]>,
+}
+
+impl<'a> Take<'a> {
+    /// Nothing if there is nothing to take back.
+    fn new(b: &'a PackedQ, a_zero: i32, lhs: &Lhs<'_>) -> Option<Self> {
+        let Correction { columns, zeros } = b.correction()?;
+        let a_zero = a_zero + lhs.shift(b.form());
+        let zeros = zeros.as_deref();
+        (a_zero != 0 || zeros.is_some()).then_some(Self { a_zero, columns, zeros })
+    }
+}
+
+/// `sums[i] = sum of the numbers in row i of A`, as the dot product reads them.
+struct RowSums<'a> {
+    a: &'a [i32],
+    lda: usize,
+    groups: usize,
+    sums: &'a mut [i32],
+}
+
+impl DotKernel for RowSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<D: Dot>(self, d: D) {
+        let s = d.simd();
+        let ones = s.splat_i32(i32::from_ne_bytes([1; 4]));
+        for (i, sum) in self.sums.iter_mut().enumerate() {
+            let row = &self.a[i * self.lda..][..self.groups];
+            let (whole, rest) = row.split_at(row.len() - row.len() % D::S::LANES);
+            let mut acc = s.splat_i32(0);
+            for part in whole.chunks_exact(D::S::LANES) {
+                acc = d.dot(acc, s.load_i32(part), ones);
+            }
+            let mut last = [0; 16];
+            last[..rest.len()].copy_from_slice(rest);
+            acc = d.dot(acc, s.load_i32(&last), ones);
+            let mut lanes = [0; 16];
+            s.store_i32(&mut lanes, acc);
+            *sum = lanes.iter().fold(0, |sum, &x| sum.wrapping_add(x));
+        }
+    }
+}
+
+/// `sums[i, j] -= a_zero * columns[j] + zeros[j] * row_sums[i]`.
+struct Corrected<'a> {
+    take: &'a Take<'a>,
+    sums: &'a mut [i32],
+    ld: usize,
+    row_sums: &'a [i32],
+    cols: Range<usize>,
+}
+
+impl Kernel for Corrected<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { take, sums, ld, row_sums, cols } = self;
+        let mut first = 0;
+        while first < cols.len() {
+            let count = S::LANES.min(cols.len() - first);
+            let j = cols.start + first;
+            let mut own = [0; 16];
+            own[..count].copy_from_slice(&take.columns[j..j + count]);
+            let fixed = s.mul_i32(s.load_i32(&own), s.splat_i32(take.a_zero));
+            let zeros = match take.zeros {
+                Some(zeros) => {
+                    own[..count].copy_from_slice(&zeros[j..j + count]);
+                    s.load_i32(&own)
+                }
+                None => s.splat_i32(0),
+            };
+            for (i, row_sum) in row_sums.iter().enumerate() {
+                // Rows of sums are whole vectors.
+                let sums = &mut sums[i * ld + first..];
+                let x = s.sub_i32(s.load_i32(sums), fixed);
+                let x = if take.zeros.is_some() { s.sub_i32(x, s.mul_i32(zeros, s.splat_i32(*row_sum))) } else { x };
+                s.store_i32(sums, x);
+            }
+            first += S::LANES;
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! What becomes of sums: a sweep over a few rows of them that are still in the first-level cache.
+//!
+//! ```text
+//! for 2 vectors of columns
+//!     m = multiplier, b = bias
+//!     for rows
+//!         x = clamp(f32(sum + b) * m, lo - zero, hi - zero)
+//!         y = byte(x + 1.5 * 2^23) + zero
+//! ```
+//!
+//! Clamping comes before rounding, which gives the same since the bounds are integers; then adding `1.5 * 2^23`, whose
+//! neighbours are 1 apart, rounds half to even and leaves the integer in the low bits. Nothing here may fuse a product
+//! with a sum: the same bits everywhere.
+
+use super::{Addend, Bytes, BytesMut, Output, Requantize};
+use crate::epilogue::Activation;
+use crate::gemm::Activate;
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use core::ops::Range;
+
+/// The output of a product, in parts that tasks write independently. Lengths were checked by `Output::check`.
+pub(super) struct Sink<'a> {
+    /// Elements of a row.
+    n: usize,
+    bias: Option<&'a [i32]>,
+    kind: Kind<'a>,
+}
+
+enum Kind<'a> {
+    Sums(*mut i32),
+    Real { scale: &'a [f32], bias: Option<&'a [f32]>, residual: Option<&'a [f32]>, activation: Activation, y: *mut f32 },
+    Quantized { requantize: Requantize<'a>, signed: bool, y: *mut u8 },
+}
+
+// SAFETY: tasks write disjoint parts, which `finish` demands.
+unsafe impl Sync for Sink<'_> {}
+
+impl<'a> Sink<'a> {
+    /// For sums with rows of `n`.
+    pub(super) fn new(n: usize, bias: Option<&'a [i32]>, output: Output<'a>) -> Self {
+        let kind = match output {
+            Output::Sums(y) => Kind::Sums(y.as_mut_ptr()),
+            Output::Real { scale, bias, residual, activation, y } => {
+                Kind::Real { scale, bias, residual, activation, y: y.as_mut_ptr() }
+            }
+            Output::Quantized { requantize, y: BytesMut::U8(y) } => {
+                Kind::Quantized { requantize, signed: false, y: y.as_mut_ptr() }
+            }
+            Output::Quantized { requantize, y: BytesMut::I8(y) } => {
+                Kind::Quantized { requantize, signed: true, y: y.as_mut_ptr().cast() }
+            }
+        };
+        Self { n, bias, kind }
+    }
+
+    /// Writes the part `rows` x `cols` of the output from `sums`, whose rows are `ld` apart.
+    ///
+    /// # Safety
+    /// The part lies inside the output, nobody else uses it, and the sums are readable.
+    pub(super) unsafe fn finish(&self, isa: Isa, sums: *const i32, ld: usize, rows: Range<usize>, cols: Range<usize>) {
+        if rows.is_empty() || cols.is_empty() {
+            return;
+        }
+        let part = Part { sink: self, sums, ld, rows: rows.clone(), cols: cols.clone() };
+        match &self.kind {
+            Kind::Sums(_) => dispatch(isa, Store(part)),
+            Kind::Quantized { .. } => dispatch(isa, Quantize(part)),
+            Kind::Real { activation, y, .. } => {
+                dispatch(isa, Convert(part));
+                if *activation != Activation::Identity {
+                    let c = y.wrapping_add(rows.start * self.n + cols.start);
+                    let (rows, cols, ld) = (rows.len(), cols.len(), self.n);
+                    dispatch(isa, Activate { activation: *activation, c, rows, cols, ld });
+                }
+            }
+        }
+    }
+}
+
+/// A part of an output; the contract of [`Sink::finish`] holds.
+struct Part<'a> {
+    sink: &'a Sink<'a>,
+    sums: *const i32,
+    ld: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+}
+
+/// Where two vectors of columns of some rows are. Pointers are at the first column.
+#[derive(Clone, Copy)]
+struct Unit {
+    sums: *const i32,
+    ld: usize,
+    rows: usize,
+    /// First element in the output, and of what is laid out like it.
+    at: usize,
+    n: usize,
+    /// Columns if fewer than two vectors; then one row.
+    cols: usize,
+    /// First column.
+    j: usize,
+}
+
+impl Part<'_> {
+    /// All columns, two vectors at a time. Those that do not fill two vectors overlap the ones before, which stores the
+    /// same values twice; if there are none before, they go row by row.
+    #[inline(always)]
+    fn units<S: Simd>(&self, _: S) -> Units {
+        let (n, width, cols) = (self.sink.n, 2 * S::LANES, self.cols.len());
+        let narrow = cols < width;
+        let next = Unit {
+            sums: self.sums,
+            ld: self.ld,
+            rows: if narrow { 1 } else { self.rows.len() },
+            at: self.rows.start * n + self.cols.start,
+            n,
+            cols: width.min(cols),
+            j: self.cols.start,
+        };
+        Units { next, left: if narrow { self.rows.len() } else { cols }, narrow }
+    }
+}
+
+/// Iterates over the units of a part.
+struct Units {
+    next: Unit,
+    /// Rows if narrow, else columns.
+    left: usize,
+    narrow: bool,
+}
+
+impl Iterator for Units {
+    type Item = Unit;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Unit> {
+        if self.left == 0 {
+            return None;
+        }
+        let unit = self.next;
+        if self.narrow {
+            self.left -= 1;
+            self.next.sums = unit.sums.wrapping_add(unit.ld);
+            self.next.at += unit.n;
+        } else {
+            self.left -= unit.cols;
+            let step = unit.cols.min(self.left);
+            self.left = if step == 0 { 0 } else { self.left.max(unit.cols) };
+            self.next.sums = unit.sums.wrapping_add(step);
+            self.next.at += step;
+            self.next.j += step;
+        }
+        Some(unit)
+    }
+}
+
+/// Two vectors, of which only the first `cols` elements are there.
+///
+/// # Safety
+/// They must be readable.
+#[inline(always)]
+unsafe fn load<S: Simd>(s: S, p: *const f32, cols: usize) -> [S::F32; 2] {
+    let lanes = S::LANES;
+    // SAFETY: promised by the caller.
+    unsafe {
+        if cols == 2 * lanes {
+            [s.load_ptr(p), s.load_ptr(p.add(lanes))]
+        } else {
+            let mut buffer = [0.0; 32];
+            p.copy_to_nonoverlapping(buffer.as_mut_ptr(), cols);
+            [s.load_ptr(buffer.as_ptr()), s.load_ptr(buffer.as_ptr().add(lanes))]
+        }
+    }
+}
+
+/// As [`load`].
+///
+/// # Safety
+/// They must be readable.
+#[inline(always)]
+unsafe fn load_i32<S: Simd>(s: S, p: *const i32, cols: usize) -> [S::I32; 2] {
+    // SAFETY: promised by the caller.
+    let [low, high] = unsafe { load(s, p.cast(), cols) };
+    [s.bits(low), s.bits(high)]
+}
+
+/// Writes the first `cols` elements of two vectors.
+///
+/// # Safety
+/// They must be writable.
+#[inline(always)]
+unsafe fn store<S: Simd>(s: S, p: *mut f32, v: [S::F32; 2], cols: usize) {
+    let lanes = S::LANES;
+    // SAFETY: promised by the caller.
+    unsafe {
+        if cols == 2 * lanes {
+            s.store_ptr(p, v[0]);
+            s.store_ptr(p.add(lanes), v[1]);
+        } else {
+            let mut buffer = [0.0; 32];
+            s.store_ptr(buffer.as_mut_ptr(), v[0]);
+            s.store_ptr(buffer.as_mut_ptr().add(lanes), v[1]);
+            buffer.as_ptr().copy_to_nonoverlapping(p, cols);
+        }
+    }
+}
+
+/// A value for each of two vectors of columns, or the same for all.
+///
+/// # Safety
+/// Columns `j..j+cols` must be there unless there is one for all.
+#[inline(always)]
+unsafe fn per_column<S: Simd>(s: S, x: &[f32], j: usize, cols: usize) -> [S::F32; 2] {
+    if x.len() == 1 {
+        return [s.splat(x[0]); 2];
+    }
+    // SAFETY: promised by the caller.
+    unsafe { load(s, x.as_ptr().add(j), cols) }
+}
+
+/// Sums of one row with the bias.
+///
+/// # Safety
+/// Two vectors at `p` must be readable; the buffer of sums has whole vectors.
+#[inline(always)]
+unsafe fn sums<S: Simd>(s: S, p: *const i32, bias: [S::I32; 2]) -> [S::I32; 2] {
+    // SAFETY: promised by the caller.
+    unsafe { [s.add_i32(s.load_i32_ptr(p), bias[0]), s.add_i32(s.load_i32_ptr(p.add(S::LANES)), bias[1])] }
+}
+
+impl Sink<'_> {
+    /// # Safety
+    /// The unit lies inside the output.
+    #[inline(always)]
+    unsafe fn bias<S: Simd>(&self, s: S, unit: &Unit) -> [S::I32; 2] {
+        match self.bias {
+            // SAFETY: promised by the caller.
+            Some(bias) => unsafe { load_i32(s, bias.as_ptr().add(unit.j), unit.cols) },
+            None => [s.splat_i32(0); 2],
+        }
+    }
+}
+
+// The kernels are not inlined on wasm: optimising compilers choke on huge functions.
+
+struct Store<'a>(Part<'a>);
+
+impl Kernel for Store<'_> {
+    type Output = ();
+
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let sink = self.0.sink;
+        let Kind::Sums(y) = sink.kind else { unreachable!("not an output of sums") };
+        for u in self.0.units(s) {
+            // SAFETY: the contract of the type.
+            unsafe {
+                let bias = sink.bias(s, &u);
+                for i in 0..u.rows {
+                    let v = sums(s, u.sums.add(i * u.ld), bias);
+                    store(s, y.add(u.at + i * u.n).cast(), [s.from_bits(v[0]), s.from_bits(v[1])], u.cols);
+                }
+            }
+        }
+    }
+}
+
+struct Convert<'a>(Part<'a>);
+
+impl Kernel for Convert<'_> {
+    type Output = ();
+
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let sink = self.0.sink;
+        let Kind::Real { scale, bias: real_bias, residual, y, .. } = sink.kind else {
+            unreachable!("not an output of real numbers")
+        };
+        for u in self.0.units(s) {
+            // SAFETY: the contract of the type.
+            unsafe {
+                let bias = sink.bias(s, &u);
+                let scale = per_column(s, scale, u.j, u.cols);
+                let added = match real_bias {
+                    Some(bias) => load(s, bias.as_ptr().add(u.j), u.cols),
+                    None => [s.splat(0.0); 2],
+                };
+                for i in 0..u.rows {
+                    let v = sums(s, u.sums.add(i * u.ld), bias);
+                    let mut x = [s.mul(s.to_f32(v[0]), scale[0]), s.mul(s.to_f32(v[1]), scale[1])];
+                    x = [s.add(x[0], added[0]), s.add(x[1], added[1])];
+                    let at = u.at + i * u.n;
+                    if let Some(residual) = residual {
+                        let r = load(s, residual.as_ptr().add(at), u.cols);
+                        x = [s.add(x[0], r[0]), s.add(x[1], r[1])];
+                    } else {
+                        // As the oracle, which adds a zero: -0 becomes 0.
+                        x = [s.add(x[0], s.splat(0.0)), s.add(x[1], s.splat(0.0))];
+                    }
+                    store(s, y.add(at), x, u.cols);
+                }
+            }
+        }
+    }
+}
+
+/// `1.5 * 2^23`.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
+struct Quantize<'a>(Part<'a>);
+
+impl Kernel for Quantize<'_> {
+    type Output = ();
+
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let sink = self.0.sink;
+        let Kind::Quantized { requantize: q, signed, y } = &sink.kind else {
+            unreachable!("not an output of quantised numbers")
+        };
+        let (signed, y) = (*signed, *y);
+        let round = s.splat(ROUND);
+        let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
+        let back = s.splat_i32(ROUND.to_bits() as i32 - q.zero);
+        for u in self.0.units(s) {
+            // SAFETY: the contract of the type.
+            unsafe {
+                let bias = sink.bias(s, &u);
+                let multiplier = per_column(s, q.multiplier, u.j, u.cols);
+                for i in 0..u.rows {
+                    let v = sums(s, u.sums.add(i * u.ld), bias);
+                    let mut x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
+                    for x in &mut x {
+                        *x = s.add(s.at_most(s.at_least(*x, lo), hi), round);
+                    }
+                    let at = u.at + i * u.n;
+                    let v = match &q.add {
+                        None => [s.sub_i32(s.bits(x[0]), back), s.sub_i32(s.bits(x[1]), back)],
+                        Some(add) => {
+                            let other = load_bytes(s, &add.other, at, u.cols);
+                            add_other(s, add, [s.sub(x[0], round), s.sub(x[1], round)], other)
+                        }
+                    };
+                    store_bytes(s, y.add(at), v, u.cols, signed);
+                }
+            }
+        }
+    }
+}
+
+/// `clamp(round(x * first + (other - other_zero) * second) + zero)` for x a number less its zero point.
+#[inline(always)]
+fn add_other<S: Simd>(s: S, add: &Addend<'_>, x: [S::F32; 2], other: [S::I32; 2]) -> [S::I32; 2] {
+    let round = s.splat(ROUND);
+    let (lo, hi) = (s.splat((add.lo - add.zero) as f32), s.splat((add.hi - add.zero) as f32));
+    let back = s.splat_i32(ROUND.to_bits() as i32 - add.zero);
+    let mut y = other;
+    for h in 0..2 {
+        let other = s.to_f32(s.sub_i32(other[h], s.splat_i32(add.other_zero)));
+        let sum = s.add(s.mul(x[h], s.splat(add.first)), s.mul(other, s.splat(add.second)));
+        y[h] = s.sub_i32(s.bits(s.add(s.at_most(s.at_least(sum, lo), hi), round)), back);
+    }
+    y
+}
+
+/// Two vectors of bytes, of which only the first `cols` are there.
+///
+/// # Safety
+/// They must be readable.
+#[inline(always)]
+pub(super) unsafe fn load_bytes<S: Simd>(s: S, x: &Bytes<'_>, at: usize, cols: usize) -> [S::I32; 2] {
+    let lanes = S::LANES;
+    let mut buffer = [0u8; 32];
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut p = x.as_ptr().add(at);
+        if cols != 2 * lanes {
+            p.copy_to_nonoverlapping(buffer.as_mut_ptr(), cols);
+            p = buffer.as_ptr();
+        }
+        match x {
+            Bytes::U8(_) => [s.load_bytes::<false>(p), s.load_bytes::<false>(p.add(lanes))],
+            Bytes::I8(_) => [s.load_bytes::<true>(p), s.load_bytes::<true>(p.add(lanes))],
+        }
+    }
+}
+
+/// Writes the first `cols` elements of two vectors, which lie in the range of the type.
+///
+/// # Safety
+/// They must be writable.
+#[inline(always)]
+pub(super) unsafe fn store_bytes<S: Simd>(s: S, y: *mut u8, v: [S::I32; 2], cols: usize, signed: bool) {
+    let mut buffer = [0u8; 32];
+    let whole = cols == 2 * S::LANES;
+    let p = if whole { y } else { buffer.as_mut_ptr() };
+    // SAFETY: promised by the caller.
+    unsafe {
+        if signed {
+            s.store_bytes::<true>(p, v);
+        } else {
+            s.store_bytes::<false>(p, v);
+        }
+        if !whole {
+            buffer.as_ptr().copy_to_nonoverlapping(y, cols);
+        }
+    }
+}

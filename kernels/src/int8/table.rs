@@ -1,0 +1,40 @@
+//! Tile shapes and block sizes of the integer product as data, chosen with `examples/gemm_bench`.
+
+use super::Form;
+use crate::simd::Isa;
+
+/// How the loop nest cuts a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tile {
+    /// Most rows of A that one call of the microkernel takes; it exists for every smaller height too.
+    pub(crate) mr: usize,
+    /// Vectors of B per row of the tile. A panel of packed B is this wide.
+    pub(crate) nrv: usize,
+    /// Groups along k per pass: `kc` x `nrv` vectors of B stay in the first-level cache.
+    pub(crate) kc: usize,
+}
+
+/// Highest tile of any row of the table.
+pub(crate) const MAX_MR: usize = 12;
+/// Widest tile of any row of the table, in vectors.
+pub(crate) const MAX_NRV: usize = 2;
+
+/// The row of the table for `isa` and `form`.
+///
+/// As for floats 16 registers hold 4 x 2 accumulators and what a wasm compiler keeps besides; a tile needs one register
+/// more here, for the products that are about to be added.
+pub(crate) const fn tile(isa: Isa, form: Form) -> Tile {
+    match (isa, form) {
+        (Isa::Scalar, _) => Tile { mr: 4, nrv: 2, kc: 512 },
+        (Isa::WasmSimd128 | Isa::WasmRelaxedSimd, _) => Tile { mr: 4, nrv: 2, kc: 512 },
+        (Isa::Sse41 | Isa::Fma128, _) => Tile { mr: 4, nrv: 2, kc: 512 },
+        (Isa::Neon, _) => Tile { mr: 8, nrv: 2, kc: 512 },
+        (Isa::Avx2, _) => Tile { mr: 6, nrv: 2, kc: 256 },
+        (Isa::Avx512, _) => Tile { mr: 12, nrv: 2, kc: 256 },
+    }
+}
+
+/// Width of a panel of packed B in elements.
+pub(crate) const fn panel_width(isa: Isa, form: Form) -> usize {
+    tile(isa, form).nrv * isa.lanes()
+}

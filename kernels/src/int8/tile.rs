@@ -1,0 +1,137 @@
+//! The microkernel: a tile of sums in registers.
+//!
+//! ```text
+//! acc[0..H][0..NV] = 0, or what an earlier pass left
+//! for p in 0..k                                   groups of 2 or 4 neighbours along k
+//!     b = NV vectors of row p of the panel
+//!     for i in 0..H
+//!         acc[i] += dot(splat(a[i][p]), b)
+//! sums = acc
+//! ```
+//!
+//! The sums go to a buffer that stays in the first-level cache, whose rows are whole vectors: a tile knows no edges and no
+//! outputs, see `output.rs`.
+
+use super::Form;
+use super::table::{self, MAX_MR, MAX_NRV};
+use crate::simd::{Dot, DotKernel, Isa, Simd, dispatch_dot};
+
+/// Tiles of one height, one below the other, times one panel of B.
+#[derive(Clone, Copy)]
+pub(super) struct Strip {
+    /// Rows of each tile.
+    pub(super) height: usize,
+    /// Number of tiles.
+    pub(super) tiles: usize,
+    /// Vectors of the panel.
+    pub(super) vectors: usize,
+    /// Groups along k.
+    pub(super) k: usize,
+    /// First row of A.
+    pub(super) a: *const i32,
+    /// Groups between rows of A.
+    pub(super) lda: usize,
+    /// First row of the panel of B; rows are as wide as the tile, without gaps.
+    pub(super) b: *const i32,
+    /// First sum.
+    pub(super) sums: *mut i32,
+    /// Elements between rows of sums.
+    pub(super) ld: usize,
+    /// Add to what is there: this is not the first pass over k.
+    pub(super) accumulate: bool,
+}
+
+impl Strip {
+    /// Computes it.
+    ///
+    /// # Safety
+    /// A: `tiles * height` rows of `k`; B: `k` rows of `vectors`; sums: `tiles * height` rows of `vectors`, which nobody
+    /// else uses. `height` and `vectors` are at most what the table says, and the form is available.
+    pub(super) unsafe fn run(self, isa: Isa, form: Form) {
+        macro_rules! heights {
+            ($nv:literal: $($h:literal)*) => {
+                match self.height {
+                    $($h => dispatch_dot(isa, form, Tiles::<$h, $nv>(self)),)*
+                    height => unreachable!("tile height {height}"),
+                }
+            };
+        }
+        const { assert!(MAX_MR == 12 && MAX_NRV == 2) };
+        match self.vectors {
+            1 => heights!(1: 1 2 3 4 5 6 7 8 9 10 11 12),
+            2 => heights!(2: 1 2 3 4 5 6 7 8 9 10 11 12),
+            vectors => unreachable!("tile width {vectors}"),
+        }
+    }
+}
+
+/// A [`Strip`] of tiles of `H` rows and `NV` vectors; [`Strip::run`]'s contract holds for whoever makes one.
+struct Tiles<const H: usize, const NV: usize>(Strip);
+
+impl<const H: usize, const NV: usize> DotKernel for Tiles<H, NV> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<D: Dot>(self, d: D) {
+        // Constant: tiles that the table does not use leave no code.
+        if const {
+            let tile = table::tile(D::S::ISA, D::FORM);
+            H <= tile.mr && NV <= tile.nrv
+        } {
+            // SAFETY: the contract of `Strip::run`.
+            unsafe { strip::<D, H, NV>(d, &self.0) }
+        } else {
+            unreachable!("no microkernel of {H} rows and {NV} vectors for {:?}", D::S::ISA)
+        }
+    }
+}
+
+/// Never inlined on wasm, where optimising compilers choke on huge functions; inlined natively, where only the outermost
+/// function of a dispatch has the target features.
+///
+/// # Safety
+/// As [`Strip::run`].
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+unsafe fn strip<D: Dot, const H: usize, const NV: usize>(d: D, strip: &Strip) {
+    let s = d.simd();
+    let lanes = D::S::LANES;
+    let Strip { tiles, k, lda, ld, accumulate, .. } = *strip;
+    // SAFETY: the caller promises that all rows are there, and every offset below stays inside them.
+    unsafe {
+        for tile in 0..tiles {
+            let sums = strip.sums.add(tile * H * ld);
+            let mut acc = [[s.splat_i32(0); NV]; H];
+            if accumulate {
+                for (i, row) in acc.iter_mut().enumerate() {
+                    for (v, x) in row.iter_mut().enumerate() {
+                        *x = s.load_i32_ptr(sums.add(i * ld + v * lanes));
+                    }
+                }
+            }
+            let mut rows = [strip.a; H];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = strip.a.add((tile * H + i) * lda);
+            }
+            let mut b = strip.b;
+            for p in 0..k {
+                let mut bv = [s.splat_i32(0); NV];
+                for (v, x) in bv.iter_mut().enumerate() {
+                    *x = s.load_i32_ptr(b.add(v * lanes));
+                }
+                for i in 0..H {
+                    let a = s.splat_i32_ptr(rows[i].add(p));
+                    for v in 0..NV {
+                        acc[i][v] = d.dot(acc[i][v], a, bv[v]);
+                    }
+                }
+                b = b.add(NV * lanes);
+            }
+            for (i, row) in acc.iter().enumerate() {
+                for (v, x) in row.iter().enumerate() {
+                    s.store_i32_ptr(sums.add(i * ld + v * lanes), *x);
+                }
+            }
+        }
+    }
+}

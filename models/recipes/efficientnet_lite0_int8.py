@@ -1,0 +1,14 @@
+"""EfficientNet-Lite0 of the float recipe, quantised statically (QDQ, uint8 activations, int8 weights per channel)."""
+
+from . import efficientnet_lite0 as base
+from ._quantized import static
+
+NAME = "efficientnet_lite0_int8"
+ABOUT = "EfficientNet-Lite0, quantised statically (QDQ, u8 activations, s8 weights per channel)"
+SHARED = ("_quantized", "_inputs", base.NAME)
+INPUT_SETS = base.INPUT_SETS
+QUANTIZED = True
+
+
+def build(directory):
+    static(base, directory)

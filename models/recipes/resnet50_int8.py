@@ -1,0 +1,14 @@
+"""ResNet-50 of the float recipe, quantised statically (QDQ, uint8 activations, int8 weights per channel)."""
+
+from . import resnet50 as base
+from ._quantized import static
+
+NAME = "resnet50_int8"
+ABOUT = "ResNet-50, quantised statically (QDQ, u8 activations, s8 weights per channel)"
+SHARED = ("_quantized", "_inputs", base.NAME)
+INPUT_SETS = base.INPUT_SETS
+QUANTIZED = True
+
+
+def build(directory):
+    static(base, directory)
