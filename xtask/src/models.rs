@@ -44,6 +44,11 @@ pub(crate) fn ensure_tflite(ctx: &Context) -> Result<()> {
     ctx.run(ctx.cmd(python).args(["models/build_tflite.py", "--out", "target/models-tflite"]))
 }
 
+/// Builds the models of the demo.
+pub(crate) fn ensure_demo_models(ctx: &Context) -> Result<()> {
+    build(ctx, &DEMO)
+}
+
 /// Builds the models of the demo and copies them to where the site is built from.
 pub(crate) fn ensure_for_demo(ctx: &Context) -> Result<()> {
     build(ctx, &DEMO)?;
