@@ -27,7 +27,6 @@ pub mod quantize;
 pub mod session;
 pub mod storage;
 pub mod tensor;
-pub mod warm;
 
 pub use error::{Error, ErrorCode, Result};
 pub use ops::Precision;

@@ -283,10 +283,23 @@ enum Which {
     Candidate,
 }
 
+/// Whether a row counts for the range of the rows.
+type Counts<'a> = &'a dyn Fn(usize) -> bool;
+
 /// Products and cells in the arithmetic of one element type.
 trait Backend<T> {
-    /// `c = a weights' + bias? + add?`, rows of c and `add` being `ld` apart.
-    fn product(&self, d: usize, which: Which, a: &[T], add: Option<&[T]>, c: &mut [T], ld: usize) -> Result<()>;
+    /// `c = a weights' + bias? + add?`, rows of c and `add` being `ld` apart. Where `a` gets quantised, the rows that
+    /// `counts` names decide its range.
+    fn product(
+        &self,
+        d: usize,
+        which: Which,
+        a: &[T],
+        counts: Counts,
+        add: Option<&[T]>,
+        c: &mut [T],
+        ld: usize,
+    ) -> Result<()>;
     /// The reset gate times the hidden state, of a GRU that resets before the product, in vectors; whether there is such a
     /// form.
     fn reset(&self, _gates: &[T], _h: &[T], _out: &mut [T]) -> bool {
@@ -398,11 +411,7 @@ impl Layer {
         cx.with_workspace(needed, |work| {
             for d in 0..self.directions.len() {
                 let usual = self.is_usual(d, operands.peepholes.is_some());
-                // Steps behind the longest sequence do not count for the range of X. Only layers with the steps first
-                // have 8-bit weights.
-                let steps = operands.lengths.and_then(|l| l.iter().max()).map_or(sizes.steps, |&l| l as usize);
-                let ranged = steps * sizes.batch * sizes.input;
-                let backend = Vectors { cx, packed, cell: self.cell, hidden: self.hidden, usual, ranged };
+                let backend = Vectors { cx, packed, cell: self.cell, hidden: self.hidden, usual };
                 self.direction(d, &backend, sizes, operands, work, results)?;
             }
             Ok(())
@@ -490,7 +499,9 @@ impl Layer {
             }
         }
         if steps * batch > 0 && input > 0 {
-            backend.product(d, Which::Input, o.x, None, xw, g)?;
+            // Steps behind the longest sequence are read by nobody. Only layers with the steps first have 8-bit weights.
+            let longest = o.lengths.and_then(|l| l.iter().max()).map_or(steps, |&l| usize::try_from(l).unwrap_or(0));
+            backend.product(d, Which::Input, o.x, &|row| row < longest * batch, None, xw, g)?;
         } else if steps * batch > 0 {
             return Err(Error::new("a recurrent layer without input features"));
         }
@@ -507,6 +518,8 @@ impl Layer {
         let together = o.lengths.is_none() && (!self.batch_first || batch == 1);
         for s in 0..steps {
             let alive = |b: usize| s < length(b);
+            // The state of a sequence that ended before the last step is read by nobody.
+            let counts = |b: usize| s <= length(b);
             let time = |b: usize| if reverse { (length(b).max(1) - 1).saturating_sub(s) } else { s };
             let add: &[T] = if together {
                 &xw[time(0) * batch * g..][..batch * g]
@@ -520,14 +533,22 @@ impl Layer {
             let cell = PlainCell { layer: self, activations, peepholes };
             match self.cell {
                 Cell::Gru { linear_before_reset: false } => {
-                    backend.product(d, Which::Hidden, hs, Some(add), gates, g)?;
+                    backend.product(d, Which::Hidden, hs, &counts, Some(add), gates, g)?;
                     if !backend.reset(gates, hs, reset) {
                         cell.reset(gates, hs, reset);
                     }
-                    backend.product(d, Which::Candidate, reset, Some(&add[2 * h..]), &mut gates[2 * h..], g)?;
+                    backend.product(
+                        d,
+                        Which::Candidate,
+                        reset,
+                        &counts,
+                        Some(&add[2 * h..]),
+                        &mut gates[2 * h..],
+                        g,
+                    )?;
                 }
-                Cell::Gru { .. } => backend.product(d, Which::Hidden, hs, None, gates, g)?,
-                Cell::Lstm | Cell::Rnn => backend.product(d, Which::Hidden, hs, Some(add), gates, g)?,
+                Cell::Gru { .. } => backend.product(d, Which::Hidden, hs, &counts, None, gates, g)?,
+                Cell::Lstm | Cell::Rnn => backend.product(d, Which::Hidden, hs, &counts, Some(add), gates, g)?,
             }
             if !backend.step(gates, add, cs, hs, &alive) {
                 for b in (0..batch).filter(|&b| alive(b)) {
@@ -621,7 +642,16 @@ struct Plain<'a, T> {
 }
 
 impl<T: Number> Backend<T> for Plain<'_, T> {
-    fn product(&self, d: usize, which: Which, a: &[T], add: Option<&[T]>, c: &mut [T], ld: usize) -> Result<()> {
+    fn product(
+        &self,
+        d: usize,
+        which: Which,
+        a: &[T],
+        _: Counts,
+        add: Option<&[T]>,
+        c: &mut [T],
+        ld: usize,
+    ) -> Result<()> {
         let h = self.layer.hidden;
         let rows = self.layer.cell.gates() * h;
         let apart = self.layer.cell == Cell::Gru { linear_before_reset: false };
@@ -652,22 +682,21 @@ struct Vectors<'a> {
     cell: Cell,
     hidden: usize,
     usual: bool,
-    /// Elements of X that decide its range.
-    ranged: usize,
 }
 
 impl Vectors<'_> {
-    /// `c = a b scale + bias + add`, with `a` quantised by the range of its first `ranged` elements.
+    /// `c = a b scale + bias + add`, with `a` quantised by the range of the rows that `counts` names.
     fn quantized(
         &self,
         a: &[f32],
-        ranged: usize,
+        counts: Counts,
         (b, scale): (&PackedQ, &[f32]),
         bias: Option<&[f32]>,
         add: Option<&[f32]>,
         c: &mut [f32],
     ) -> Result<()> {
-        let (a_scale, a_zero) = quant::dynamic_range(&a[..ranged.min(a.len())]);
+        let counted = a.chunks_exact(b.k()).enumerate().filter(|(row, _)| counts(*row)).map(|(_, row)| row);
+        let (a_scale, a_zero) = quant::dynamic_range(counted);
         let (rows, bytes) = (a.len() / b.k(), a.len().div_ceil(4));
         self.cx.with_workspace(bytes + scale.len(), |work| {
             let (q, factor) = work.split_at_mut(bytes);
@@ -684,7 +713,16 @@ impl Vectors<'_> {
 }
 
 impl Backend<f32> for Vectors<'_> {
-    fn product(&self, d: usize, which: Which, a: &[f32], add: Option<&[f32]>, c: &mut [f32], ld: usize) -> Result<()> {
+    fn product(
+        &self,
+        d: usize,
+        which: Which,
+        a: &[f32],
+        counts: Counts,
+        add: Option<&[f32]>,
+        c: &mut [f32],
+        ld: usize,
+    ) -> Result<()> {
         let p = &self.packed.0[d];
         let (b, bias) = match which {
             Which::Input => (&p.w, Some(p.bias.input.as_slice())),
@@ -695,9 +733,8 @@ impl Backend<f32> for Vectors<'_> {
         let b = match b {
             PackedWeights::Real(b) => b,
             PackedWeights::Bytes { b, scale } => {
-                let ranged = if matches!(which, Which::Input) { self.ranged } else { a.len() };
                 let add = add.map(|add| &add[..a.len() / k * b.n()]);
-                return self.quantized(a, ranged, (b, scale), bias, add, c);
+                return self.quantized(a, counts, (b, scale), bias, add, c);
             }
         };
         let epilogue = Epilogue { bias, residual: add, activation: Activation::Identity };

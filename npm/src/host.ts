@@ -14,12 +14,6 @@ export const STEP_BUDGET_MS = 8;
 /** Bytes of a file that are read ahead while the build compiles. */
 const EARLY_BYTES = 32 << 20;
 
-/** A file of which so much is still to come leaves time for the warm-up. */
-const WARM_UP_BYTES = 4 << 20;
-
-/** How long the warm-up keeps the worker before it takes the next bytes, in milliseconds. */
-const WARM_UP_MS = 1;
-
 /** What the host needs from its surroundings; tests give fakes. */
 export interface HostEnvironment {
   readonly platform: Platform;
@@ -108,8 +102,6 @@ export class Host {
   readonly #started: Promise<Wasm>;
   #onStarted!: (wasm: Wasm | PromiseLike<Wasm>) => void;
   #wasm: Wasm | undefined;
-  /** The build with its pool, as long as it is not warm. */
-  #pooled: Wasm | undefined;
   #broken: WeblaneError | undefined;
 
   constructor(env: HostEnvironment) {
@@ -163,7 +155,6 @@ export class Host {
       this.#onStarted(starting.then(([wasm]) => wasm));
       const [wasm, choice] = await starting;
       const info = await this.#startThreads(wasm, choice, variant);
-      this.#pooled = wasm;
       progress({ phase: "compile", loaded: 1, total: 1 });
       const { buffer } = wasm.memory;
       if (typeof SharedArrayBuffer === "undefined" || !(buffer instanceof SharedArrayBuffer)) return { info };
@@ -222,7 +213,6 @@ export class Host {
           }
           loaded += bytes.byteLength;
           report();
-          if (this.#pooled && total - loaded > WARM_UP_BYTES) this.#warmUp();
         }
         await flush();
       } catch (error) {
@@ -426,12 +416,6 @@ export class Host {
       return wasm.startThreads(1);
     });
     return { ...choice, threads, threadsReason, version: wasm.version() };
-  }
-
-  /** Runs a piece of the warm-up unless it is over. */
-  #warmUp(): void {
-    const wasm = this.#pooled;
-    if (wasm !== undefined && this.#guard(() => wasm.warmUp(WARM_UP_MS))) this.#pooled = undefined;
   }
 
   #slot(session: number): SessionSlot {

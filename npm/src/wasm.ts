@@ -98,11 +98,6 @@ export interface Wasm {
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
   readonly WasmQuantizer: new (options: QuantizerOptions) => WasmQuantizer;
   version(): string;
-  /**
-   * Runs a piece of the network that makes the engine compile what a first run needs, for about `budgetMs`. True when
-   * that was all: it is not called again then.
-   */
-  warmUp(budgetMs: number): boolean;
   /** Address of the word that stops a run when the page sets it. */
   stopWord(): number;
   /** Address of the word that is 1 while nodes are executed. */
@@ -119,7 +114,6 @@ export interface Glue {
   readonly WasmSession: Wasm["WasmSession"];
   readonly WasmQuantizer: Wasm["WasmQuantizer"];
   readonly version: Wasm["version"];
-  readonly warmUp: Wasm["warmUp"];
   readonly stopWord: Wasm["stopWord"];
   readonly runningWord: Wasm["runningWord"];
   readonly lastFailure: Wasm["lastFailure"];

@@ -56,7 +56,7 @@ const host = new Host({
     let memory: WebAssembly.Memory;
     try {
       if (variant.endsWith("_mt")) avoidBaselineCompiler();
-      const module = (early && (await compiledByPage)) ?? (await compileBuild(variant, url));
+      const module = (early ? await compiledByPage : undefined) ?? (await compileBuild(variant, url));
       ({ memory } = await instantiate(glue, module));
     } catch (error) {
       if (helpers > 0) page.postMessage({ hire: 0 });
@@ -78,7 +78,6 @@ const host = new Host({
       WasmSession: glue.WasmSession,
       WasmQuantizer: glue.WasmQuantizer,
       version: glue.version,
-      warmUp: glue.warmUp,
       stopWord: glue.stopWord,
       runningWord: glue.runningWord,
       lastFailure: glue.lastFailure,

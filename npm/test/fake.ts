@@ -289,10 +289,6 @@ export class FakeEngine {
       WasmSession: FakeSession,
       WasmQuantizer: FakeQuantizer,
       version: () => "0.0.0",
-      warmUp: () => {
-        log.push("warm up");
-        return true;
-      },
       stopWord: () => 0,
       runningWord: () => 4,
       lastFailure: () => this.script.said,

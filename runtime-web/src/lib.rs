@@ -10,14 +10,13 @@ mod quantize;
 use external::Externals;
 use failure::Failure;
 use serde::{Deserialize, Serialize};
-use std::cell::{OnceCell, RefCell};
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use wasm_bindgen::prelude::*;
 use weblane_engine::fact::Dim;
 use weblane_engine::session::{Optimize, Timing, ValueInfo};
-use weblane_engine::warm::WarmUp;
 use weblane_engine::{DType, Error, ErrorCode, Loader, Options, Precision, Session, Tensor, TensorView};
 use weblane_kernels::par::Pool;
 
@@ -27,7 +26,6 @@ pub use wasm_bindgen_rayon::init_thread_pool;
 thread_local! {
     // One per module: its helpers occupy the workers of the global rayon pool, and all sessions share it.
     static POOL: OnceCell<Arc<Pool>> = const { OnceCell::new() };
-    static WARM_UP: RefCell<Option<WarmUp>> = const { RefCell::new(None) };
 }
 
 fn pool() -> Arc<Pool> {
@@ -45,28 +43,6 @@ pub fn on_load() {
 #[wasm_bindgen(js_name = startPool)]
 pub fn start_pool(threads: usize) -> usize {
     POOL.with(|pool| pool.get_or_init(|| Arc::new(Pool::new(threads))).threads())
-}
-
-/// Runs a piece of the network that makes the engine compile what a first run needs, at least one node and about
-/// `budget_ms`. Returns whether that was all; do not call it again then.
-#[wasm_bindgen(js_name = warmUp)]
-pub fn warm_up(budget_ms: f64) -> Result<bool, JsValue> {
-    let end = now() + budget_ms;
-    WARM_UP.with_borrow_mut(|warm| {
-        let running = match warm {
-            Some(running) => running,
-            None => {
-                let options = Options { threads: pool().threads(), ..Options::default() };
-                warm.insert(WarmUp::new(options, pool()).map_err(throw)?)
-            }
-        };
-        let mut first = true;
-        let done = running.advance(|_, _| !std::mem::replace(&mut first, false) && now() >= end).map_err(throw)?;
-        if done {
-            *warm = None;
-        }
-        Ok(done)
-    })
 }
 
 /// Address of the word that stops the nodes under way when the page sets it. It may be set only while the word at

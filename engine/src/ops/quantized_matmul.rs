@@ -55,7 +55,7 @@ impl QuantizedMatMul {
             return self.multiply(cx, io, bytes(a)?, a_scale, a_zero, packed);
         }
         let x = a.as_slice::<f32>()?;
-        let (a_scale, a_zero) = quant::dynamic_range(x);
+        let (a_scale, a_zero) = quant::dynamic_range([x]);
         cx.with_workspace(x.len().div_ceil(4), |work| {
             let q = &mut bytemuck::cast_slice_mut::<f32, u8>(work)[..x.len()];
             let grid = Grid { outer: 1, n: 1, inner: x.len(), sharing: Sharing::Tensor };
