@@ -229,7 +229,7 @@ impl Product {
         };
         let (a, a_scheme) = dequantized(view, a)?;
         let (k, n) = columns(&kind, &b.dims)?;
-        if !b.fit(k, n) || !(alpha.is_finite() && alpha > 0.0) {
+        if !(b.fit(k, n) && alpha.is_finite() && alpha > 0.0) {
             return None;
         }
         let bias = match bias {
