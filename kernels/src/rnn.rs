@@ -919,6 +919,93 @@ mod tests {
         });
     }
 
+    /// Both directions of an LSTM with 8-bit weights against the formulas, with operands quantised one by one.
+    #[test]
+    fn eight_bit_products_agree_with_the_formulas() {
+        const I: usize = 3;
+        const H: usize = 5;
+        const B: usize = 2;
+        const T: usize = 3;
+        let gates = [Gate::Sigmoid, Gate::Tanh, Gate::Tanh];
+        let layer = Layer {
+            cell: Cell::Lstm,
+            hidden: H,
+            directions: vec![(false, gates), (true, gates)],
+            clip: None,
+            input_forget: false,
+            batch_first: false,
+        };
+        let bytes = |len, seed| -> Vec<i8> { integers(len, seed).iter().map(|&v| (v * 15.0) as i8).collect() };
+        let (w, r) = (bytes(2 * I * 4 * H, 1), bytes(2 * H * 4 * H, 2));
+        let w_scale: Vec<f32> = (0..2 * 4 * H).map(|i| 0.01 + i as f32 * 0.0003).collect();
+        let (r_scale, w_zero) = ([0.011, 0.013], vec![3; 2 * 4 * H]);
+        let (bias, x) = (values(2 * 8 * H, 3), values(T * B * I, 4));
+        let lengths = [3, 1];
+        // In f32, as the kernel: where a number lies between two steps must not depend on the arithmetic.
+        let quantize = |rows: &[f32], counted: &[f32]| -> (Vec<i32>, f64) {
+            let (scale, zero) = quant::dynamic_range([counted]);
+            let q = rows.iter().map(|v| ((v / scale).round_ties_even() + f32::from(zero)).clamp(0.0, 255.0));
+            (q.map(|q| q as i32 - i32::from(zero)).collect(), f64::from(scale))
+        };
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let mut want = vec![0.0; T * 2 * B * H];
+        for d in 0..2 {
+            let (mut h, mut c) = (vec![0f32; B * H], vec![0f64; B * H]);
+            let (qx, x_scale) = quantize(&x, &x);
+            for s in 0..T {
+                let counted: Vec<f32> =
+                    (0..B).filter(|&b| s <= lengths[b]).flat_map(|b| h[b * H..][..H].to_vec()).collect();
+                let (qh, h_scale) = quantize(&h, &counted);
+                for b in (0..B).filter(|&b| s < lengths[b]) {
+                    let t = if d == 1 { lengths[b] - 1 - s } else { s };
+                    let gate = |g: usize, j: usize| {
+                        let column = g * H + j;
+                        let of_w = |k: usize| i32::from(w[(d * I + k) * 4 * H + column]) - 3;
+                        let of_r = |k: usize| i32::from(r[(d * H + k) * 4 * H + column]);
+                        let from_x: i32 = (0..I).map(|k| qx[(t * B + b) * I + k] * of_w(k)).sum();
+                        let from_h: i32 = (0..H).map(|k| qh[b * H + k] * of_r(k)).sum();
+                        let at = d * 8 * H + column;
+                        f64::from(from_x) * x_scale * f64::from(w_scale[d * 4 * H + column])
+                            + f64::from(from_h) * h_scale * f64::from(r_scale[d])
+                            + f64::from(bias[at])
+                            + f64::from(bias[at + 4 * H])
+                    };
+                    for j in 0..H {
+                        let new = sigmoid(gate(2, j)) * c[b * H + j] + sigmoid(gate(0, j)) * gate(3, j).tanh();
+                        c[b * H + j] = new;
+                        want[((t * 2 + d) * B + b) * H + j] = sigmoid(gate(1, j)) * new.tanh();
+                    }
+                }
+                for b in (0..B).filter(|&b| s < lengths[b]) {
+                    let t = if d == 1 { lengths[b] - 1 - s } else { s };
+                    for j in 0..H {
+                        h[b * H + j] = want[((t * 2 + d) * B + b) * H + j] as f32;
+                    }
+                }
+            }
+        }
+        each_context(|cx| {
+            let weights = QuantizedWeights {
+                w: Quantized { data: Bytes::I8(&w), scale: &w_scale, zero: &w_zero },
+                r: Quantized { data: Bytes::I8(&r), scale: &r_scale, zero: &[0, 0] },
+                bias: Some(&bias),
+            };
+            for form in Form::available(cx.isa()) {
+                let packed = layer.pack_quantized(cx.isa(), form, I, &weights).unwrap();
+                let lengths = [3, 1];
+                let o = Operands { x: &x, lengths: Some(&lengths), initial_h: None, initial_c: None, peepholes: None };
+                let mut y = vec![9.0; want.len()];
+                let mut out = Results { y: Some(&mut y), last_h: None, last_c: None };
+                layer.run(cx, &packed, Sizes { steps: T, batch: B, input: I }, &o, &mut out).unwrap();
+                for (i, (got, want)) in y.iter().zip(&want).enumerate() {
+                    assert!((f64::from(*got) - want).abs() < 1e-5, "{} {i}: {got} for {want}", cx.isa());
+                }
+                let wrong = QuantizedWeights { r: Quantized { scale: &[1.0; 3], ..weights.r }, ..weights };
+                assert!(layer.pack_quantized(cx.isa(), form, I, &wrong).is_err());
+            }
+        });
+    }
+
     /// One element of each cell by the formulas of the specification.
     #[test]
     fn one_step_by_hand() {
