@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 import build  # noqa: E402
+import contrib  # noqa: E402
 import export_conformance  # noqa: E402
 import fetch  # noqa: E402
 import goldens  # noqa: E402
@@ -190,6 +191,18 @@ class Architectures(unittest.TestCase):
             one, two, other = (_inputs.make(spec, seed) for seed in (3, 3, 4))
             self.assertTrue(all(np.array_equal(one[k], two[k]) for k in one))
             self.assertFalse(all(np.array_equal(one[k], other[k]) for k in one))
+
+
+class Contrib(unittest.TestCase):
+    def test_goldens_are_reproducible_and_say_something(self):
+        for name in ("qgemm", "matmul_4bits", "dynamic_quantize_lstm"):
+            with self.subTest(name):
+                (model, record), again = (contrib.golden(contrib.FAMILIES[name]()) for _ in range(2))
+                self.assertEqual((model, record), again)
+                for one, two in zip(*(s["outputs"] for s in record["sets"]), strict=True):
+                    one, two = (tensors.decode(entry).astype(np.float64) for entry in (one, two))
+                    bound = record["atol"] + record["rtol"] * np.abs(two)
+                    self.assertGreater((np.abs(one - two) > bound).mean(), 0.5)
 
 
 class Sentences(unittest.TestCase):

@@ -3,6 +3,7 @@
 mod bench;
 mod cases;
 mod inspect;
+mod quantize;
 mod run;
 
 use anyhow::{Context, Result, anyhow};
@@ -27,6 +28,8 @@ enum Command {
     Inspect(inspect::Inspect),
     /// Run a model on .npy files and write its outputs
     Run(run::Run),
+    /// Quantise a model to 8 or 4 bits, or convert it to another precision
+    Quantize(Box<quantize::Quantize>),
     /// Measure runs of a model on random input
     Bench(bench::Bench),
     /// Run ONNX's own test cases, as models/export_conformance.py writes them
@@ -112,6 +115,7 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Inspect(c) => c.run(),
         Command::Run(c) => c.run(),
+        Command::Quantize(c) => c.run(),
         Command::Bench(c) => c.run(),
         Command::Conformance(c) => c.run(),
         Command::Golden(c) => c.run(),

@@ -57,7 +57,12 @@ fn summary(t: &Tensor) -> String {
 }
 
 fn read_npy(path: &Path, wanted: Option<DType>) -> Result<Tensor> {
-    let npy = npyz::NpyFile::new(BufReader::new(File::open(path)?))?;
+    read_npy_from(BufReader::new(File::open(path)?), wanted)
+}
+
+/// An array from the bytes of an .npy file.
+pub(crate) fn read_npy_from(file: impl std::io::Read, wanted: Option<DType>) -> Result<Tensor> {
+    let npy = npyz::NpyFile::new(file)?;
     if npy.order() != npyz::Order::C {
         bail!("the array is in Fortran order; save it with numpy.ascontiguousarray");
     }

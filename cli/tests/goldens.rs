@@ -1,6 +1,7 @@
 //! Whole models against native onnxruntime: on every instruction set of the machine, optimised and as they stand.
 //!
-//! Models come from `models/build.py` and the mirror of published ones; what is not there is named and skipped.
+//! Models come from `models/build.py`, `models/contrib.py` and the mirror of published ones; what is not there is named and
+//! skipped.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,7 +24,14 @@ fn models() -> Vec<(String, PathBuf, PathBuf)> {
     ];
     let published = published.iter().map(|n| (n, mirror.join(n), mirror.join(n)));
     let built = built.iter().map(|n| (n, root.join("target/models").join(n), root.join("target/goldens").join(n)));
-    published.chain(built).map(|(n, model, data)| (n.to_string(), model, data)).collect()
+    let mut models: Vec<_> = published.chain(built).map(|(n, model, data)| (n.to_string(), model, data)).collect();
+    let families = std::fs::read_dir(root.join("target/contrib")).into_iter().flatten().flatten();
+    models.extend(
+        families
+            .filter(|f| f.path().is_dir())
+            .map(|f| (f.file_name().to_string_lossy().into_owned(), f.path(), f.path())),
+    );
+    models
 }
 
 #[test]

@@ -335,7 +335,7 @@ fn import_node(proto: onnx::Node, graph: &mut Graph, names: &Names, scope: &Scop
 }
 
 /// What the file says of a value; `None` when it says nothing.
-fn declared(info: &onnx::ValueInfo) -> Result<Option<Fact>> {
+pub(crate) fn declared(info: &onnx::ValueInfo) -> Result<Option<Fact>> {
     let (elem_type, shape) = match &info.ty {
         None => return Ok(None),
         Some(TypeProto::Tensor { elem_type, shape }) => (*elem_type, shape),

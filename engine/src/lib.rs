@@ -23,6 +23,7 @@ pub mod ops;
 pub mod optimize;
 pub mod plan;
 pub mod prepack;
+pub mod quantize;
 pub mod session;
 pub mod storage;
 pub mod tensor;

@@ -8,6 +8,10 @@
 //!     a place <- constant | bytes of the arena | dynamic
 //! ```
 //!
+//! Values that are runs of the bytes of others (reshapes, parts along the outermost axis) are views. What a `Concat` along the
+//! outermost axis reads is computed where it will lie in the result; only operands that stand elsewhere (constants, inputs,
+//! parts of other values) are copied.
+//!
 //! A value whose shape depends on the elements of another (`NonZero`, a `Reshape` to a computed shape) is dynamic: its
 //! step infers the shape when it runs, and allocates. All other steps allocate nothing.
 //!
@@ -122,6 +126,9 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
     for (position, &i) in nodes.iter().enumerate() {
         let node = &graph.nodes[i];
         if buffers.skipped[position] {
+            for &k in &buffers.copied[position] {
+                steps.push(planned.copy_operand(node, k)?);
+            }
             continue;
         }
         let is_dynamic = node.outputs.iter().any(|o| dynamic[o.index()].is_some());
@@ -324,18 +331,51 @@ impl Values<'_> {
         self.index[id.index()] = Some(self.values.len() - 1);
         Ok(self.values.len() - 1)
     }
+
+    /// The step that copies one operand to its place in the result of a node that joins its operands.
+    fn copy_operand(&mut self, node: &Node, operand: usize) -> Result<Step> {
+        let lost = || Error::internal("an operand to be joined has no place");
+        let (from, to) = (self.get(node.inputs[operand].ok_or_else(lost)?)?, self.get(node.outputs[0])?);
+        let Place::Arena(whole) = self.values[to].place.clone() else { return Err(lost()) };
+        let mut start = whole.start;
+        for id in node.inputs[..operand].iter().flatten() {
+            let fact = self.facts[id.index()].as_ref().ok_or_else(lost)?;
+            start += byte_count(fact.dtype, &fact.dims().ok_or_else(lost)?)?;
+        }
+        let Planned { dtype, dims, .. } = self.values[from].clone();
+        let end = start + byte_count(dtype, &dims)?;
+        self.values.push(Planned { dtype, dims, place: Place::Arena(start..end) });
+        Ok(Step {
+            // Of one operand: a copy.
+            node: Node { inputs: vec![node.inputs[operand]], ..node.clone() },
+            compute: None,
+            inputs: vec![Some(from)],
+            outputs: vec![self.values.len() - 1],
+            in_place: None,
+            is_dynamic: false,
+            frees: Vec::new(),
+        })
+    }
 }
 
 /// Which values share a buffer, and where the buffers are.
 struct Buffers {
-    of_value: Vec<Option<usize>>,
+    /// The buffer of a value and where in it the value begins, in bytes.
+    of_value: Vec<Option<(usize, usize)>>,
     offsets: Vec<usize>,
     arena_bytes: usize,
     /// Per position in the list of nodes: the operand that result 0 is computed in.
     in_place: Vec<Option<usize>>,
-    /// Per position in the list of nodes: a view, with nothing to run.
+    /// Per position in the list of nodes: nothing to run, but for the copies.
     skipped: Vec<bool>,
+    /// Per position in the list of nodes: operands to be copied to their place in the result.
+    copied: Vec<Vec<usize>>,
 }
+
+/// Parts of a buffer that are values of their own begin at multiples of this many bytes: a vector of the smallest kind.
+/// Kernels read and write from any address; lines of the cache that two values share, or vectors across two lines, cost less
+/// than a copy.
+const PART_ALIGN: usize = 16;
 
 #[derive(Clone, Copy)]
 struct Life {
@@ -346,7 +386,7 @@ struct Life {
 
 impl Buffers {
     fn offset_of(&self, id: ValueId) -> Option<usize> {
-        self.of_value[id.index()].map(|b| self.offsets[b])
+        self.of_value[id.index()].map(|(b, at)| self.offsets[b] + at)
     }
 
     fn assign(graph: &Graph, facts: &[Option<Fact>], nodes: &[usize], dynamic: &[Option<usize>]) -> Result<Buffers> {
@@ -358,19 +398,66 @@ impl Buffers {
                 None => Err(Error::internal("a planned value has no shape")),
             }
         };
-        // Views share the value that they look at; `root` of a value is the one it is a view of.
+        // Views share the value that they look at; `root` of a value is the one it lies in, `at` where in it, in bytes.
         let mut root: Vec<usize> = (0..graph.values.len()).collect();
+        let mut at = vec![0; graph.values.len()];
         let mut skipped = vec![false; nodes.len()];
+        let mut copied = vec![Vec::new(); nodes.len()];
         for (position, &i) in nodes.iter().enumerate() {
             let node = &graph.nodes[i];
-            if let (true, Some(Some(from)), [to]) = (node.op.is_view(), node.inputs.first(), node.outputs.as_slice())
-                && in_arena(*from)
-                && in_arena(*to)
-            {
-                root[to.index()] = root[from.index()];
+            if let Some(begins) = views(node, facts, &in_arena)? {
+                let Some(from) = node.inputs[0] else { continue };
+                for (to, begin) in node.outputs.iter().zip(begins) {
+                    root[to.index()] = root[from.index()];
+                    at[to.index()] = at[from.index()] + begin;
+                }
                 skipped[position] = true;
             }
         }
+        // The value that another one was moved into, and where. The last nodes first: a result may lie in another.
+        let mut within: Vec<Option<(usize, usize)>> = vec![None; graph.values.len()];
+        let find = |within: &[Option<(usize, usize)>], id: ValueId| {
+            let (mut value, mut offset) = (root[id.index()], at[id.index()]);
+            while let Some((outer, begin)) = within[value] {
+                (value, offset) = (outer, offset + begin);
+            }
+            (value, offset)
+        };
+        let mut is_input = vec![false; graph.values.len()];
+        graph.inputs.iter().for_each(|id| is_input[id.index()] = true);
+        for (position, &i) in nodes.iter().enumerate().rev() {
+            let node = &graph.nodes[i];
+            let &[to] = node.outputs.as_slice() else { continue };
+            let fact = facts[to.index()].as_ref().filter(|f| in_arena(to) && f.dtype.bits() >= 8);
+            if !fact.and_then(Fact::dims).is_some_and(|d| node.op.joins(&d)) {
+                continue;
+            }
+            let (outer, mut begin) = find(&within, to);
+            let (mut others, mut is_joined) = (Vec::new(), false);
+            for (k, id) in node.operands().enumerate() {
+                let ((inner, offset), size) = (find(&within, id), bytes(id)?);
+                let is_own = in_arena(id)
+                    && size > 0
+                    && offset == 0
+                    && bytes(ValueId(inner as u32))? == size
+                    && inner != outer
+                    && !is_input[inner]
+                    && begin.is_multiple_of(PART_ALIGN);
+                if is_own {
+                    within[inner] = Some((outer, begin));
+                    is_joined = true;
+                } else if size > 0 {
+                    others.push(k);
+                }
+                begin += size;
+            }
+            if is_joined {
+                skipped[position] = true;
+                copied[position] = others;
+            }
+        }
+        let (root, at): (Vec<usize>, Vec<usize>) =
+            (0..graph.values.len() as u32).map(|v| find(&within, ValueId(v))).unzip();
         let mut last_use = vec![0; graph.values.len()];
         for (position, &i) in nodes.iter().enumerate() {
             for id in graph.nodes[i].operands() {
@@ -381,21 +468,27 @@ impl Buffers {
             last_use[root[id.index()]] = usize::MAX;
         }
 
-        let mut of_root: Vec<Option<usize>> = vec![None; graph.values.len()];
+        let mut of_root: Vec<Option<(usize, usize)>> = vec![None; graph.values.len()];
         let mut lives: Vec<Life> = Vec::new();
         let mut in_place = vec![None; nodes.len()];
         for &id in graph.inputs.iter().filter(|&&id| in_arena(id)) {
-            of_root[id.index()] = Some(lives.len());
+            of_root[id.index()] = Some((lives.len(), 0));
             lives.push(Life { bytes: bytes(id)?, first: 0, last: last_use[id.index()] });
         }
         for (position, &i) in nodes.iter().enumerate() {
             let node = &graph.nodes[i];
             for (k, &id) in node.outputs.iter().enumerate() {
                 let r = root[id.index()];
-                if !in_arena(id) || r != id.index() {
+                // Views, and values whose parts are there already.
+                if !in_arena(id) || of_root[r].is_some() {
                     continue;
                 }
                 let last = last_use[r].max(position);
+                if r != id.index() {
+                    of_root[r] = Some((lives.len(), 0));
+                    lives.push(Life { bytes: bytes(ValueId(r as u32))?, first: position, last });
+                    continue;
+                }
                 let taken = if k == 0 {
                     node.op.in_place().iter().copied().find(|&operand| {
                         let Some(Some(from)) = node.inputs.get(operand).copied() else { return false };
@@ -408,24 +501,47 @@ impl Buffers {
                 } else {
                     None
                 };
-                let buffer = match taken.and_then(|operand| of_root[root[node.inputs[operand]?.index()]]) {
-                    Some(buffer) => {
+                let place_of = |operand: usize| {
+                    let from = node.inputs[operand]?.index();
+                    of_root[root[from]].map(|(buffer, base)| (buffer, base + at[from]))
+                };
+                of_root[r] = Some(match taken.and_then(place_of) {
+                    Some((buffer, base)) => {
                         in_place[position] = taken;
                         lives[buffer].last = lives[buffer].last.max(last);
-                        buffer
+                        (buffer, base)
                     }
                     None => {
                         lives.push(Life { bytes: bytes(id)?, first: position, last });
-                        lives.len() - 1
+                        (lives.len() - 1, 0)
                     }
-                };
-                of_root[r] = Some(buffer);
+                });
             }
         }
         let (offsets, arena_bytes) = place(&lives)?;
-        let of_value = root.iter().map(|&r| of_root[r]).collect();
-        Ok(Buffers { of_value, offsets, arena_bytes, in_place, skipped })
+        let of_value = root.iter().zip(&at).map(|(&r, at)| of_root[r].map(|(b, base)| (b, base + at))).collect();
+        Ok(Buffers { of_value, offsets, arena_bytes, in_place, skipped, copied })
     }
+}
+
+/// Where the results of a node begin in operand 0, in bytes, if they are views of it.
+fn views(node: &Node, facts: &[Option<Fact>], in_arena: &impl Fn(ValueId) -> bool) -> Result<Option<Dims>> {
+    let Some(Some(from)) = node.inputs.first() else { return Ok(None) };
+    if !in_arena(*from) || !node.outputs.iter().all(|&to| in_arena(to)) {
+        return Ok(None);
+    }
+    if node.op.is_view() && node.outputs.len() == 1 {
+        return Ok(Some([0].into_iter().collect()));
+    }
+    let dtype = facts[from.index()].as_ref().map_or(DType::U8, |f| f.dtype);
+    if dtype.bits() < 8 {
+        return Ok(None);
+    }
+    let dims: Option<Vec<Dims>> = node.outputs.iter().map(|o| facts[o.index()].as_ref()?.dims()).collect();
+    let Some(dims) = dims else { return Ok(None) };
+    let Some(begins) = node.op.cuts(&operand_facts(node, facts)?, &dims) else { return Ok(None) };
+    let begins = begins.iter().map(|&n| byte_count(dtype, &[n])).collect::<Result<Dims>>()?;
+    Ok(begins.iter().all(|b| b.is_multiple_of(PART_ALIGN)).then_some(begins))
 }
 
 /// Offsets of buffers, and the size of the arena that holds them.
@@ -463,6 +579,119 @@ fn place(lives: &[Life]) -> Result<(Vec<usize>, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optimize::testing::{Net, int};
+
+    fn joined(n: &mut Net, parts: &[ValueId]) -> ValueId {
+        n.op_with("Concat", parts, &[("axis", int(1))])
+    }
+
+    fn cut(n: &mut Net, x: ValueId, sizes: &[i64]) -> Vec<ValueId> {
+        let sizes_id = n.i64s(sizes);
+        n.nodes_of("", "Split", &[Some(x), Some(sizes_id)], &[("axis", int(1))], sizes.len())
+    }
+
+    #[test]
+    fn what_is_joined_and_cut_along_the_outermost_axis_costs_nothing() {
+        let mut n = Net::new(18);
+        let x = n.input("x", &[1, 8, 4]);
+        let parts = cut(&mut n, x, &[3, 5]);
+        let (a, b) = (n.op("Neg", &[parts[0]]), n.op("Exp", &[parts[1]]));
+        let shape = n.i64s(&[1, 4, 5]);
+        let c = n.op("Reshape", &[b, shape]);
+        let c = n.op("Abs", &[c]);
+        let y = joined(&mut n, &[b, a]);
+        let y = n.op("Sin", &[y]);
+        n.output(y);
+        n.output(c);
+        assert_eq!(n.planned(), ["Neg", "Exp", "Abs", "Sin"]);
+        // Inputs, constants, parts of other values and what stands there twice are copied, the others not.
+        let mut n = Net::new(18);
+        let x = n.input("x", &[1, 2, 4]);
+        let (w, a) = (n.weights(&[1, 1, 4]), n.op("Neg", &[x]));
+        let inner = joined(&mut n, &[a, a]);
+        let y = joined(&mut n, &[w, inner, x]);
+        n.output(y);
+        assert_eq!(n.planned(), ["Neg", "Concat", "Concat", "Concat"]);
+        // Along another axis rows interleave; parts of 4 bytes do not begin where a vector may.
+        let mut n = Net::new(18);
+        let x = n.input("x", &[2, 4]);
+        let a = n.op("Neg", &[x]);
+        let y = joined(&mut n, &[a, x]);
+        let z = n.input("z", &[1, 3]);
+        let parts = cut(&mut n, z, &[1, 2]);
+        let z = n.op("Abs", &[parts[1]]);
+        n.output(y);
+        n.output(z);
+        assert_eq!(n.planned(), ["Neg", "Concat", "Split", "Abs"]);
+    }
+
+    #[test]
+    fn slices_that_are_runs() {
+        let slice = |start: i64, end: i64, axis: i64, step: i64| {
+            let mut n = Net::new(18);
+            let x = n.input("x", &[4, 4, 8]);
+            let [start, end, axis, step] = [start, end, axis, step].map(|v| n.i64s(&[v]));
+            let y = n.op("Slice", &[x, start, end, axis, step]);
+            let y = n.op("Neg", &[y]);
+            n.output(y);
+            n.planned().len() == 1
+        };
+        assert!(slice(1, 3, 0, 1) && slice(-1, -2, 0, -1));
+        assert!(!slice(3, 0, 0, -1) && !slice(0, 4, 0, 2) && !slice(1, 3, 1, 1) && !slice(0, 2, 2, 1));
+    }
+
+    #[test]
+    fn any_graph_of_parts_computes_what_its_nodes_say() {
+        let mut seed = 3u64;
+        let mut next = |n: usize| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) as usize % n
+        };
+        for _ in 0..200 {
+            let mut n = Net::new(18);
+            // Values of shape [1, rows, 4].
+            let mut values: Vec<(ValueId, usize)> = Vec::new();
+            for name in ["x", "y"] {
+                let rows = 1 + next(5);
+                values.push((n.input(name, &[1, rows, 4]), rows));
+            }
+            for _ in 0..14 {
+                let (x, rows) = values[next(values.len())];
+                match next(6) {
+                    0 => values.push((n.op("Neg", &[x]), rows)),
+                    1 => {
+                        let others: Vec<_> = values.iter().filter(|v| v.1 == rows).map(|v| v.0).collect();
+                        let other = others[next(others.len())];
+                        values.push((n.op("Add", &[x, other]), rows));
+                    }
+                    2 if rows > 1 => {
+                        let first = 1 + next(rows - 1);
+                        let parts = cut(&mut n, x, &[first as i64, (rows - first) as i64]);
+                        values.extend([(parts[0], first), (parts[1], rows - first)]);
+                    }
+                    3 => {
+                        let shape = n.i64s(&[1, 4 * rows as i64]);
+                        let flat = n.op("Reshape", &[x, shape]);
+                        let flat = n.op("Abs", &[flat]);
+                        let shape = n.i64s(&[1, rows as i64, 4]);
+                        values.push((n.op("Reshape", &[flat, shape]), rows));
+                    }
+                    _ if rows < 40 => {
+                        let others: Vec<_> = (0..next(3)).map(|_| values[next(values.len())]).collect();
+                        let parts: Vec<_> = others.iter().map(|o| o.0).chain([x]).collect();
+                        values.push((joined(&mut n, &parts), rows + others.iter().map(|o| o.1).sum::<usize>()));
+                    }
+                    _ => {}
+                }
+            }
+            for (id, _) in [values[values.len() - 1], values[next(values.len())]] {
+                if !n.graph.inputs.contains(&id) && !n.graph.outputs.contains(&id) {
+                    n.output(id);
+                }
+            }
+            n.planned();
+        }
+    }
 
     #[test]
     fn buffers_that_live_together_do_not_overlap() {

@@ -226,8 +226,7 @@ impl Session {
                 Optimize::None => graph,
                 Optimize::All => optimize(graph, &declared, cx)?,
             };
-            let constants = graph.values.iter().filter_map(|v| v.constant.as_ref());
-            let constant_bytes = constants.map(|t| t.bytes().len()).sum();
+            let constant_bytes = constant_bytes(&graph);
             // A branch may take the place of its If when a plan is made, and that wants the elements of constants.
             if !graph.nodes.iter().any(|n| n.op.is::<If>()) {
                 prepack::run(&mut graph, &declared, &packed, cx)?;
@@ -525,6 +524,19 @@ fn feed<'a, 'b>(feeds: &'b [(&str, TensorView<'a>)], name: &str) -> Result<&'b T
         .find(|(n, _)| *n == name)
         .map(|(_, v)| v)
         .ok_or_else(|| Error::new(ErrorCode::MissingInput, format!("the input \"{name}\" is missing")))
+}
+
+/// Bytes of the constants of a graph and of the bodies in it; one that several bodies share counts once.
+fn constant_bytes(graph: &Graph) -> usize {
+    let mut seen = std::collections::HashSet::new();
+    let mut graphs = vec![graph];
+    let mut bytes = 0;
+    while let Some(g) = graphs.pop() {
+        let constants = g.values.iter().filter_map(|v| v.constant.as_ref());
+        bytes += constants.filter(|t| seen.insert(Arc::as_ptr(t))).map(|t| t.bytes().len()).sum::<usize>();
+        graphs.extend(g.nodes.iter().flat_map(|n| n.op.bodies()));
+    }
+    bytes
 }
 
 fn count_operators(graph: &crate::onnx::Graph) -> BTreeMap<String, usize> {

@@ -550,6 +550,8 @@ pub fn take(cx: &Cx, dims: &[usize], maps: &[Vec<usize>], x: &[u8], value: &[u8]
     let row = inner.len() * element;
     let rows = y.len() / row;
     let per_task = (TASK_BYTES / row).max(1);
+    // Padding leaves the middle of a row as it is: one copy, where a copy per element is a call each.
+    let run = longest_run(inner);
     let out = DisjointMut::new(y);
     cx.for_each(rows.div_ceil(per_task), (rows * inner.len() * 4) as u64, &|t| {
         for r in t * per_task..rows.min((t + 1) * per_task) {
@@ -563,15 +565,45 @@ pub fn take(cx: &Cx, dims: &[usize], maps: &[Vec<usize>], x: &[u8], value: &[u8]
                 rest /= map.len();
                 stride *= d;
             }
-            for (to, &at) in to.chunks_exact_mut(element).zip(inner) {
-                match from {
-                    Some(f) if at != FILL => to.copy_from_slice(&x[f + at * element..][..element]),
-                    _ => to.copy_from_slice(value),
+            let one_by_one = |to: &mut [u8], map: &[usize]| {
+                for (to, &at) in to.chunks_exact_mut(element).zip(map) {
+                    match from {
+                        Some(f) if at != FILL => to.copy_from_slice(&x[f + at * element..][..element]),
+                        _ => to.copy_from_slice(value),
+                    }
                 }
+            };
+            match from {
+                Some(f) if !run.is_empty() => {
+                    let bytes = run.start * element..run.end * element;
+                    one_by_one(&mut to[..bytes.start], &inner[..run.start]);
+                    to[bytes.clone()].copy_from_slice(&x[f + inner[run.start] * element..][..bytes.len()]);
+                    one_by_one(&mut to[bytes.end..], &inner[run.end..]);
+                }
+                _ => one_by_one(to, inner),
             }
         }
     });
     Ok(())
+}
+
+/// The longest part of a map in which each place follows the one before; empty when all places get the fill value.
+fn longest_run(map: &[usize]) -> core::ops::Range<usize> {
+    let mut longest = 0..0;
+    let mut start = 0;
+    for i in 0..map.len() {
+        if map[i] == FILL {
+            start = i + 1;
+            continue;
+        }
+        if i > start && map[i] != map[i - 1] + 1 {
+            start = i;
+        }
+        if i + 1 - start > longest.len() {
+            longest = start..i + 1;
+        }
+    }
+    longest
 }
 
 /// `y = if condition { a } else { b }` with broadcasting. Strides count elements along the axes of `dims`, the shape
@@ -787,6 +819,32 @@ mod tests {
             take(cx, &[2, 3], &maps, &x, &[9], &mut y).unwrap();
             assert_eq!(y, [6, 6, 9, 4, 9, 9, 9, 9, 3, 3, 9, 1]);
             assert!(take(cx, &[2, 2], &maps, &x[..4], &[9], &mut y).is_err());
+
+            // Runs at the begin, in the middle, at the end, as long as another one, of one place, and none.
+            let inners: [&[usize]; 8] = [
+                &[0, 1, 2, 3, 4],
+                &[2, 1, 0, 1, 2, 3, 4, 3],
+                &[FILL, 0, 1, 2],
+                &[3, 4, FILL, 0, 1, 2, FILL],
+                &[0, 1, 3, 4],
+                &[4, 3, 2],
+                &[FILL, FILL],
+                &[1],
+            ];
+            for (inner, element) in inners.into_iter().flat_map(|inner| [1, 4, 8].map(|e| (inner, e))) {
+                let (x, value) = (bytes(3 * 5 * element), vec![200; element]);
+                let outer = [2, FILL, 0, 1];
+                let mut y = vec![0; outer.len() * inner.len() * element];
+                take(cx, &[3, 5], &[outer.to_vec(), inner.to_vec()], &x, &value, &mut y).unwrap();
+                let places = outer.iter().flat_map(|&i| inner.iter().map(move |&j| (i, j)));
+                let want: Vec<u8> = places
+                    .flat_map(|(i, j)| match i == FILL || j == FILL {
+                        true => value.clone(),
+                        false => x[(i * 5 + j) * element..][..element].to_vec(),
+                    })
+                    .collect();
+                assert_eq!(y, want, "{inner:?}");
+            }
         });
     }
 

@@ -420,13 +420,13 @@ mod tests {
                     let packed_zeros = bytes(format.zero_bytes().unwrap(), 3);
                     let real_zeros: Vec<f32> = reals(n * blocks, 4).iter().map(|z| z * 3.0 + 1.5).collect();
                     let bias = reals(n, 5);
-                    for zeros in [BlockZeros::Middle, BlockZeros::Packed(&packed_zeros), BlockZeros::Real(&real_zeros)] {
+                    for zeros in [BlockZeros::Middle, BlockZeros::Packed(&packed_zeros), BlockZeros::Real(&real_zeros)]
+                    {
                         let w = nbits::dequantize(&format, &data, &scales, zeros);
                         let packed = NBits::new(cx.isa(), format, &data, &scales, zeros).unwrap();
                         for m in [1, 2, 3, 4, 7, 33] {
                             let a = reals(m * k, 6);
-                            let want =
-                                reference::gemm(ndarray::ArrayView2::from_shape((m, k), &a).unwrap(), w.view());
+                            let want = reference::gemm(ndarray::ArrayView2::from_shape((m, k), &a).unwrap(), w.view());
                             let epilogue =
                                 Epilogue { bias: Some(&bias), residual: None, activation: Activation::Identity };
                             let mut y = vec![9.0; m * n];

@@ -140,6 +140,13 @@ impl Kernel for Round<'_> {
     }
 }
 
+/// The scale and zero point with which the numbers of these slices, and 0, fit into `uint8`.
+pub fn dynamic_range<'a>(x: impl IntoIterator<Item = &'a [f32]>) -> (f32, u8) {
+    let (lo, hi) = x.into_iter().flatten().fold((0f32, 0f32), |(lo, hi), &v| (lo.min(v), hi.max(v)));
+    let scale = if hi == lo { 1.0 } else { (hi - lo) / 255.0 };
+    (scale, (-lo / scale).clamp(0.0, 255.0).round_ties_even() as u8)
+}
+
 /// `y = (x - zero) scale`.
 ///
 /// # Errors

@@ -13,13 +13,18 @@
 //!
 //! The vector pass knows the usual activations (sigmoid for gates, tanh elsewhere), without peepholes, clipping or
 //! coupled gates. Everything else takes the plain loop, in `f64`; so does `f64` data.
+//!
+//! With 8-bit weights the left operand of each product is quantised by its own range first, as the operator
+//! `DynamicQuantizeLSTM` wants it; all else is the same.
 
 use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
 use crate::gemm::{Matrix, PackedB, Rhs, gemm};
+use crate::int8::{Bytes, Form, Output, PackedQ, QMatrix, qgemm};
 use crate::math;
 use crate::naive::{self, Number};
 use crate::par::{Cx, DisjointMut};
+use crate::quant::{self, Grid, Sharing};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 
 /// Which layer.
@@ -170,16 +175,79 @@ pub struct Weights<'a, T> {
     pub bias: Option<&'a [T]>,
 }
 
+/// 8-bit weights of all directions.
+#[derive(Clone, Copy, Debug)]
+pub struct Quantized<'a> {
+    /// `[D, k, gates H]`: transposed, unlike [`Weights`].
+    pub data: Bytes<'a>,
+    /// One for each direction, or for each of its columns.
+    pub scale: &'a [f32],
+    /// The same.
+    pub zero: &'a [i32],
+}
+
+impl Quantized<'_> {
+    /// Packs direction `d` of `directions`, `k` x `n`.
+    fn pack(&self, isa: Isa, form: Form, [d, directions]: [usize; 2], [k, n]: [usize; 2]) -> Result<PackedWeights> {
+        let each = self.scale.len() / directions;
+        let len = k.checked_mul(n).filter(|len| len.checked_mul(directions) == Some(self.data.len()));
+        if (each != 1 && each != n) || each * directions != self.scale.len() || self.zero.len() != self.scale.len() {
+            return Err(Error::new(format!(
+                "{} scales and {} zero points for {directions} directions of {n} columns",
+                self.scale.len(),
+                self.zero.len()
+            )));
+        }
+        let Some(len) = len else {
+            return Err(Error::new(format!("{} weights for {directions} directions of {k} x {n}", self.data.len())));
+        };
+        let data = match self.data {
+            Bytes::U8(x) => Bytes::U8(&x[d * len..][..len]),
+            Bytes::I8(x) => Bytes::I8(&x[d * len..][..len]),
+        };
+        Ok(PackedWeights::Bytes {
+            b: PackedQ::new(isa, form, QMatrix::new(data, k, n), &self.zero[d * each..][..each])?,
+            scale: self.scale[d * each..][..each].to_vec(),
+        })
+    }
+}
+
+/// Weights of an LSTM whose products are of bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizedWeights<'a> {
+    /// Of the input.
+    pub w: Quantized<'a>,
+    /// Of the hidden state.
+    pub r: Quantized<'a>,
+    /// `[D, 8 H]`: of W, then of R.
+    pub bias: Option<&'a [f32]>,
+}
+
 /// Weights of all directions, packed.
 #[derive(Debug)]
 pub struct Packed(Vec<PackedDirection>);
 
 #[derive(Debug)]
+enum PackedWeights {
+    Real(PackedB),
+    Bytes { b: PackedQ, scale: Vec<f32> },
+}
+
+impl PackedWeights {
+    fn k(&self) -> usize {
+        match self {
+            PackedWeights::Real(b) => b.k(),
+            PackedWeights::Bytes { b, .. } => b.k(),
+        }
+    }
+}
+
+#[derive(Debug)]
 struct PackedDirection {
-    w: PackedB,
-    r: PackedB,
+    w: PackedWeights,
+    r: PackedWeights,
     /// The rows of R of the candidate, for a GRU that resets before the product; `r` has the others.
-    r_candidate: Option<PackedB>,
+    r_candidate: Option<PackedWeights>,
     bias: Bias<f32>,
 }
 
@@ -215,10 +283,23 @@ enum Which {
     Candidate,
 }
 
+/// Whether a row counts for the range of the rows.
+type Counts<'a> = &'a dyn Fn(usize) -> bool;
+
 /// Products and cells in the arithmetic of one element type.
 trait Backend<T> {
-    /// `c = a weights' + bias? + add?`, rows of c and `add` being `ld` apart.
-    fn product(&self, d: usize, which: Which, a: &[T], add: Option<&[T]>, c: &mut [T], ld: usize) -> Result<()>;
+    /// `c = a weights' + bias? + add?`, rows of c and `add` being `ld` apart. Where `a` gets quantised, the rows that
+    /// `counts` names decide its range.
+    fn product(
+        &self,
+        d: usize,
+        which: Which,
+        a: &[T],
+        counts: Counts,
+        add: Option<&[T]>,
+        c: &mut [T],
+        ld: usize,
+    ) -> Result<()>;
     /// The reset gate times the hidden state, of a GRU that resets before the product, in vectors; whether there is such a
     /// form.
     fn reset(&self, _gates: &[T], _h: &[T], _out: &mut [T]) -> bool {
@@ -269,22 +350,46 @@ impl Layer {
         let (rows, h) = (self.check_weights(input, weights)?, self.hidden);
         let apart = self.cell == Cell::Gru { linear_before_reset: false };
         let pack = |data: &[f32], cols: usize| {
-            PackedB::new(isa, Matrix::new(data, data.len() / cols.max(1), cols).transposed())
+            PackedB::new(isa, Matrix::new(data, data.len() / cols.max(1), cols).transposed()).map(PackedWeights::Real)
         };
         let of = |d: usize| -> Result<PackedDirection> {
             let r = &weights.r[d * rows * h..][..rows * h];
             let (r, candidate) = if apart { r.split_at(2 * h * h) } else { (r, &r[..0]) };
             Ok(PackedDirection {
-                w: PackedB::new(
+                w: PackedWeights::Real(PackedB::new(
                     isa,
                     Matrix::new(&weights.w[d * rows * input..][..rows * input], rows, input).transposed(),
-                )?,
+                )?),
                 r: pack(r, h)?,
                 r_candidate: if apart { Some(pack(candidate, h)?) } else { None },
                 bias: Bias::new(self, weights.bias.map(|b| &b[d * 2 * rows..][..2 * rows])),
             })
         };
         Ok(Packed((0..self.directions.len()).map(of).collect::<Result<_>>()?))
+    }
+
+    /// Packs the 8-bit weights of an LSTM.
+    ///
+    /// # Errors
+    /// If it is none, or sizes do not fit together.
+    pub fn pack_quantized(&self, isa: Isa, form: Form, input: usize, weights: &QuantizedWeights<'_>) -> Result<Packed> {
+        let (h, directions) = (self.hidden, self.directions.len());
+        let rows = h.checked_mul(4).filter(|&rows| rows > 0 && self.cell == Cell::Lstm);
+        let rows =
+            rows.ok_or_else(|| Error::new(format!("8-bit weights of {:?} with {h} hidden values", self.cell)))?;
+        let bias_len = rows.checked_mul(2).and_then(|n| n.checked_mul(directions));
+        if weights.bias.is_some_and(|b| bias_len != Some(b.len())) {
+            return Err(Error::new(format!("a bias of another length than 8 x {h} for {directions} directions")));
+        }
+        let of = |d: usize| -> Result<PackedDirection> {
+            Ok(PackedDirection {
+                w: weights.w.pack(isa, form, [d, directions], [input, rows])?,
+                r: weights.r.pack(isa, form, [d, directions], [h, rows])?,
+                r_candidate: None,
+                bias: Bias::new(self, weights.bias.map(|b| &b[d * 2 * rows..][..2 * rows])),
+            })
+        };
+        Ok(Packed((0..directions).map(of).collect::<Result<_>>()?))
     }
 
     /// Runs the layer on `f32`.
@@ -394,7 +499,9 @@ impl Layer {
             }
         }
         if steps * batch > 0 && input > 0 {
-            backend.product(d, Which::Input, o.x, None, xw, g)?;
+            // Steps behind the longest sequence are read by nobody. Only layers with the steps first have 8-bit weights.
+            let longest = o.lengths.and_then(|l| l.iter().max()).map_or(steps, |&l| usize::try_from(l).unwrap_or(0));
+            backend.product(d, Which::Input, o.x, &|row| row < longest * batch, None, xw, g)?;
         } else if steps * batch > 0 {
             return Err(Error::new("a recurrent layer without input features"));
         }
@@ -411,6 +518,8 @@ impl Layer {
         let together = o.lengths.is_none() && (!self.batch_first || batch == 1);
         for s in 0..steps {
             let alive = |b: usize| s < length(b);
+            // The state of a sequence that ended before the last step is read by nobody.
+            let counts = |b: usize| s <= length(b);
             let time = |b: usize| if reverse { (length(b).max(1) - 1).saturating_sub(s) } else { s };
             let add: &[T] = if together {
                 &xw[time(0) * batch * g..][..batch * g]
@@ -424,14 +533,22 @@ impl Layer {
             let cell = PlainCell { layer: self, activations, peepholes };
             match self.cell {
                 Cell::Gru { linear_before_reset: false } => {
-                    backend.product(d, Which::Hidden, hs, Some(add), gates, g)?;
+                    backend.product(d, Which::Hidden, hs, &counts, Some(add), gates, g)?;
                     if !backend.reset(gates, hs, reset) {
                         cell.reset(gates, hs, reset);
                     }
-                    backend.product(d, Which::Candidate, reset, Some(&add[2 * h..]), &mut gates[2 * h..], g)?;
+                    backend.product(
+                        d,
+                        Which::Candidate,
+                        reset,
+                        &counts,
+                        Some(&add[2 * h..]),
+                        &mut gates[2 * h..],
+                        g,
+                    )?;
                 }
-                Cell::Gru { .. } => backend.product(d, Which::Hidden, hs, None, gates, g)?,
-                Cell::Lstm | Cell::Rnn => backend.product(d, Which::Hidden, hs, Some(add), gates, g)?,
+                Cell::Gru { .. } => backend.product(d, Which::Hidden, hs, &counts, None, gates, g)?,
+                Cell::Lstm | Cell::Rnn => backend.product(d, Which::Hidden, hs, &counts, Some(add), gates, g)?,
             }
             if !backend.step(gates, add, cs, hs, &alive) {
                 for b in (0..batch).filter(|&b| alive(b)) {
@@ -525,7 +642,16 @@ struct Plain<'a, T> {
 }
 
 impl<T: Number> Backend<T> for Plain<'_, T> {
-    fn product(&self, d: usize, which: Which, a: &[T], add: Option<&[T]>, c: &mut [T], ld: usize) -> Result<()> {
+    fn product(
+        &self,
+        d: usize,
+        which: Which,
+        a: &[T],
+        _: Counts,
+        add: Option<&[T]>,
+        c: &mut [T],
+        ld: usize,
+    ) -> Result<()> {
         let h = self.layer.hidden;
         let rows = self.layer.cell.gates() * h;
         let apart = self.layer.cell == Cell::Gru { linear_before_reset: false };
@@ -558,8 +684,45 @@ struct Vectors<'a> {
     usual: bool,
 }
 
+impl Vectors<'_> {
+    /// `c = a b scale + bias + add`, with `a` quantised by the range of the rows that `counts` names.
+    fn quantized(
+        &self,
+        a: &[f32],
+        counts: Counts,
+        (b, scale): (&PackedQ, &[f32]),
+        bias: Option<&[f32]>,
+        add: Option<&[f32]>,
+        c: &mut [f32],
+    ) -> Result<()> {
+        let counted = a.chunks_exact(b.k()).enumerate().filter(|(row, _)| counts(*row)).map(|(_, row)| row);
+        let (a_scale, a_zero) = quant::dynamic_range(counted);
+        let (rows, bytes) = (a.len() / b.k(), a.len().div_ceil(4));
+        self.cx.with_workspace(bytes + scale.len(), |work| {
+            let (q, factor) = work.split_at_mut(bytes);
+            let q = &mut bytemuck::cast_slice_mut::<f32, u8>(q)[..a.len()];
+            let grid = Grid { outer: 1, n: 1, inner: a.len(), sharing: Sharing::Tensor };
+            quant::quantize(self.cx, a, &grid, &[a_scale], Some(&[a_zero]), [0.0, 255.0], q)?;
+            factor.iter_mut().zip(scale).for_each(|(f, s)| *f = a_scale * s);
+            let a = QMatrix::new(Bytes::U8(q), rows, b.k());
+            let activation = Activation::Identity;
+            let real = Output::Real { scale: factor, bias, residual: add, activation, y: &mut c[..rows * b.n()] };
+            qgemm(self.cx, a, a_zero.into(), b, None, real)
+        })
+    }
+}
+
 impl Backend<f32> for Vectors<'_> {
-    fn product(&self, d: usize, which: Which, a: &[f32], add: Option<&[f32]>, c: &mut [f32], ld: usize) -> Result<()> {
+    fn product(
+        &self,
+        d: usize,
+        which: Which,
+        a: &[f32],
+        counts: Counts,
+        add: Option<&[f32]>,
+        c: &mut [f32],
+        ld: usize,
+    ) -> Result<()> {
         let p = &self.packed.0[d];
         let (b, bias) = match which {
             Which::Input => (&p.w, Some(p.bias.input.as_slice())),
@@ -567,6 +730,13 @@ impl Backend<f32> for Vectors<'_> {
             Which::Candidate => (p.r_candidate.as_ref().unwrap_or(&p.r), None),
         };
         let k = b.k();
+        let b = match b {
+            PackedWeights::Real(b) => b,
+            PackedWeights::Bytes { b, scale } => {
+                let add = add.map(|add| &add[..a.len() / k * b.n()]);
+                return self.quantized(a, counts, (b, scale), bias, add, c);
+            }
+        };
         let epilogue = Epilogue { bias, residual: add, activation: Activation::Identity };
         gemm(self.cx, Matrix::new(a, a.len() / k, k), Rhs::Packed(b), &epilogue, c, ld)
     }

@@ -7,7 +7,7 @@ import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireT
 import { MIN_TRANSFER_BYTES } from "./transfer.js";
 import { chooseVariant, type Platform, type Variant, type VariantChoice } from "./variant.js";
 import { WarmUp } from "./warm.js";
-import type { Wasm, WasmOutput, WasmSession } from "./wasm.js";
+import type { Wasm, WasmFiles, WasmOutput, WasmQuantizer, WasmSession } from "./wasm.js";
 
 /** How long a run keeps the worker before it looks for messages, in milliseconds. */
 export const STEP_BUDGET_MS = 8;
@@ -103,6 +103,7 @@ interface RunRequest {
 export class Host {
   readonly #env: HostEnvironment;
   readonly #sessions = new Map<number, SessionSlot>();
+  readonly #quantizers = new Map<number, WasmQuantizer>();
   readonly #running = new Map<number, Call>();
   /** Files can be read. */
   readonly #started: Promise<Wasm>;
@@ -289,9 +290,53 @@ export class Host {
       });
     },
 
+    openQuantizer: async ({ session, options }) => {
+      const wasm = await this.#started;
+      this.#quantizers.set(
+        session,
+        this.#guard(() => new wasm.WasmQuantizer(options)),
+      );
+      return undefined;
+    },
+
+    quantizerExternals: async ({ session }) => {
+      const quantizer = this.#quantizer(session);
+      return this.#guard(() => [...quantizer.externals()]);
+    },
+
+    sampleInputs: async ({ session }) => {
+      const quantizer = this.#quantizer(session);
+      return this.#guard(() => quantizer.inputs());
+    },
+
+    quantize: async ({ session, samples }, context) => {
+      const quantizer = this.#quantizer(session);
+      this.#guard(() => {
+        for (const sample of samples) {
+          quantizer.nextSample();
+          for (const { name, type, dims, data } of sample) {
+            if (!(data instanceof Uint8Array))
+              throw new WeblaneError("invalid_input", `the input "${name}": samples cannot be text`);
+            quantizer.input(name, type, Uint32Array.from(dims), data);
+          }
+        }
+        quantizer.begin();
+      });
+      for (;;) {
+        if (context.cancelled) throw abortError(context.signal, "quantisation");
+        if (!this.#quantizers.has(session)) throw disposed();
+        context.progress(this.#guard(() => quantizer.progress()));
+        if (this.#guard(() => quantizer.advance(STEP_BUDGET_MS))) break;
+        await this.#env.breathe();
+      }
+      return this.#guard(() => ({ model: quantizer.model(), report: quantizer.report() }));
+    },
+
     memory: async () => (await this.#started).memory.buffer.byteLength,
 
     close: async ({ session }) => {
+      const quantizer = this.#quantizers.get(session);
+      if (this.#quantizers.delete(session) && !this.#broken) this.#guard(() => quantizer?.free());
       const slot = this.#sessions.get(session);
       if (slot === undefined) return undefined;
       this.#sessions.delete(session);
@@ -412,14 +457,26 @@ export class Host {
     return slot;
   }
 
+  #quantizer(session: number): WasmQuantizer {
+    const quantizer = this.#quantizers.get(session);
+    if (this.#broken) throw this.#broken;
+    if (quantizer === undefined) throw disposed();
+    return quantizer;
+  }
+
+  /** Where the files of a session, or of a model to be quantised, go. */
+  #files(session: number): WasmFiles {
+    return this.#quantizers.has(session) ? this.#quantizer(session) : this.#slot(session).wasm;
+  }
+
   #expect(session: number, file: string, total: number): void {
     if (file !== "" || total === 0) return;
-    const { wasm } = this.#slot(session);
+    const wasm = this.#files(session);
     this.#guard(() => wasm.expect(total));
   }
 
   #push(session: number, file: string, bytes: Uint8Array): void {
-    const { wasm } = this.#slot(session);
+    const wasm = this.#files(session);
     this.#guard(() => (file === "" ? wasm.push(bytes) : wasm.pushExternal(file, bytes)));
   }
 
@@ -536,6 +593,7 @@ function transferables(method: Method, result: Out<Method>): Transferable[] {
     const { outputs, returned } = result as Out<"run">;
     return [...large(outputs), ...returned];
   }
+  if (method === "quantize") return [(result as Out<"quantize">).model.buffer];
   return method === "mail" ? large((result as Out<"mail">) ?? []) : [];
 }
 

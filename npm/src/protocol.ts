@@ -107,6 +107,79 @@ export interface EngineOptions {
   readonly precision: "fast" | "exact";
 }
 
+/** How a model is quantised, as it reaches the engine; what is absent has the engine's default. */
+export interface QuantizerOptions {
+  readonly mode: "dynamic" | "static" | "int4" | "int8-weights" | "float16" | "float32";
+  readonly skipNodes?: readonly string[];
+  readonly skipOps?: readonly string[];
+  readonly perChannel?: boolean;
+  readonly reduceRange?: boolean;
+  readonly embeddings?: boolean;
+  readonly blockSize?: number;
+  readonly symmetric?: boolean;
+  readonly accuracyLevel?: number;
+  readonly method?: "minmax" | "percentile" | "entropy";
+  readonly percentile?: number;
+  readonly signedActivations?: boolean;
+  readonly keepIo?: boolean;
+  readonly compare?: number;
+}
+
+/** How far a quantisation has come: samples or nodes done of this stage. */
+export interface QuantizeProgress {
+  /** The float model runs on samples; nodes are rewritten; both models run on samples. */
+  readonly stage: "calibrate" | "quantize" | "compare";
+  readonly done: number;
+  readonly total: number;
+}
+
+/** What became of a model. */
+export interface QuantizeReport {
+  readonly mode: QuantizerOptions["mode"];
+  /** Nodes that were quantised, in the order of the file. */
+  readonly nodes: readonly QuantizedNode[];
+  /** Nodes of the same kinds that were not, and why. */
+  readonly skipped: readonly { readonly node: string; readonly op: string; readonly reason: string }[];
+  /** The outputs, float and quantised, when samples were given. */
+  readonly outputs: readonly QuantizedOutput[];
+  /** Samples that were given. */
+  readonly samples: number;
+  /** Bytes of the file before, external data included. */
+  readonly bytesBefore: number;
+  readonly bytesAfter: number;
+}
+
+/** A node that was quantised. */
+export interface QuantizedNode {
+  /** Its name in the model, or its first result when it has none. */
+  readonly node: string;
+  readonly op: string;
+  /** Its weights; empty when it has none. */
+  readonly weights: string;
+  readonly shape: readonly number[];
+  /** What they became. */
+  readonly kind: string;
+  /** Signal-to-quantisation-noise ratio of the weights in dB; null without weights, or when nothing was lost. */
+  readonly sqnrDb: number | null;
+  /** The same of the node's result over the samples, with the noise of everything before it. */
+  readonly outputSqnrDb: number | null;
+  readonly bytesBefore: number;
+  readonly bytesAfter: number;
+}
+
+/** An output of a model, float and quantised, over the samples. */
+export interface QuantizedOutput {
+  readonly name: string;
+  /** Mean over the samples of the cosine of the angle between both, and the least. */
+  readonly cosine: number;
+  readonly minCosine: number;
+  /** The largest difference of an element. */
+  readonly maxError: number;
+  /** Share of rows, along the last axis of more than one element, whose largest element is at the same place. */
+  readonly top1: number | null;
+  readonly samples: number;
+}
+
 /** Names a session of the worker. */
 interface OfSession {
   readonly session: number;
@@ -180,6 +253,18 @@ export interface Protocol {
     in: OfSession & { readonly mailbox?: MailboxInit | undefined };
     out: readonly WireTensor[] | undefined;
     progress: never;
+  };
+  /** Makes room for a model to be quantised; its files flow in as those of a session do. */
+  openQuantizer: { in: OfSession & { readonly options: QuantizerOptions }; out: undefined; progress: never };
+  /** The model file is complete: which locations of external data does it name? */
+  quantizerExternals: { in: OfSession; out: readonly string[]; progress: never };
+  /** All files are there: the inputs that samples give values for. */
+  sampleInputs: { in: OfSession; out: readonly ValueInfo[]; progress: never };
+  /** Quantises the model. */
+  quantize: {
+    in: OfSession & { readonly samples: readonly (readonly WireTensor[])[] };
+    out: { readonly model: Uint8Array<ArrayBuffer>; readonly report: QuantizeReport };
+    progress: QuantizeProgress;
   };
   /** Bytes of WebAssembly memory. */
   memory: { in: undefined; out: number; progress: never };

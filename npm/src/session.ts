@@ -328,13 +328,13 @@ async function transfer(
   return [done.model, info];
 }
 
-/** Sends one file; returns its address, if it has one. */
-async function sendFile(
+/** Sends one file; returns its address, if it has one. @internal */
+export async function sendFile(
   { client }: Engine,
   session: number,
   file: string,
   source: ModelSource,
-  { signal, onProgress }: LoadOptions,
+  { signal, onProgress }: Pick<LoadOptions, "signal" | "onProgress">,
 ): Promise<string | undefined> {
   const open = await openSource(source, signal);
   if ("url" in open) {
@@ -356,7 +356,8 @@ async function sendFile(
   return undefined;
 }
 
-async function externalSource(
+/** The source of a file of external data. @internal */
+export async function externalSource(
   location: string,
   given: ExternalData | undefined,
   modelUrl: string | undefined,

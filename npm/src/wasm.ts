@@ -5,7 +5,15 @@
  * that it throws is a trap, after which the module is not usable any more.
  */
 import type { ErrorShape } from "./errors.js";
-import type { EngineOptions, ModelInfo, NodeTiming } from "./protocol.js";
+import type {
+  EngineOptions,
+  ModelInfo,
+  NodeTiming,
+  QuantizeProgress,
+  QuantizeReport,
+  QuantizerOptions,
+  ValueInfo,
+} from "./protocol.js";
 import type { TensorType } from "./tensor.js";
 
 /** An output of a finished run. Numeric elements lie in memory at `ptr`; they are valid until the next call. */
@@ -18,8 +26,8 @@ export interface WasmOutput {
   readonly strings?: readonly string[] | undefined;
 }
 
-/** One model: first it takes the bytes, then it runs. */
-export interface WasmSession {
+/** Takes a model and its external data. */
+export interface WasmFiles {
   /** How long the model file will be, where that is known. Comes before the first bytes. */
   expect(bytes: number): void;
   /** The next bytes of the model file, in chunks of any size. */
@@ -28,6 +36,30 @@ export interface WasmSession {
   externals(): readonly string[];
   /** The next bytes of a file of external data. */
   pushExternal(location: string, bytes: Uint8Array): void;
+  /** Frees everything. */
+  free(): void;
+}
+
+/** One model on its way: first it takes the bytes, then samples, then it works in steps. */
+export interface WasmQuantizer extends WasmFiles {
+  /** The inputs that samples give values for. */
+  inputs(): readonly ValueInfo[];
+  /** The inputs given from now on belong to a further sample. */
+  nextSample(): void;
+  /** An input of the current sample. */
+  input(name: string, type: TensorType, dims: Uint32Array, bytes: Uint8Array): void;
+  /** Model and samples are complete. */
+  begin(): void;
+  /** Works until all is done (true) or about `budgetMs` have passed (false). */
+  advance(budgetMs: number): boolean;
+  progress(): QuantizeProgress;
+  /** The new file; it can be taken once. */
+  model(): Uint8Array<ArrayBuffer>;
+  report(): QuantizeReport;
+}
+
+/** One model: first it takes the bytes, then it runs. */
+export interface WasmSession extends WasmFiles {
   /** All bytes are there: optimises and plans. */
   finish(): ModelInfo;
   /** Storage for an input of the next run; returns the address to which `byteLength` bytes go. */
@@ -53,8 +85,6 @@ export interface WasmSession {
   timings(): readonly NodeTiming[];
   /** Ends a run, finished or not. */
   end(): void;
-  /** Frees everything. */
-  free(): void;
 }
 
 /** An instantiated build. */
@@ -66,6 +96,7 @@ export interface Wasm {
    */
   startThreads(threads: number): Promise<number>;
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
+  readonly WasmQuantizer: new (options: QuantizerOptions) => WasmQuantizer;
   version(): string;
   /** Address of the word that stops a run when the page sets it. */
   stopWord(): number;
@@ -81,6 +112,7 @@ export interface Glue {
     memory: WebAssembly.Memory;
   }>;
   readonly WasmSession: Wasm["WasmSession"];
+  readonly WasmQuantizer: Wasm["WasmQuantizer"];
   readonly version: Wasm["version"];
   readonly stopWord: Wasm["stopWord"];
   readonly runningWord: Wasm["runningWord"];

@@ -76,6 +76,7 @@ const host = new Host({
         return glue.startPool(threads);
       },
       WasmSession: glue.WasmSession,
+      WasmQuantizer: glue.WasmQuantizer,
       version: glue.version,
       stopWord: glue.stopWord,
       runningWord: glue.runningWord,

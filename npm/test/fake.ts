@@ -5,9 +5,9 @@
 import type { Port, PortEvents, Spawn } from "../src/environment.js";
 import type { ErrorShape } from "../src/errors.js";
 import { Host, type HostEnvironment } from "../src/host.js";
-import type { ModelInfo, NodeTiming, ToWorker } from "../src/protocol.js";
+import type { ModelInfo, NodeTiming, QuantizeReport, ToWorker } from "../src/protocol.js";
 import type { Platform } from "../src/variant.js";
-import type { Wasm, WasmOutput, WasmSession } from "../src/wasm.js";
+import type { Wasm, WasmOutput, WasmQuantizer, WasmSession } from "../src/wasm.js";
 
 export const MODEL: ModelInfo = {
   inputs: [
@@ -35,6 +35,17 @@ export const TIMING: NodeTiming = {
   flops: 1e6,
   readBytes: 24,
   writtenBytes: 24,
+};
+
+/** What the fake quantiser says; its model is what it got, backwards. */
+export const REPORT: QuantizeReport = {
+  mode: "dynamic",
+  nodes: [],
+  skipped: [],
+  outputs: [],
+  samples: 0,
+  bytesBefore: 3,
+  bytesAfter: 3,
 };
 
 /** Steers what the fake engine does. */
@@ -217,6 +228,58 @@ export class FakeEngine {
         log.push("free");
       }
     }
+    class FakeQuantizer implements WasmQuantizer {
+      #step = 0;
+      #samples = 0;
+
+      constructor(options: object) {
+        log.push(`quantizer ${JSON.stringify(options)}`);
+        if ("blockSize" in options && options.blockSize === 7) {
+          throw { code: "invalid_option", message: "the block size is 7" };
+        }
+      }
+      expect() {}
+      push(bytes: Uint8Array) {
+        received.set("", Buffer.concat([received.get("") ?? Buffer.alloc(0), bytes]));
+      }
+      pushExternal(location: string, bytes: Uint8Array) {
+        received.set(location, Buffer.from(bytes));
+      }
+      externals() {
+        return script.externals;
+      }
+      inputs() {
+        return MODEL.inputs;
+      }
+      nextSample() {
+        this.#samples++;
+      }
+      input(name: string, type: string, dims: Uint32Array, bytes: Uint8Array) {
+        log.push(`sample ${name} ${type} [${dims.join(", ")}] ${bytes.byteLength}`);
+      }
+      begin() {
+        log.push("begin");
+      }
+      advance() {
+        const { fail } = script;
+        delete script.fail;
+        if (fail !== undefined) throw fail;
+        this.#step++;
+        return this.#step >= script.steps;
+      }
+      progress() {
+        return { stage: "quantize", done: this.#step, total: script.steps } as const;
+      }
+      model() {
+        return new Uint8Array(received.get("") ?? []).reverse();
+      }
+      report() {
+        return { ...REPORT, samples: this.#samples };
+      }
+      free() {
+        log.push("free");
+      }
+    }
     return {
       memory,
       startThreads: async (threads) => {
@@ -224,6 +287,7 @@ export class FakeEngine {
         return threads;
       },
       WasmSession: FakeSession,
+      WasmQuantizer: FakeQuantizer,
       version: () => "0.0.0",
       stopWord: () => 0,
       runningWord: () => 4,

@@ -48,6 +48,11 @@ impl Externals {
         self.files.iter().map(|(location, _)| location.clone()).collect()
     }
 
+    /// The model, without what it waits for.
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+
     /// The next bytes of a file.
     pub(crate) fn push(&mut self, location: &str, chunk: &[u8]) -> Result<()> {
         let Some((_, seen)) = self.files.iter_mut().find(|(l, _)| l == location) else {

@@ -5,6 +5,7 @@
 
 mod external;
 mod failure;
+mod quantize;
 
 use external::Externals;
 use failure::Failure;

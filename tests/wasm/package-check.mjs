@@ -15,6 +15,8 @@ const FILES = [
   "dist/index.d.ts",
   "dist/ort.js",
   "dist/ort.d.ts",
+  "dist/quantize.js",
+  "dist/quantize.d.ts",
   "dist/worker.js",
   "dist/weblane_simd_st.wasm",
   "dist/weblane_simd_mt.wasm",

@@ -30,6 +30,8 @@ enum Bench {
     Threads,
     /// The native build beside native onnxruntime, and WebAssembly beside the native build
     Native,
+    /// What the quantiser does to models with real weights: similarity, classes, bytes
+    Quantize,
     /// Peak memory of the page's process, weblane and onnxruntime-web
     Memory,
 }
@@ -55,6 +57,13 @@ pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
             ctx.run(ctx.cmd("cargo").args(["build", "--quiet", "--release", "-p", "weblane-cli"]))?;
             python::ensure(ctx)?;
             page(ctx, "benches/native/run.mjs", &bench.args)
+        }
+        Bench::Quantize => {
+            ctx.run(ctx.cmd("cargo").args(["build", "--quiet", "--release", "-p", "weblane-cli"]))?;
+            models::ensure_demo_models(ctx)?;
+            let record = ctx.path("benches/records/quantize.json").display().to_string();
+            let program = ctx.cmd(python::ensure(ctx)?).args(["benches/quantize/run.py", "--record", &record]);
+            ctx.run(program.args(&bench.args))
         }
         Bench::Memory => page(ctx, "benches/peers/memory.mjs", &bench.args),
     }

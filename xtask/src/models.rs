@@ -22,6 +22,8 @@ const WORKLOADS: [&str; 13] = [
     "minilm_l6_int8",
     "distilbert_base_int8",
 ];
+/// Where the small models of onnxruntime's own operators are, with their goldens.
+const CONTRIB: &str = "target/contrib";
 /// What the pages of the demo site load.
 const DEMO: [&str; 2] = ["all_minilm_l6_v2", "digits"];
 
@@ -40,6 +42,11 @@ pub(crate) fn ensure_workloads(ctx: &Context) -> Result<()> {
 pub(crate) fn ensure_tflite(ctx: &Context) -> Result<()> {
     let python = python::ensure_tflite(ctx)?;
     ctx.run(ctx.cmd(python).args(["models/build_tflite.py", "--out", "target/models-tflite"]))
+}
+
+/// Builds the models of the demo.
+pub(crate) fn ensure_demo_models(ctx: &Context) -> Result<()> {
+    build(ctx, &DEMO)
 }
 
 /// Builds the models of the demo and copies them to where the site is built from.
@@ -74,6 +81,8 @@ pub(crate) fn ensure_for_tests(ctx: &Context) -> Result<()> {
     ensure_workloads(ctx)?;
     // The script leaves goldens alone that are up to date.
     ctx.run(ctx.cmd(&python).arg("models/goldens.py").args(WORKLOADS))?;
+    // So does this one.
+    ctx.run(ctx.cmd(&python).args(["models/contrib.py", "--out", CONTRIB]))?;
 
     let mut collected = Vec::new();
     let out = ctx.path("target/models-test");
@@ -85,6 +94,13 @@ pub(crate) fn ensure_for_tests(ctx: &Context) -> Result<()> {
         let golden = ctx.path("target/goldens").join(name).join("data.json");
         collect(&out, name, &model, &golden)?;
         collected.push(name.to_owned());
+    }
+    let families =
+        fs::read_to_string(ctx.path(CONTRIB).join("index.json")).context("models/contrib.py left no index")?;
+    for name in serde_json::from_str::<Vec<String>>(&families)? {
+        let made = ctx.path(CONTRIB).join(&name);
+        collect(&out, &name, &made.join("model.onnx"), &made.join("data.json"))?;
+        collected.push(name);
     }
     for name in published(ctx)? {
         let fetch = ctx.cmd(&python).args(["models/build.py", "--out", "target/models", &name]);

@@ -21,6 +21,14 @@ impl Model {
         self.write(&mut Writer { out: Some(&mut out), len: 0 });
         out
     }
+
+    /// How long [`to_bytes`](Self::to_bytes) would be, with what is still in other files.
+    pub fn byte_len(&self) -> usize {
+        let mut count = Writer { out: None, len: 0 };
+        self.write(&mut count);
+        let external: u64 = self.external().map(|e| e.length).sum();
+        count.len.saturating_add(usize::try_from(external).unwrap_or(usize::MAX))
+    }
 }
 
 /// Writes, or only counts when there is nothing to write to.

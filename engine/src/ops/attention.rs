@@ -1,4 +1,4 @@
-//! Attention (ONNX), MultiHeadAttention (onnxruntime) and the operator that the optimiser puts for spelled-out attention.
+//! Attention (ONNX) and the operator that the optimiser puts for spelled-out attention.
 
 use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
@@ -10,8 +10,7 @@ use weblane_kernels::par::Cx;
 use weblane_kernels::reference;
 
 /// The operators of this file.
-pub const OPERATORS: &[Registration] =
-    &[Registration::onnx("Attention", 23, parse), Registration::microsoft("MultiHeadAttention", parse_multi_head)];
+pub const OPERATORS: &[Registration] = &[Registration::onnx("Attention", 23, parse)];
 
 /// How heads and positions lie in a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,15 +23,15 @@ pub enum Form {
 
 /// Sizes of one operand: batch, heads, positions, size of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Sizes {
-    batch: usize,
-    heads: usize,
-    positions: usize,
-    size: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
+    pub(super) heads: usize,
+    pub(super) positions: usize,
+    pub(super) size: usize,
 }
 
 impl Form {
-    fn sizes(self, what: &str, dims: &[usize], heads: usize) -> Result<Sizes> {
+    pub(super) fn sizes(self, what: &str, dims: &[usize], heads: usize) -> Result<Sizes> {
         match (self, dims) {
             (Form::HeadsFirst, &[batch, heads, positions, size]) => Ok(Sizes { batch, heads, positions, size }),
             (Form::HeadsInside, &[batch, positions, heads, size]) => Ok(Sizes { batch, heads, positions, size }),
@@ -43,7 +42,7 @@ impl Form {
         }
     }
 
-    fn strides(self, s: Sizes) -> [usize; 3] {
+    pub(super) fn strides(self, s: Sizes) -> [usize; 3] {
         let all = s.heads * s.positions * s.size;
         match self {
             Form::HeadsFirst => [all, s.positions * s.size, s.size],
@@ -53,7 +52,7 @@ impl Form {
 }
 
 /// A mask broadcast to `[batch, heads, queries, keys]`: its strides over the first three.
-fn mask_strides(dims: &[usize], wanted: [usize; 3]) -> Result<[usize; 3]> {
+pub(super) fn mask_strides(dims: &[usize], wanted: [usize; 3]) -> Result<[usize; 3]> {
     let refuse = || Error::shape(format!("the mask is of shape {dims:?}; [{wanted:?}, keys] was wanted"));
     let Some((&keys, lead)) = dims.split_last() else { return Err(refuse()) };
     if lead.len() > 3 {
@@ -99,7 +98,7 @@ pub struct FusedAttention {
 }
 
 /// The dims of batch, positions and head size, as far as they are known.
-fn parts(form: Form, fact: &Fact, heads: usize) -> Result<Option<[Dim; 3]>> {
+pub(super) fn parts(form: Form, fact: &Fact, heads: usize) -> Result<Option<[Dim; 3]>> {
     let Some(shape) = &fact.shape else { return Ok(None) };
     let per_head = |d: &Dim| match d.known() {
         Some(n) if heads > 0 && n % heads == 0 => Ok(Dim::Known(n / heads)),
@@ -116,7 +115,7 @@ fn parts(form: Form, fact: &Fact, heads: usize) -> Result<Option<[Dim; 3]>> {
     }
 }
 
-fn result_shape(form: Form, batch: Dim, heads: usize, positions: Dim, size: Dim) -> Shape {
+pub(super) fn result_shape(form: Form, batch: Dim, heads: usize, positions: Dim, size: Dim) -> Shape {
     match form {
         Form::HeadsFirst => [batch, Dim::Known(heads), positions, size].into_iter().collect(),
         Form::HeadsInside => {
@@ -126,7 +125,7 @@ fn result_shape(form: Form, batch: Dim, heads: usize, positions: Dim, size: Dim)
     }
 }
 
-fn agree(what: &str, a: &Dim, b: &Dim) -> Result<()> {
+pub(super) fn agree(what: &str, a: &Dim, b: &Dim) -> Result<()> {
     match (a.known(), b.known()) {
         (Some(a), Some(b)) if a != b => Err(Error::shape(format!("{what}: {a} against {b}"))),
         _ => Ok(()),
@@ -225,100 +224,9 @@ impl Operator for FusedAttention {
     }
 }
 
-fn parse_multi_head(a: &mut Attributes) -> Result<Op> {
-    let heads = head_count(a.required("num_heads", Attributes::int)?, "num_heads")?;
-    let scale = a.float_or("scale", 0.0)?;
-    // Without a padding mask, which is refused below, there is nothing to fill.
-    a.ignore("mask_filter_value");
-    let causal = a.flag_or("unidirectional", false)?;
-    for (i, what) in [(3, "a bias"), (4, "a key padding mask"), (6, "a past key"), (7, "a past value")] {
-        if a.has_input(i) {
-            return Err(Error::unsupported_attribute(format!(
-                "operand {i} is {what}; separate query, key and value with an attention bias (operand 5) can be computed"
-            )));
-        }
-    }
-    if !a.has_input(1) || !a.has_input(2) || a.output_count() > 1 || a.input_count() > 8 {
-        return Err(Error::unsupported_attribute("packed operands and present states cannot be computed"));
-    }
-    Ok(MultiHeadAttention { heads, scale: (scale != 0.0).then_some(scale), causal }.into())
-}
-
-fn head_count(n: i64, name: &str) -> Result<usize> {
+pub(super) fn head_count(n: i64, name: &str) -> Result<usize> {
     let heads = usize::try_from(n).ok().filter(|h| (1..1 << 20).contains(h));
     heads.ok_or_else(|| Error::unsupported_attribute(format!("attribute {name} is {n}; at least 1 was wanted")))
-}
-
-/// onnxruntime's MultiHeadAttention without states: q, k, v as `[batch, positions, heads * size]`, and operand 5, added
-/// to the scores.
-#[derive(Clone, Debug)]
-pub struct MultiHeadAttention {
-    /// Number of heads.
-    pub heads: usize,
-    /// Factor of the scores, by default one over the square root of the head size.
-    pub scale: Option<f32>,
-    /// Whether a query sees only keys at and before its position.
-    pub causal: bool,
-}
-
-impl Operator for MultiHeadAttention {
-    fn name(&self) -> &'static str {
-        "com.microsoft.MultiHeadAttention"
-    }
-
-    fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
-        let parts_of = |i: usize| match cx.input(i)?.rank() {
-            Some(4) if i > 0 => parts(Form::HeadsFirst, cx.input(i)?, self.heads),
-            _ => parts(Form::HeadsInside, cx.input(i)?, self.heads),
-        };
-        let dtype = cx.input(0)?.dtype;
-        let (Some([b, tq, dq]), Some([_, tk, dk]), Some([_, tv, dv])) = (parts_of(0)?, parts_of(1)?, parts_of(2)?)
-        else {
-            return cx.results(vec![Fact::of_dtype(dtype)]);
-        };
-        agree("sizes of the heads of q and k", &dq, &dk)?;
-        agree("positions of k and v", &tk, &tv)?;
-        cx.results(vec![Fact::with_shape(dtype, result_shape(Form::HeadsInside, b, self.heads, tq, dv))])
-    }
-
-    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
-        let (q, k, v) = (io.input(0)?, io.input(1)?, io.input(2)?);
-        if q.dtype != DType::F32 {
-            return Err(wrong_dtype("q", q.dtype, "float32"));
-        }
-        let form = |t: TensorView| if t.rank() == 4 { Form::HeadsFirst } else { Form::HeadsInside };
-        let qs = Form::HeadsInside.sizes("q", q.dims, self.heads)?;
-        let (ks, vs) = (form(k).sizes("k", k.dims, self.heads)?, form(v).sizes("v", v.dims, self.heads)?);
-        let mask = match io.optional(5) {
-            Some(m) => Some(Mask {
-                data: m.as_slice::<f32>()?,
-                strides: mask_strides(m.dims, [qs.batch, qs.heads, qs.positions])?,
-                keys: m.dims.last().copied().unwrap_or(1),
-                replaces: false,
-            }),
-            None => None,
-        };
-        let before = |_: usize, i: usize| 0..i + 1;
-        let a = Kernel {
-            batch: qs.batch,
-            heads: self.heads,
-            kv_heads: self.heads,
-            queries: qs.positions,
-            keys: ks.positions,
-            size: qs.size,
-            value_size: vs.size,
-            q: Heads { data: q.as_slice::<f32>()?, strides: Form::HeadsInside.strides(qs) },
-            k: Heads { data: k.as_slice::<f32>()?, strides: form(k).strides(ks) },
-            v: Heads { data: v.as_slice::<f32>()?, strides: form(v).strides(vs) },
-            scale: self.scale.unwrap_or(1.0 / (qs.size as f32).sqrt()),
-            cap: 0.0,
-            mask,
-            visible: if self.causal { Some(&before) } else { None },
-            unseen: 0.0,
-            y_strides: Form::HeadsInside.strides(Sizes { size: vs.size, ..qs }),
-        };
-        Ok(attention(cx, &a, io.output(0)?.as_slice::<f32>()?)?)
-    }
 }
 
 /// ONNX's Attention. Operands q, k, v, then optional mask, past key, past value, valid keys per batch; results y, present
@@ -465,8 +373,8 @@ impl Operator for Attention {
         let full = |s: Sizes| Sizes { positions: keys, ..s };
         let first = Form::HeadsFirst;
         let (k_heads, v_heads) = if past > 0 || io.outputs.len() > 1 {
-            k_all = append(io.optional(4), k, form, ks, keys)?;
-            v_all = append(io.optional(5), v, form, vs, keys)?;
+            k_all = append(io.optional(4), k.as_slice()?, form.strides(ks), ks, keys)?;
+            v_all = append(io.optional(5), v.as_slice()?, form.strides(vs), vs, keys)?;
             for (i, all) in [(1, &k_all), (2, &v_all)] {
                 if io.outputs.len() > i {
                     io.output(i)?.as_slice::<f32>()?.copy_from_slice(all);
@@ -589,7 +497,13 @@ impl Attention {
 }
 
 /// `past` followed by the positions of `x`, heads first.
-fn append(past: Option<TensorView>, x: TensorView, form: Form, s: Sizes, keys: usize) -> Result<Vec<f32>> {
+pub(super) fn append(
+    past: Option<TensorView>,
+    x: &[f32],
+    strides: [usize; 3],
+    s: Sizes,
+    keys: usize,
+) -> Result<Vec<f32>> {
     let before = keys - s.positions;
     let past = match past {
         Some(p) if before > 0 => {
@@ -601,8 +515,6 @@ fn append(past: Option<TensorView>, x: TensorView, form: Form, s: Sizes, keys: u
         }
         _ => &[],
     };
-    let x = x.as_slice::<f32>()?;
-    let strides = form.strides(s);
     let mut all = Vec::with_capacity(s.batch * s.heads * keys * s.size);
     for b in 0..s.batch {
         for h in 0..s.heads {

@@ -2,7 +2,7 @@
 
 use super::{Infer, Io, Operator, Permuted, Registration, wrong_dtype};
 use crate::error::{Error, Result};
-use crate::fact::{Content, Fact};
+use crate::fact::{Content, Dim, Fact, Shape};
 use crate::tensor::DType;
 use smallvec::SmallVec;
 use weblane_kernels::chain::{Operand, Step, chain};
@@ -12,11 +12,22 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[];
 
 /// The steps, one after the other. Operands: what goes through them, of the result's shape, then one for each binary step:
-/// of the same shape, or broadcasting to it with at most one axis that is not 1.
+/// of the same shape, or broadcasting to it along all axes but neighbouring ones, as one along an axis does, or the cosines
+/// of rotary positions.
 #[derive(Clone, Debug)]
 pub struct Chain {
     /// In the order of their application.
     pub steps: Vec<Step>,
+}
+
+/// How many axes of a shape lie behind those in which an operand of another shape has its elements, where it meets them one
+/// by one; `None` if it is not of the forms that a chain takes.
+pub(crate) fn axes_behind<D: PartialEq>(operand: &[D], of: &[D], one: &D) -> Option<usize> {
+    let missing = of.len().checked_sub(operand.len())?;
+    let Some(first) = operand.iter().position(|d| d != one) else { return Some(0) };
+    let last = operand.iter().rposition(|d| d != one)?;
+    let fits = operand[first..=last] == of[missing + first..=missing + last];
+    fits.then(|| operand.len() - 1 - last)
 }
 
 /// How often an operand's elements repeat in a row; `None` if it is not of the forms that a chain takes.
@@ -24,13 +35,7 @@ fn inner(dims: &[usize], of: &[usize]) -> Option<usize> {
     if dims == of {
         return Some(1);
     }
-    let missing = of.len().checked_sub(dims.len())?;
-    let mut axes = (0..dims.len()).filter(|&i| dims[i] != 1);
-    match (axes.next(), axes.next()) {
-        (None, _) => Some(1),
-        (Some(i), None) if dims[i] == of[missing + i] => Some(of[missing + i + 1..].iter().product()),
-        _ => None,
-    }
+    axes_behind(dims, of, &1).map(|n| of[of.len() - n..].iter().product())
 }
 
 impl Operator for Chain {
@@ -70,7 +75,18 @@ impl Operator for Chain {
         &[0]
     }
 
-    fn permuted(&self, _: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+        let of = operands.first()?.as_ref()?.shape.as_ref()?;
+        let moved = |shape: &[Dim]| {
+            let missing = perm.len().checked_sub(shape.len())?;
+            let at = |&axis: &usize| axis.checked_sub(missing).map_or(Dim::Known(1), |i| shape[i].clone());
+            Some(perm.iter().map(at).collect::<Shape>())
+        };
+        let of = moved(of)?;
+        for operand in &operands[1..] {
+            let shape = moved(operand.as_ref()?.shape.as_ref()?)?;
+            axes_behind(&shape, &of, &Dim::Known(1))?;
+        }
         Permuted::elementwise(self, operands.len())
     }
 }

@@ -55,6 +55,10 @@ impl Operator for If {
         "If"
     }
 
+    fn bodies(&self) -> Vec<&Graph> {
+        vec![&self.then, &self.otherwise]
+    }
+
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let condition = cx.input(0)?;
         if condition.dtype != DType::Bool {

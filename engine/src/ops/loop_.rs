@@ -172,6 +172,10 @@ impl Operator for Loop {
         "Loop"
     }
 
+    fn bodies(&self) -> Vec<&Graph> {
+        vec![&self.body]
+    }
+
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let constants: Option<Vec<Option<&Arc<Tensor>>>> =
             cx.inputs.iter().map(|f| f.as_ref().map_or(Some(None), |f| f.tensor().map(Some))).collect();

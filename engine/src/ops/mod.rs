@@ -6,7 +6,8 @@
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::fact::Fact;
-use crate::tensor::{DType, Element, Tensor, TensorMut, TensorView};
+use crate::graph::Graph;
+use crate::tensor::{DType, Dims, Element, Tensor, TensorMut, TensorView};
 use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use weblane_kernels::par::Cx;
 mod attributes;
 pub mod body;
 mod prepare;
+mod qparams;
 mod sizes;
 pub mod spatial;
 mod table;
@@ -127,6 +129,18 @@ pub trait Operator: Any + Debug + Send + Sync {
         false
     }
 
+    /// Where each result begins in operand 0, in elements, if all results are runs of its elements: the plan may drop the
+    /// node then. Shapes are known.
+    fn cuts(&self, _operands: &[Option<Fact>], _results: &[Dims]) -> Option<Dims> {
+        None
+    }
+
+    /// Whether result 0, of this shape, has the elements of the operands one behind the other, so that each may be computed
+    /// where it will lie.
+    fn joins(&self, _result: &[usize]) -> bool {
+        false
+    }
+
     /// Whether equal operands give equal results: everything but random numbers.
     fn is_deterministic(&self) -> bool {
         true
@@ -154,6 +168,11 @@ pub trait Operator: Any + Debug + Send + Sync {
     /// if all operands are constants.
     fn shapes_by_running(&self) -> bool {
         false
+    }
+
+    /// The graphs that control flow runs.
+    fn bodies(&self) -> Vec<&Graph> {
+        Vec::new()
     }
 
     /// Operands whose elements, not only shapes, decide the shapes of the results.
@@ -198,6 +217,11 @@ impl Op {
     pub fn get<T: Operator>(&self) -> Option<&T> {
         let any: &dyn Any = &*self.0;
         any.downcast_ref()
+    }
+
+    /// Whether both are the same object.
+    pub fn is_same(&self, other: &Op) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// Whether it is of this type.
@@ -275,10 +299,12 @@ ops! {
     cumsum
     depth_to_space
     det
+    dynamic_lstm
     einsum
     expand
     eye_like
     gather
+    gather_block_quantized
     gemm
     grid_sample
     identity
@@ -288,6 +314,8 @@ ops! {
     loop_
     loss
     matmul
+    matmul_nbits
+    multi_head
     non_max_suppression
     non_zero
     norm
@@ -295,8 +323,17 @@ ops! {
     pad
     patches
     pool
+    qattention
+    qgemm
+    qlinear_binary
+    qlinear_concat
+    qlinear_pool
+    qlinear_softmax
+    qlinear_unary
     quantize
+    quantize_microsoft
     quantized_binary
+    quantized_matmul
     quantized_pool
     random
     range

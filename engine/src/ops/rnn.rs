@@ -23,8 +23,13 @@ pub struct Recurrent {
 }
 
 fn parse(a: &mut Attributes) -> Result<Op> {
+    Ok(parse_layer(a)?.into())
+}
+
+/// The layer of a node, also of one with quantised weights.
+pub(super) fn parse_layer(a: &mut Attributes) -> Result<Recurrent> {
     let cell = match a.op_type() {
-        "LSTM" => Cell::Lstm,
+        "LSTM" | "DynamicQuantizeLSTM" => Cell::Lstm,
         "GRU" => Cell::Gru { linear_before_reset: a.int_or("linear_before_reset", 0)? != 0 },
         _ => Cell::Rnn,
     };
@@ -75,7 +80,7 @@ fn parse(a: &mut Attributes) -> Result<Op> {
         input_forget: cell == Cell::Lstm && a.int_or("input_forget", 0)? != 0,
         batch_first: a.flag_or("layout", false)?,
     };
-    Ok(Recurrent { layer, hidden }.into())
+    Ok(Recurrent { layer, hidden })
 }
 
 fn gate(name: &str, alpha: &mut impl Iterator<Item = f32>, beta: &mut impl Iterator<Item = f32>) -> Result<Gate> {
@@ -194,7 +199,7 @@ impl Recurrent {
     }
 
     /// The layer for weights R of this shape, and the sizes for X of that one.
-    fn sized(&self, x: &[usize], r: &[usize]) -> Result<(Layer, Sizes)> {
+    pub(super) fn sized(&self, x: &[usize], r: &[usize]) -> Result<(Layer, Sizes)> {
         let (&[t, b, input], &[_, _, hidden]) = (x, r) else {
             return Err(Error::shape(format!("X of shape {x:?} and R of shape {r:?}; three axes each were wanted")));
         };
@@ -203,7 +208,8 @@ impl Recurrent {
     }
 }
 
-fn operands<'a, T: Element>(io: &Io<'a, '_>) -> Result<Operands<'a, T>> {
+/// The operands that are no weights.
+pub(super) fn operands<'a, T: Element>(io: &Io<'a, '_>) -> Result<Operands<'a, T>> {
     let part = |i: usize| io.optional(i).map(|v: TensorView<'a>| v.as_slice::<T>()).transpose();
     Ok(Operands {
         x: io.slice(0)?,
@@ -214,7 +220,8 @@ fn operands<'a, T: Element>(io: &Io<'a, '_>) -> Result<Operands<'a, T>> {
     })
 }
 
-fn results<'a, T: Element>(outputs: &'a mut [TensorMut<'_>]) -> Result<Results<'a, T>> {
+/// The results that the node names.
+pub(super) fn results<'a, T: Element>(outputs: &'a mut [TensorMut<'_>]) -> Result<Results<'a, T>> {
     let mut parts = outputs.iter_mut().map(TensorMut::as_slice::<T>);
     Ok(Results { y: parts.next().transpose()?, last_h: parts.next().transpose()?, last_c: parts.next().transpose()? })
 }

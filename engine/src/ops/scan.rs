@@ -132,6 +132,10 @@ impl Operator for Scan {
         "Scan"
     }
 
+    fn bodies(&self) -> Vec<&Graph> {
+        vec![&self.body]
+    }
+
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         if self.batched {
             return Err(Error::unsupported_attribute("the form of opset 8, with a batch axis, is not supported; opset 9 is"));

@@ -6,6 +6,7 @@ use super::sizes::{
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
+use crate::tensor::Dims;
 use smallvec::SmallVec;
 use weblane_kernels::movement::Axis;
 use weblane_kernels::par::Cx;
@@ -168,6 +169,28 @@ impl Operator for Slice {
             axes[r.axis].src = step.saturating_mul(from[r.axis] as isize);
         }
         copy_axes(cx, &axes, x, offset, y, 0)
+    }
+
+    fn cuts(&self, operands: &[Option<Fact>], results: &[Dims]) -> Option<Dims> {
+        let dims = operands.first()?.as_ref()?.dims()?;
+        let mut numbers = [None, None, None, None];
+        for (i, numbers) in numbers.iter_mut().enumerate() {
+            if let Some(fact) = operands.get(i + 1).and_then(Option::as_ref) {
+                *numbers = Some(fact.i64s()?);
+            }
+        }
+        let taken = results.first()?;
+        // From the first axis of which more than one element is taken, what lies behind must be taken whole.
+        let first = taken.iter().position(|&n| n != 1).unwrap_or(taken.len());
+        let is_run = dims.iter().zip(taken).skip(first + 1).all(|(have, taken)| have == taken);
+        let mut begin = 0;
+        for range in self.ranges(numbers, dims.len()).ok()? {
+            if range.step != 1 && taken[range.axis] > 1 {
+                return None;
+            }
+            begin += range.resolve(dims[range.axis]).0 * dims[range.axis + 1..].iter().product::<usize>();
+        }
+        is_run.then(|| [begin].into_iter().collect())
     }
 
     fn takes_half(&self) -> bool {

@@ -4,7 +4,7 @@
 //! f(g(x, c), d)  ->  Chain[g . c, f . d](x)
 //! ```
 //!
-//! where every step has the shape of `x`, and `c`, `d` are of that shape too, or have one axis that is not 1.
+//! where every step has the shape of `x`, and `c`, `d` are of that shape too, or repeat along all axes but neighbouring ones.
 
 use super::Pass;
 use super::pattern::{Operand, Replacement, View, rewrite};
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::fact::Dim;
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::binary::{Arithmetic, Function};
-use crate::ops::chain::Chain;
+use crate::ops::chain::{Chain, axes_behind};
 use crate::ops::clip::Clip;
 use crate::ops::unary::Pointwise;
 use weblane_kernels::chain::Step;
@@ -58,21 +58,15 @@ fn readings(view: &View, node: &Node) -> Vec<Steps> {
         .collect()
 }
 
-/// Whether a value is of the same shape, or repeats along all axes but one.
+/// Whether a value is of the same shape, or repeats along all axes but neighbouring ones.
 fn meets(view: &View, other: ValueId, y: ValueId) -> bool {
     if view.same_shape(other, y) {
         return view.is_f32(other);
     }
     let shape = |id: ValueId| view.fact(id).and_then(|f| f.shape.as_deref());
     let (Some(have), Some(of)) = (shape(other), shape(y)) else { return false };
-    let Some(missing) = of.len().checked_sub(have.len()) else { return false };
-    let mut axes = (0..have.len()).filter(|&i| have[i] != Dim::Known(1));
-    let one = match (axes.next(), axes.next()) {
-        (None, _) => true,
-        (Some(i), None) => have[i] == of[missing + i] && have[i] != Dim::Unknown,
-        _ => false,
-    };
-    one && view.is_f32(other)
+    let fits = !have.contains(&Dim::Unknown) && axes_behind(have, of, &Dim::Known(1)).is_some();
+    fits && view.is_f32(other)
 }
 
 fn join(view: &View, i: usize) -> Option<Replacement> {
@@ -90,7 +84,7 @@ fn join(view: &View, i: usize) -> Option<Replacement> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Net, float, names};
+    use super::super::testing::{Net, float, int, names};
     use super::*;
 
     #[test]
@@ -127,6 +121,45 @@ mod tests {
         n.output(y);
         let left = n.optimized();
         assert_eq!(left, ["Transpose", "Conv", "weblane.Chain", "Conv", "Transpose"]);
+    }
+
+    #[test]
+    fn rotary_positions() {
+        // As PyTorch exports them for Llama, with cosines and sines that all heads share.
+        let mut n = Net::new(14);
+        let q = n.symbolic("q", &["1", "2", "tokens", "8"]);
+        let [cos, sin] = ["cos", "sin"].map(|name| n.symbolic(name, &["1", "1", "tokens", "8"]));
+        let a = n.op("Mul", &[q, cos]);
+        let [zero, four, all, last] = [0, 4, i64::MAX, 3].map(|v| n.i64s(&[v]));
+        let left = n.op("Slice", &[q, zero, four, last]);
+        let right = n.op("Slice", &[q, four, all, last]);
+        let right = n.op("Neg", &[right]);
+        let turned = n.op_with("Concat", &[right, left], &[("axis", int(-1))]);
+        let b = n.op("Mul", &[turned, sin]);
+        let y = n.op("Add", &[a, b]);
+        n.output(y);
+        assert_eq!(n.optimized(), ["Slice", "Slice", "Neg", "Concat", "Mul", "weblane.Chain"]);
+    }
+
+    #[test]
+    fn permuted_operands_stay_neighbours() {
+        // Channels and rows of the first operand lie side by side in the model, and apart in channels-last.
+        for (operand, chain) in [(&[4, 3, 1][..], false), (&[4, 1, 1], true), (&[1, 3, 2], true)] {
+            let mut n = Net::new(13);
+            let x = n.input("x", &[1, 3, 5, 4]);
+            let w = n.weights(&[4, 3, 3, 3]);
+            let y = n.op("Conv", &[x, w]);
+            let z = n.op("Sin", &[y]);
+            let w = n.weights(operand);
+            let z = n.op("Mul", &[z, w]);
+            let w = n.weights(&[2, 4, 1, 1]);
+            let y = n.op("Conv", &[z, w]);
+            n.output(y);
+            let left = n.optimized();
+            let at = left.iter().position(|name| name == "weblane.Chain").expect("a chain");
+            // What cannot move stands between transposes.
+            assert_eq!(left[at - 1] == "Conv", chain, "{left:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,9 @@ use std::sync::Arc;
 /// Constants above this many bytes are not compared.
 const MAX_CONSTANT: usize = 4096;
 
+/// A node is compared with at most so many of the same name and operands.
+const MAX_COMPARED: usize = 64;
+
 /// Merges equal constants and equal nodes.
 pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
     // A value that stands for an equal one, by index.
@@ -22,7 +25,8 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
             same[i] = *constants.entry((t.dtype(), t.dims().into(), t.bytes())).or_insert(same[i]);
         }
     }
-    let mut nodes: HashMap<(String, Vec<Option<ValueId>>), usize> = HashMap::new();
+    // By name and operands first: the texts are long, and most nodes are alone with theirs.
+    let mut nodes: HashMap<(&'static str, Vec<Option<ValueId>>), Vec<usize>> = HashMap::new();
     let mut kept: Vec<Node> = Vec::with_capacity(graph.nodes.len());
     for mut node in std::mem::take(&mut graph.nodes) {
         for id in node.inputs.iter_mut().flatten() {
@@ -30,20 +34,21 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
         }
         // What an output of the graph gets must be computed under its own name.
         let is_output = node.outputs.iter().any(|o| graph.outputs.contains(o));
-        if let Some(operator) = identity_of(&node) {
-            let key = (operator, node.inputs.clone());
-            match nodes.get(&key).map(|&k: &usize| &kept[k]).filter(|k| k.outputs.len() == node.outputs.len()) {
-                Some(first) if !is_output => {
-                    for (mine, its) in node.outputs.iter().zip(&first.outputs) {
-                        same[mine.index()] = *its;
-                    }
-                    continue;
+        let alike = nodes.entry((node.op.name(), node.inputs.clone())).or_default();
+        let equal = |k: usize| {
+            let first: &Node = &kept[k];
+            first.outputs.len() == node.outputs.len()
+                && identity_of(first).is_some_and(|text| identity_of(&node) == Some(text))
+        };
+        match alike.iter().copied().take(MAX_COMPARED).find(|&k| equal(k)) {
+            Some(k) if !is_output => {
+                for (mine, its) in node.outputs.iter().zip(&kept[k].outputs) {
+                    same[mine.index()] = *its;
                 }
-                Some(_) => {}
-                None => {
-                    nodes.insert(key, kept.len());
-                }
+                continue;
             }
+            Some(_) => {}
+            None => alike.push(kept.len()),
         }
         kept.push(node);
     }

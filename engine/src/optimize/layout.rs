@@ -60,7 +60,7 @@ struct Layout<'a> {
 
 /// Moves the graph to channels-last where operators gain from it.
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
-    let facts = pass.facts(graph)?;
+    let facts = pass.own_facts(graph)?;
     let old = std::mem::take(&mut graph.nodes);
     let exists = vec![true; graph.values.len()];
     let mut layout = Layout { graph, facts, nodes: Vec::with_capacity(old.len()), twins: HashMap::new(), exists };

@@ -1,9 +1,11 @@
 //! Portable rewriting of the graph. Each pass is one file with one function; [`optimize`] is their order.
 
-use crate::analyze::{Folding, infer_node};
 use crate::error::Result;
-use crate::fact::{Dim, Fact};
-use crate::graph::{Graph, ValueId};
+use crate::fact::Fact;
+use crate::graph::Graph;
+use facts::{Facts, Memo};
+use std::cell::RefCell;
+use std::rc::Rc;
 use weblane_kernels::par::Cx;
 
 mod activation;
@@ -13,10 +15,12 @@ mod bodies;
 mod chain;
 mod cse;
 mod epilogue;
+mod facts;
 mod fold;
 mod half;
 mod layer_norm;
 mod layout;
+mod multi_head;
 mod padding;
 mod pattern;
 mod pooling;
@@ -24,9 +28,10 @@ mod products;
 mod qdq;
 mod simplify;
 mod skip_norm;
+mod softmax;
 mod specialize;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use half::promote_half;
 pub use specialize::{Specialized, specialize};
@@ -38,48 +43,44 @@ pub struct Pass<'a> {
     pub cx: &'a Cx<'a>,
     /// What is known of the graph's inputs.
     pub inputs: &'a [Fact],
+    memo: RefCell<Memo>,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    /// For one graph, from its first pass to its last.
+    fn new(cx: &'a Cx<'a>, inputs: &'a [Fact]) -> Self {
+        Pass { cx, inputs, memo: RefCell::default() }
+    }
+
     /// What is known of every value of the graph as it is now.
     ///
     /// Sizes that inference knows nothing of get names of their own, which flow on to whatever has the same size: so
     /// passes can tell that two values have one shape without knowing it.
-    pub fn facts(&self, graph: &Graph) -> Result<Vec<Option<Fact>>> {
-        let mut facts: Vec<Option<Fact>> =
-            graph.values.iter().map(|v| v.constant.as_ref().map(|t| Fact::constant(t.clone()))).collect();
-        for (id, fact) in graph.inputs.iter().zip(self.inputs) {
-            facts[id.index()] = Some(named(fact.clone(), *id));
-        }
-        for node in &graph.nodes {
-            for (id, fact) in node.outputs.iter().zip(infer_node(node, &facts, self.cx, Folding { max_bytes: 0 })?) {
-                facts[id.index()] = Some(named(fact, *id));
-            }
-        }
-        Ok(facts)
+    fn facts(&self, graph: &Graph) -> Result<Facts> {
+        self.memo.borrow_mut().update(graph, self.inputs, self.cx)
     }
-}
 
-/// Names for the sizes of a value that have none. No model has such names: a size in a model is a name or nothing.
-fn named(mut fact: Fact, id: ValueId) -> Fact {
-    for (axis, dim) in fact.shape.iter_mut().flatten().enumerate() {
-        if *dim == Dim::Unknown {
-            *dim = Dim::Symbol(format!("size {axis} of value {}", id.index()).into());
-        }
+    /// The same for a pass that changes them; the next one starts from nothing.
+    fn own_facts(&self, graph: &Graph) -> Result<Vec<Option<Fact>>> {
+        let facts = self.facts(graph)?;
+        self.memo.take();
+        Ok(Rc::unwrap_or_clone(facts))
     }
-    fact
 }
 
 /// Rewrites the graph; its inputs and outputs stay, its results too up to rounding. `inputs` are the facts of the
 /// graph's inputs.
 pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
-    let pass = Pass { cx, inputs };
+    let pass = Pass::new(cx, inputs);
     // Before folding, which would make real numbers of quantised weights.
     qdq::run(&mut graph, &pass)?;
+    // Folding lets go of weights one by one; facts would hold them.
+    pass.memo.take();
     // Weights in half precision become single here, once.
     fold::run(&mut graph, &pass)?;
     half::drop_round_trips(&mut graph, &pass)?;
     bodies::run(&mut graph, &pass)?;
+    multi_head::run(&mut graph, &pass)?;
     // What does nothing hides patterns, and copies of a chain look like other readers of it.
     cse::run(&mut graph, &pass)?;
     simplify::run(&mut graph, &pass)?;
@@ -90,6 +91,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     // Many nodes into one, then that one into the product before it.
     layer_norm::run(&mut graph, &pass)?;
     activation::run(&mut graph, &pass)?;
+    softmax::run(&mut graph, &pass)?;
     attention::run(&mut graph, &pass)?;
     // The masks that attention made, once per layer, and the reshapes around it.
     cse::run(&mut graph, &pass)?;

@@ -13,6 +13,7 @@ use crate::plan::plan;
 use crate::tensor::{DType, Tensor};
 use half::f16;
 use std::collections::HashMap;
+use std::sync::Arc;
 use weblane_kernels::par::{Cx, Pool};
 use weblane_kernels::simd::Isa;
 
@@ -110,16 +111,54 @@ impl Net {
     }
 
     pub(crate) fn node(&mut self, op_type: &str, inputs: &[Option<ValueId>], attrs: Attrs) -> ValueId {
+        self.nodes_of("", op_type, inputs, attrs, 1)[0]
+    }
+
+    /// An operator of onnxruntime's domain.
+    pub(crate) fn contrib(&mut self, op_type: &str, inputs: &[Option<ValueId>], attrs: Attrs) -> ValueId {
+        self.nodes_of("com.microsoft", op_type, inputs, attrs, 1)[0]
+    }
+
+    /// A node of any domain, with several results.
+    pub(crate) fn nodes_of(
+        &mut self,
+        domain: &str,
+        op_type: &str,
+        inputs: &[Option<ValueId>],
+        attrs: Attrs,
+        results: usize,
+    ) -> Vec<ValueId> {
         let attrs = attrs.iter().map(|(n, v)| Attribute { name: (*n).into(), value: v.clone() }).collect();
         let given = inputs.iter().map(Option::is_some).collect();
-        let mut attributes = Attributes::new(op_type, self.opset, attrs, HashMap::new(), given, 1);
-        let registration = find("", op_type).unwrap_or_else(|| panic!("no operator {op_type}"));
+        let mut attributes = Attributes::new(op_type, self.opset, attrs, HashMap::new(), given, results);
+        let registration = find(domain, op_type).unwrap_or_else(|| panic!("no operator {op_type}"));
         let op = (registration.parse)(&mut attributes).unwrap();
         attributes.finish().unwrap();
         let name = format!("{op_type}_{}", self.graph.nodes.len());
-        let output = self.graph.add_value(name.clone());
-        self.graph.nodes.push(Node { name, op, inputs: inputs.to_vec(), outputs: vec![output] });
-        output
+        let outputs: Vec<_> = (0..results).map(|_| self.graph.add_value(name.clone())).collect();
+        self.graph.nodes.push(Node { name, op, inputs: inputs.to_vec(), outputs: outputs.clone() });
+        outputs
+    }
+
+    /// Runs the graph as it stands, with seeded inputs of known shapes, checks every output against what its nodes give one
+    /// by one, and returns the operators of the plan's steps.
+    pub(crate) fn planned(&self) -> Vec<String> {
+        let inputs: Vec<Tensor> = self
+            .facts
+            .iter()
+            .enumerate()
+            .map(|(i, f)| {
+                let dims = f.dims().unwrap();
+                Tensor::from_slice(&dims, &noise(dims.iter().product(), 5 + i as u64)).unwrap()
+            })
+            .collect();
+        let known: Vec<Fact> = inputs.iter().map(|t| Fact::constant(Arc::new(t.clone()))).collect();
+        let facts = with_cx(|cx| analyze(&self.graph, &known, cx, Folding { max_bytes: usize::MAX }).unwrap());
+        for (id, got) in self.graph.outputs.iter().zip(run(&self.graph, &inputs)) {
+            assert_eq!(got, **facts[id.index()].as_ref().unwrap().tensor().unwrap());
+        }
+        let steps = with_cx(|cx| plan(&self.graph, &self.facts, &PackCache::default(), cx).unwrap().steps);
+        steps.iter().map(|s| s.node.op.name().to_owned()).collect()
     }
 
     pub(crate) fn output(&mut self, id: ValueId) {
@@ -136,7 +175,7 @@ impl Net {
     /// Rewrites by one pass.
     pub(crate) fn apply(&self, pass: impl Fn(&mut Graph, &Pass) -> Result<()>) -> Graph {
         let mut graph = self.graph.clone();
-        with_cx(|cx| pass(&mut graph, &Pass { cx, inputs: &self.facts }).unwrap());
+        with_cx(|cx| pass(&mut graph, &Pass::new(cx, &self.facts)).unwrap());
         graph.sort().unwrap();
         graph
     }
