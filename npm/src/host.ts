@@ -6,6 +6,7 @@ import { LISTEN_MS, Mailbox } from "./mailbox.js";
 import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
 import { MIN_TRANSFER_BYTES } from "./transfer.js";
 import { chooseVariant, type Platform, type Variant, type VariantChoice } from "./variant.js";
+import { WarmUp } from "./warm.js";
 import type { Wasm, WasmFiles, WasmOutput, WasmQuantizer, WasmSession } from "./wasm.js";
 
 /** How long a run keeps the worker before it looks for messages, in milliseconds. */
@@ -13,6 +14,12 @@ export const STEP_BUDGET_MS = 8;
 
 /** Bytes of a file that are read ahead while the build compiles. */
 const EARLY_BYTES = 32 << 20;
+
+/** A file of which so much is still to come leaves time for the warm-up. */
+const WARM_UP_BYTES = 4 << 20;
+
+/** How long a piece of the warm-up keeps the worker from the next bytes, in milliseconds. */
+const WARM_UP_MS = 1;
 
 /** What the host needs from its surroundings; tests give fakes. */
 export interface HostEnvironment {
@@ -102,6 +109,9 @@ export class Host {
   readonly #started: Promise<Wasm>;
   #onStarted!: (wasm: Wasm | PromiseLike<Wasm>) => void;
   #wasm: Wasm | undefined;
+  /** The build with its threads, until the warm-up is over. */
+  #cold: Wasm | undefined;
+  #warming: WarmUp | undefined;
   #broken: WeblaneError | undefined;
 
   constructor(env: HostEnvironment) {
@@ -155,6 +165,7 @@ export class Host {
       this.#onStarted(starting.then(([wasm]) => wasm));
       const [wasm, choice] = await starting;
       const info = await this.#startThreads(wasm, choice, variant);
+      this.#cold = wasm;
       progress({ phase: "compile", loaded: 1, total: 1 });
       const { buffer } = wasm.memory;
       if (typeof SharedArrayBuffer === "undefined" || !(buffer instanceof SharedArrayBuffer)) return { info };
@@ -213,6 +224,7 @@ export class Host {
           }
           loaded += bytes.byteLength;
           report();
+          if (total - loaded > WARM_UP_BYTES) this.#warmUp();
         }
         await flush();
       } catch (error) {
@@ -220,6 +232,8 @@ export class Host {
           throw new WeblaneError("not_onnx", `${url} is an HTML page, not a model`, { cause: error });
         }
         throw toWeblaneError(error, "network", `${url} could not be read to its end: `);
+      } finally {
+        this.#endWarmUp();
       }
       return undefined;
     },
@@ -416,6 +430,24 @@ export class Host {
       return wasm.startThreads(1);
     });
     return { ...choice, threads, threadsReason, version: wasm.version() };
+  }
+
+  /** Runs a piece of the warm-up, if the build has its threads and is not warm yet. */
+  #warmUp(): void {
+    const wasm = this.#cold;
+    if (wasm === undefined) return;
+    this.#guard(() => {
+      if (this.#warming === undefined) this.#warming = new WarmUp(wasm.WasmSession);
+      else if (this.#warming.advance(WARM_UP_MS)) this.#endWarmUp();
+    });
+  }
+
+  /** Ends the warm-up wherever it is. */
+  #endWarmUp(): void {
+    const warming = this.#warming;
+    if (warming === undefined) return;
+    this.#cold = this.#warming = undefined;
+    if (!this.#broken) this.#guard(() => warming.free());
   }
 
   #slot(session: number): SessionSlot {

@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { describe, expect, test, vi } from "vitest";
 import type * as Weblane from "../src/index.js";
+import { network } from "../src/warm.js";
 import { identity, model } from "./onnx.js";
 
 const root = join(import.meta.dirname, "..");
@@ -52,6 +53,21 @@ describe.skipIf(!built)("the built package", () => {
     expect(nodes.length).toBeGreaterThan(3);
     await session.dispose();
     await expect(session.run({ input: one() })).rejects.toMatchObject({ code: "disposed" });
+  });
+
+  test.each(builds)("%s: the network of the warm-up is a model like any other", async (variant) => {
+    const { Session } = await load();
+    const session = await Session.load(network(), { variant, threads: 2 });
+    const { outputs, nodes } = await session.profile({ x: new Float32Array(3 * 28 * 28).fill(1) });
+    expect(outputs.y?.dims).toEqual([1, 64]);
+    expect([...((outputs.y?.data ?? []) as Float32Array)].every((v) => v === 0)).toBe(true);
+    // Its layers have kernels of their own, with what follows them in their epilogues.
+    expect(nodes.map(({ op }) => op).filter((op) => op !== "Transpose" && op !== "Flatten")).toEqual([
+      ...Array(6).fill("Conv"),
+      "GlobalAveragePool",
+      "Gemm",
+    ]);
+    await session.dispose();
   });
 
   test("every tensor type comes back as it went", async () => {

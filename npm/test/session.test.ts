@@ -428,6 +428,24 @@ test("a file is read while the build compiles, through one buffer", async () => 
   expect(engine.log.filter((l) => l.startsWith("expect"))).toEqual(["expect 8"]);
 });
 
+test("a small network runs while a large file arrives, and only then", async () => {
+  for (const [size, log] of [
+    [6 << 20, ["begin", "end", "begin", "end", "free"]],
+    [3 << 20, []],
+  ] as const) {
+    const engine = new FakeEngine();
+    engine.script.files = { "http://a/m.onnx": new Uint8Array(size) };
+    engine.script.chunks = async function* () {
+      for (let i = 0; i < 8; i++) {
+        await new Promise((resolve) => setTimeout(resolve, 5));
+        yield Uint8Array.of(8);
+      }
+    };
+    await Session.loadWith("http://a/m.onnx", {}, engine.spawn);
+    expect(engine.log.filter((l) => ["begin", "end", "free"].includes(l))).toEqual(log);
+  }
+});
+
 test("the engine hears how long a model will be", async () => {
   const engine = new FakeEngine();
   await load(engine);
