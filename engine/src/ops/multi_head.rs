@@ -123,9 +123,12 @@ struct Masks<'a> {
     bias: Option<TensorView<'a>>,
 }
 
+/// Numbers to be added to the scores, and their strides over batches, heads and queries.
+type Joined<'a> = (Cow<'a, [f32]>, [usize; 3]);
+
 impl<'a> Masks<'a> {
     /// Both as one mask of the kernel.
-    fn join(&self, fill: f32, [batch, heads, queries, keys]: [usize; 4]) -> Result<Option<(Cow<'a, [f32]>, [usize; 3])>> {
+    fn join(&self, fill: f32, [batch, heads, queries, keys]: [usize; 4]) -> Result<Option<Joined<'a>>> {
         let bias = match self.bias {
             None => None,
             Some(b) if b.dims.last() == Some(&keys) => {
