@@ -281,7 +281,9 @@ impl Product {
 /// Length of the dot products and number of columns.
 fn columns(kind: &Kind, b: &[usize]) -> Option<(usize, usize)> {
     match (kind, b) {
-        (Kind::Conv(_), [n, rest @ ..]) if !rest.is_empty() => Some((rest.iter().product(), *n)),
+        (Kind::Conv(_), [n, rest @ ..]) if !rest.is_empty() => {
+            Some((rest.iter().fold(1, |k: usize, &d| k.saturating_mul(d)), *n))
+        }
         (Kind::MatMul(m), &[r, c]) => Some(if m.trans_b { (c, r) } else { (r, c) }),
         _ => None,
     }
@@ -619,7 +621,7 @@ fn dynamic(view: &View, i: usize) -> Option<Replacement> {
         let kind = integer_kind(op);
         let b = integer_weights(view, product)?;
         let (_, n) = columns(&kind, &b.dims).filter(|&(_, n)| b.zeros.len() == 1 || b.zeros.len() == n)?;
-        let one = |id: ValueId| view.fact(id).and_then(Fact::dims).is_some_and(|d| d.iter().product::<usize>() == 1);
+        let one = |id: ValueId| view.fact(id).and_then(Fact::dims).is_some_and(|d| d.iter().all(|&d| d == 1));
         let zero = input(product, 2);
         if zero.is_some_and(|zero| !one(zero)) {
             return None;
