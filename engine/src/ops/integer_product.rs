@@ -272,35 +272,40 @@ impl IntegerProduct {
         }
     }
 
-    /// For a convolution that stayed in the layout of the model, because its rank was not known: transposes, and allocates.
-    fn run_channels_first(&self, cx: &Cx, io: &mut Io, packed: &Packed, image: Option<&ConvInput>) -> Result<()> {
-        let rank = io.input(0)?.rank();
-        let last: Dims = std::iter::once(0).chain(2..rank).chain(std::iter::once(1)).collect();
-        let first: Dims = [0, rank - 1].into_iter().chain(1..rank - 1).collect();
-        let moved: Vec<(usize, Tensor)> = [Some(0), self.residual_index()]
-            .into_iter()
-            .flatten()
-            .map(|i| Ok((i, transposed(cx, io.input(i)?, &last)?)))
-            .collect::<Result<_>>()?;
-        let y = io.output(0)?;
-        let mut result = Tensor::zeros(y.dtype, &last.iter().map(|&i| y.dims[i]).collect::<Dims>())?;
-        let mut inputs: Vec<Option<TensorView>> = io.inputs.to_vec();
-        for (i, tensor) in &moved {
-            inputs[*i] = Some(tensor.view());
-        }
-        let mut outputs = [result.view_mut()];
-        self.run_packed(cx, &mut Io { inputs: &inputs, outputs: &mut outputs, in_place: None }, packed, image)?;
-        let back = transposed(cx, result.view(), &first)?;
-        io.output(0)?.bytes().copy_from_slice(back.bytes());
-        Ok(())
-    }
-
     fn run_any(&self, cx: &Cx, io: &mut Io, packed: &Packed, image: Option<&ConvInput>) -> Result<()> {
         match &self.kind {
-            Kind::Conv(c) if c.layout == Layout::Nchw => self.run_channels_first(cx, io, packed, image),
+            Kind::Conv(c) if c.layout == Layout::Nchw => {
+                let moved: Vec<usize> = [Some(0), self.residual_index()].into_iter().flatten().collect();
+                run_channels_last(cx, io, &moved, &|io| self.run_packed(cx, io, packed, image))
+            }
             _ => self.run_packed(cx, io, packed, image),
         }
     }
+}
+
+/// Runs in channels-last what stayed in the layout of the model, because its rank was not known: transposes the operands
+/// `moved` and the result, and allocates.
+pub(super) fn run_channels_last(
+    cx: &Cx,
+    io: &mut Io,
+    moved: &[usize],
+    run: &dyn Fn(&mut Io) -> Result<()>,
+) -> Result<()> {
+    let rank = io.input(0)?.rank();
+    let last: Dims = std::iter::once(0).chain(2..rank).chain(std::iter::once(1)).collect();
+    let first: Dims = [0, rank - 1].into_iter().chain(1..rank - 1).collect();
+    let moved: Vec<(usize, Tensor)> =
+        moved.iter().map(|&i| Ok((i, transposed(cx, io.input(i)?, &last)?))).collect::<Result<_>>()?;
+    let y = io.output(0)?;
+    let mut result = Tensor::zeros(y.dtype, &last.iter().map(|&i| y.dims[i]).collect::<Dims>())?;
+    let mut inputs: Vec<Option<TensorView>> = io.inputs.to_vec();
+    for (i, tensor) in &moved {
+        inputs[*i] = Some(tensor.view());
+    }
+    run(&mut Io { inputs: &inputs, outputs: &mut [result.view_mut()], in_place: None })?;
+    let back = transposed(cx, result.view(), &first)?;
+    io.output(0)?.bytes().copy_from_slice(back.bytes());
+    Ok(())
 }
 
 fn transposed(cx: &Cx, x: TensorView, perm: &[usize]) -> Result<Tensor> {

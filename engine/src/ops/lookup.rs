@@ -6,6 +6,7 @@ use super::{Infer, Io, Operator, Permuted, Registration, Table};
 use crate::error::{Error, Result};
 use crate::fact::Fact;
 use crate::tensor::DType;
+use weblane_kernels::int8::{lookup, lookup_in_place};
 use weblane_kernels::par::Cx;
 
 /// No model has this operator by name.
@@ -31,16 +32,15 @@ impl Operator for Lookup {
         cx.results(vec![Fact { dtype: self.dtype, shape: x.shape.clone(), content: Default::default() }])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let table: &[u8; 256] =
             (&*self.table).try_into().map_err(|_| Error::internal("a table that has not 256 entries"))?;
         if io.in_place.is_some() {
-            io.output(0)?.bytes().iter_mut().for_each(|y| *y = table[usize::from(*y)]);
+            lookup_in_place(cx, table, io.output(0)?.bytes());
             return Ok(());
         }
         let x = io.input(0)?.bytes();
-        io.output(0)?.bytes().iter_mut().zip(x).for_each(|(y, &x)| *y = table[usize::from(x)]);
-        Ok(())
+        Ok(lookup(cx, x, table, io.output(0)?.bytes())?)
     }
 
     fn in_place(&self) -> &'static [usize] {

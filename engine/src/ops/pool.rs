@@ -1,5 +1,6 @@
 //! MaxPool, AveragePool, LpPool and their global forms.
 
+use super::integer_product::{bytes_mut, bytes_of};
 use super::spatial::{Sliding, Window, join, split_dims, split_fact};
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
@@ -7,6 +8,7 @@ use crate::fact::{Dim, Fact, Shape};
 use crate::for_dtype;
 use crate::tensor::DType;
 use weblane_kernels::conv::Layout;
+use weblane_kernels::int8::max_pool;
 use weblane_kernels::par::Cx;
 use weblane_kernels::pool::{PoolOp, PoolShape, max_pool_indices, pool, pool_any};
 use weblane_kernels::reduce::{Reduction, reduce};
@@ -143,7 +145,11 @@ impl Operator for Pool {
             return Ok(pool(cx, self.op, &shape, self.layout, x.as_slice::<f32>()?, y)?);
         }
         if self.layout == Layout::Nhwc {
-            return Err(wrong_dtype("the operand", x.dtype, "float32, channels last,"));
+            let is_byte = matches!(x.dtype, DType::U8 | DType::I8) && self.op == PoolOp::Max;
+            if !is_byte {
+                return Err(wrong_dtype("the operand", x.dtype, "float32, and maxima of bytes, channels last,"));
+            }
+            return Ok(max_pool(cx, &shape, bytes_of(x)?, bytes_mut(io.output(0)?)?)?);
         }
         for_dtype!(x.dtype, [F64, I8, U8], T => {
             Ok(pool_any(self.op, &shape, x.as_slice::<T>()?, io.output(0)?.as_slice::<T>()?)?)
@@ -152,7 +158,12 @@ impl Operator for Pool {
 
     fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
         let x = operands.first()?.as_ref()?;
-        if x.dtype != DType::F32 || self.layout == Layout::Nhwc || self.indices {
+        let fits = match x.dtype {
+            DType::F32 => true,
+            DType::U8 | DType::I8 => self.op == PoolOp::Max,
+            _ => false,
+        };
+        if !fits || self.layout == Layout::Nhwc || self.indices {
             return None;
         }
         let op = Pool { layout: Layout::Nhwc, ..self.clone() }.into();

@@ -581,4 +581,23 @@ mod tests {
         let e = OneNode::new("MatMulInteger").run(&[a, b, u8s(&[3], &[1; 3])]).unwrap_err();
         assert!(e.message.contains("1 or 2 were wanted"), "{e}");
     }
+
+    #[test]
+    fn scales_that_nothing_can_be_quantised_with() {
+        for scale in [0.0, -0.5, f32::NAN, f32::INFINITY] {
+            for name in ["QuantizeLinear", "DequantizeLinear"] {
+                let x = if name == "QuantizeLinear" { f32s(&[2], &[1.0; 2]) } else { u8s(&[2], &[1; 2]) };
+                let e = OneNode::new(name).run(&[x, f32s(&[2], &[1.0, scale])]).unwrap_err();
+                assert!(e.message.contains("a finite number above 0") && e.node.is_some(), "{e}");
+            }
+            for wrong in [1, 4, 6] {
+                let (x, one, zero) = (u8s(&[2, 2], &[1; 4]), f32s(&[], &[1.0]), u8s(&[], &[0]));
+                let mut operands =
+                    [x.clone(), one.clone(), zero.clone(), x, one.clone(), zero.clone(), one, zero.clone()];
+                operands[wrong] = f32s(&[], &[scale]);
+                let e = OneNode::new("QLinearMatMul").run(&operands).unwrap_err();
+                assert!(e.message.contains("a finite number above 0"), "{e}");
+            }
+        }
+    }
 }

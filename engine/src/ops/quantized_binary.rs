@@ -7,60 +7,46 @@ use super::{Infer, Io, Operator, Permuted, Registration};
 use crate::error::Result;
 use crate::fact::{Fact, broadcast};
 use crate::tensor::DType;
-use weblane_kernels::int8::BytesMut;
+use weblane_kernels::int8::{Binary, Bytes, BytesMut, Function, binary};
 use weblane_kernels::par::Cx;
 
 /// No model has this operator by name.
 pub const OPERATORS: &[Registration] = &[];
 
-/// What is computed of `a` and `b`, the operands minus their zero points, in `float32`, every operation rounded.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Function {
-    /// `a first + b second`: each scale over that of the result.
-    Add {
-        /// Factor of a.
-        first: f32,
-        /// Factor of b.
-        second: f32,
-    },
-    /// `a b scale`: the product of both scales over that of the result.
-    Mul {
-        /// Factor of the product.
-        scale: f32,
-    },
-}
-
-/// `clamp(round(f(a - a_zero, b - b_zero)) + zero, lo, hi)`, halves to even.
+/// `clamp(round(f(a - a_zero, b - b_zero)) + zero, lo, hi)`; see [`Binary`].
 #[derive(Clone, Debug)]
 pub struct QuantizedBinary {
-    /// The function.
-    pub function: Function,
-    /// Zero points of the operands.
-    pub zeros: [i32; 2],
-    /// Zero point of the result.
-    pub zero: i32,
-    /// Least result.
-    pub lo: i32,
-    /// Largest result.
-    pub hi: i32,
+    /// Function, zero points and bounds.
+    pub binary: Binary,
     /// Element type of the result: `uint8` or `int8`.
     pub dtype: DType,
 }
 
-impl QuantizedBinary {
-    fn one(&self, a: i32, b: i32) -> i32 {
-        let (a, b) = (a - self.zeros[0], b - self.zeros[1]);
-        let real = match self.function {
-            Function::Add { first, second } => a as f32 * first + b as f32 * second,
-            Function::Mul { scale } => (a * b) as f32 * scale,
-        };
-        (real.round_ties_even() as i32).saturating_add(self.zero).clamp(self.lo, self.hi)
+/// The first axis from which on an operand of shape `x` is repeated as a whole until it has the shape `y`.
+fn repeats_from(x: &[usize], y: &[usize]) -> usize {
+    let missing = y.len().saturating_sub(x.len());
+    let size = |axis: usize| axis.checked_sub(missing).map_or(1, |i| x[i]);
+    // From the last axis to the first: those of full size, then those where it repeats.
+    let mut axis = y.len();
+    while axis > 0 && size(axis - 1) == y[axis - 1] {
+        axis -= 1;
+    }
+    while axis > 0 && size(axis - 1) == 1 {
+        axis -= 1;
+    }
+    axis
+}
+
+fn part<'a>(x: &Bytes<'a>, from: usize, len: usize) -> Bytes<'a> {
+    match *x {
+        Bytes::U8(x) => Bytes::U8(&x[from..from + len]),
+        Bytes::I8(x) => Bytes::I8(&x[from..from + len]),
     }
 }
 
 impl Operator for QuantizedBinary {
     fn name(&self) -> &'static str {
-        match self.function {
+        match self.binary.function {
             Function::Add { .. } => "weblane.QuantizedAdd",
             Function::Mul { .. } => "weblane.QuantizedMul",
         }
@@ -77,24 +63,38 @@ impl Operator for QuantizedBinary {
         cx.results(vec![Fact { dtype: self.dtype, shape, content: Default::default() }])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (a, b) = (io.input(0)?, io.input(1)?);
         let y = io.output(0)?;
+        if y.is_empty() {
+            return Ok(());
+        }
+        // The axes before `inner` are walked here, the kernel repeats operands along the others.
         let dims = y.dims;
-        let strides = [broadcast_strides(a.dims, dims), broadcast_strides(b.dims, dims)];
+        let inner = repeats_from(a.dims, dims).max(repeats_from(b.dims, dims));
+        let block: usize = dims[inner..].iter().product();
+        let places = [a, b].map(|x| {
+            let own = x.dims[x.rank().saturating_sub(dims.len() - inner)..].iter().product::<usize>();
+            (broadcast_strides(x.dims, dims), own)
+        });
         let (a, b) = (bytes_of(a)?, bytes_of(b)?);
-        let mut y = bytes_mut(y)?;
-        for i in 0..y.len() {
-            let (mut at, mut rest) = ([0; 2], i);
-            for (axis, &d) in dims.iter().enumerate().rev() {
-                at.iter_mut().zip(&strides).for_each(|(at, strides)| *at += rest % d * strides[axis]);
+        let at = |i: usize, strides: &[usize]| {
+            let mut rest = i;
+            let step = |(axis, &d): (usize, &usize)| {
+                let place = rest % d * strides[axis];
                 rest /= d;
-            }
-            let v = self.one(a.get(at[0]), b.get(at[1]));
-            match &mut y {
-                BytesMut::U8(y) => y[i] = v as u8,
-                BytesMut::I8(y) => y[i] = v as i8,
-            }
+                place
+            };
+            dims[..inner].iter().enumerate().rev().map(step).sum::<usize>()
+        };
+        let mut y = bytes_mut(y)?;
+        for i in 0..dims[..inner].iter().product() {
+            let [x, z] = [(&a, &places[0]), (&b, &places[1])].map(|(x, (strides, own))| part(x, at(i, strides), *own));
+            let y = match &mut y {
+                BytesMut::U8(y) => BytesMut::U8(&mut y[i * block..][..block]),
+                BytesMut::I8(y) => BytesMut::I8(&mut y[i * block..][..block]),
+            };
+            binary(cx, &self.binary, x, z, y)?;
         }
         Ok(())
     }

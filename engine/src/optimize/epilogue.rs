@@ -20,6 +20,7 @@ use crate::ops::conv_transpose::ConvTranspose;
 use crate::ops::gemm::Gemm;
 use crate::ops::integer_product::{IntegerProduct, Kind, Target};
 use crate::ops::matmul::MatMul;
+use crate::tensor::Tensor;
 use weblane_kernels::epilogue::Activation;
 
 /// Moves additions and activations into the products before them.
@@ -78,15 +79,16 @@ fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacem
     let plain = Activation::Identity;
     let (op, at): (Op, usize) = if let Some(integer) = product.op.get::<IntegerProduct>() {
         let mut integer = integer.clone();
-        match (&integer.kind, &mut integer.target) {
-            (Kind::MatMul(_), Target::Real { bias, residual: false, activation, .. })
-                if !*bias && *activation == plain =>
-            {
-                *bias = true;
-            }
+        let (at, channels) = (integer.extras(), matches!(integer.kind, Kind::Conv(_)));
+        match &mut integer.target {
+            Target::Real { bias, residual: false, activation, .. } if !*bias && *activation == plain => *bias = true,
             _ => return None,
         }
-        let at = integer.extras();
+        if channels {
+            let mut operands = operands(product);
+            operands.insert(at, Operand::Constant(channel_bias(view, x, bias)?));
+            return Some(Replacement { root: i, nodes: vec![i, p], op: integer.into(), operands });
+        }
         (integer.into(), at)
     } else {
         let matmul = product.op.get::<MatMul>().filter(|m| !m.bias && m.activation == plain)?;
@@ -104,6 +106,16 @@ fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacem
     let mut operands = operands(product);
     operands.insert(at, bias.into());
     Some(Replacement { root: i, nodes: vec![i, p], op, operands })
+}
+
+/// A constant that adds one number to each channel of `[batch, channels, spatial...]`, as a vector.
+fn channel_bias(view: &View, x: ValueId, bias: ValueId) -> Option<Tensor> {
+    let shape = view.fact(x)?.shape.as_ref()?;
+    let channels = shape.get(1)?.known()?;
+    let tensor = view.tensor(bias).filter(|t| t.dims().len() <= shape.len())?;
+    let place = shape.len() - tensor.dims().len();
+    let fits = tensor.dims().iter().enumerate().all(|(k, &d)| d == if place + k == 1 { channels } else { 1 });
+    (fits && tensor.len() == channels).then(|| Tensor::clone(tensor).reshaped(&[channels]).ok())?
 }
 
 fn add_residual(view: &View, i: usize, x: ValueId, residual: ValueId) -> Option<Replacement> {

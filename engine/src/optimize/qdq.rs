@@ -36,8 +36,11 @@ use crate::ops::matmul::MatMul;
 use crate::ops::pad::{Mode, Pad};
 use crate::ops::pool::{GlobalPool, Pool};
 use crate::ops::quantize::{Linear, Product as QuantizedKind, QuantizedProduct};
-use crate::ops::quantized_binary::{Function as QuantizedFunction, QuantizedBinary};
+use crate::ops::quantized_binary::QuantizedBinary;
 use crate::ops::quantized_pool::{QuantizedMean, Windows};
+use crate::ops::reduce::Reduce;
+use crate::ops::reshape::Squeeze;
+use crate::ops::resize::{self, Coordinates, Resize};
 use crate::ops::unary::Pointwise;
 use crate::ops::{Op, Table};
 use crate::tensor::{DType, Tensor};
@@ -45,7 +48,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use weblane_kernels::conv::Layout;
 use weblane_kernels::epilogue::Activation;
+use weblane_kernels::int8::{Binary, Function as QuantizedFunction, Mean};
 use weblane_kernels::pool::PoolOp;
+use weblane_kernels::reduce::Reduction;
 
 /// Nodes that a table may stand for.
 const MAX_REGION: usize = 32;
@@ -276,7 +281,9 @@ impl Product {
 /// Length of the dot products and number of columns.
 fn columns(kind: &Kind, b: &[usize]) -> Option<(usize, usize)> {
     match (kind, b) {
-        (Kind::Conv(_), [n, rest @ ..]) if !rest.is_empty() => Some((rest.iter().product(), *n)),
+        (Kind::Conv(_), [n, rest @ ..]) if !rest.is_empty() => {
+            Some((rest.iter().fold(1, |k: usize, &d| k.saturating_mul(d)), *n))
+        }
         (Kind::MatMul(m), &[r, c]) => Some(if m.trans_b { (c, r) } else { (r, c) }),
         _ => None,
     }
@@ -312,7 +319,8 @@ fn between(view: &View, i: usize) -> Result<Option<Replacement>> {
         nodes.push(p);
         let (op, operands) = product(view, node, y, bounds)
             .or_else(|| binary(view, node, y, bounds))
-            .or_else(|| if bounds == y.bounds() { mean(view, node, y).or_else(|| concat(view, node, y)) } else { None })?;
+            .or_else(|| mean(view, node, y, bounds))
+            .or_else(|| if bounds == y.bounds() { concat(view, node, y) } else { None })?;
         Some(Replacement { root: i, nodes, op, operands })
     };
     Ok(find())
@@ -334,21 +342,43 @@ fn binary(view: &View, node: &Node, y: Scheme, (lo, hi): (i32, i32)) -> Option<M
         "Mul" => QuantizedFunction::Mul { scale: sa.scale * sb.scale / y.scale },
         _ => return None,
     };
-    let op = QuantizedBinary { function, zeros: [sa.zero, sb.zero], zero: y.zero, lo, hi, dtype: y.dtype };
-    Some((op.into(), vec![a.into(), b.into()]))
+    let binary = Binary { function, zeros: [sa.zero, sb.zero], zero: y.zero, lo, hi };
+    Some((QuantizedBinary { binary, dtype: y.dtype }.into(), vec![a.into(), b.into()]))
 }
 
-fn mean(view: &View, node: &Node, y: Scheme) -> Option<Made> {
-    let windows = if let Some(pool) = node.op.get::<Pool>() {
-        Windows::Sliding(matches!(pool.op, PoolOp::Average { .. }).then(|| pool.clone())?)
+fn mean(view: &View, node: &Node, y: Scheme, (lo, hi): (i32, i32)) -> Option<Made> {
+    let mut squeezed = None;
+    let (windows, op) = if let Some(pool) = node.op.get::<Pool>() {
+        (Windows::Sliding(pool.clone()), pool.op)
+    } else if let Some(reduce) = node.op.get::<Reduce>() {
+        let spatial = spatial_mean(view, node, reduce)?;
+        squeezed = (!reduce.keep).then_some(spatial);
+        let op = PoolOp::Average { include_pad: false };
+        (Windows::Global(GlobalPool { op, layout: Layout::Nchw }), op)
     } else {
         let pool = node.op.get::<GlobalPool>()?;
-        Windows::Global(matches!(pool.op, PoolOp::Average { .. }).then(|| pool.clone())?)
+        (Windows::Global(pool.clone()), pool.op)
     };
+    let PoolOp::Average { include_pad } = op else { return None };
     let (x, from) = dequantized(view, input(node, 0)?)?;
-    let multiplier = from.scale / y.scale;
-    let op = QuantizedMean { windows, x_zero: from.zero, multiplier, zero: y.zero, dtype: y.dtype };
-    Some((op.into(), vec![x.into()]))
+    let mean = Mean { x_zero: from.zero, multiplier: from.scale / y.scale, zero: y.zero, lo, hi, include_pad };
+    let op = QuantizedMean { windows, mean, dtype: y.dtype };
+    Some(match squeezed {
+        None => (op.into(), vec![x.into()]),
+        axes => (Squeeze { axes }.into(), vec![Operand::Computed(op.into(), vec![x.into()])]),
+    })
+}
+
+/// The axes of a mean over all but batch and channels.
+fn spatial_mean(view: &View, node: &Node, reduce: &Reduce) -> Option<Vec<i64>> {
+    let rank = view.fact(input(node, 0)?)?.rank().filter(|r| (3..=5).contains(r))?;
+    let axes: Vec<i64> = match input(node, 1) {
+        Some(id) => view.fact(id)?.i64s()?.to_vec(),
+        None => reduce.axes.as_ref()?.to_vec(),
+    };
+    let found: Option<BTreeSet<usize>> = axes.iter().map(|&a| axis_index(a, rank).ok()).collect();
+    let all = found?.into_iter().eq(2..rank) && axes.len() == rank - 2 && reduce.reduction == Reduction::Mean;
+    all.then(|| (2..rank as i64).collect())
 }
 
 fn concat(view: &View, node: &Node, y: Scheme) -> Option<Made> {
@@ -382,6 +412,11 @@ fn moved(view: &View, i: usize) -> Option<Replacement> {
         | "DepthToSpace" | "SpaceToDepth" | "Identity" => node.op.clone(),
         // Quantisation keeps order, and padding takes no part.
         "MaxPool" if !node.op.get::<Pool>()?.indices => node.op.clone(),
+        "Resize" | "Upsample" => {
+            let resize = node.op.get::<Resize>()?;
+            let copies = resize.mode == resize::Mode::Nearest && resize.coordinates != Coordinates::TfCropAndResize;
+            copies.then(|| node.op.clone())?
+        }
         "Pad" => {
             let pad = node.op.get::<Pad>()?;
             let zero = match input(node, 2) {
@@ -586,7 +621,7 @@ fn dynamic(view: &View, i: usize) -> Option<Replacement> {
         let kind = integer_kind(op);
         let b = integer_weights(view, product)?;
         let (_, n) = columns(&kind, &b.dims).filter(|&(_, n)| b.zeros.len() == 1 || b.zeros.len() == n)?;
-        let one = |id: ValueId| view.fact(id).and_then(Fact::dims).is_some_and(|d| d.iter().product::<usize>() == 1);
+        let one = |id: ValueId| view.fact(id).and_then(Fact::dims).is_some_and(|d| d.iter().all(|&d| d == 1));
         let zero = input(product, 2);
         if zero.is_some_and(|zero| !one(zero)) {
             return None;
@@ -636,7 +671,8 @@ fn real(view: &View, i: usize) -> Result<Option<Replacement>> {
 /// A sum with the result of a product that nobody else reads; of two products the later one takes it.
 fn residual(view: &View, i: usize) -> Option<Replacement> {
     let node = &view.graph.nodes[i];
-    let binary = node.op.get::<QuantizedBinary>()?;
+    let sum = node.op.get::<QuantizedBinary>()?;
+    let binary = &sum.binary;
     let QuantizedFunction::Add { first, second } = binary.function else { return None };
     let (a, b) = (input(node, 0)?, input(node, 1)?);
     let mut order = [(a, b, first, second, binary.zeros[1]), (b, a, second, first, binary.zeros[0])];
@@ -653,9 +689,9 @@ fn residual(view: &View, i: usize) -> Option<Replacement> {
         }
         let mut op = op.clone();
         if let Target::Quantized { add, dtype, .. } = &mut op.target {
-            let &QuantizedBinary { zero, lo, hi, .. } = binary;
+            let &Binary { zero, lo, hi, .. } = binary;
             *add = Some(Sum { other_zero, first, second, zero, lo, hi });
-            *dtype = binary.dtype;
+            *dtype = sum.dtype;
         }
         let mut operands: Vec<Operand> = product.inputs.iter().map(|&id| id.into()).collect();
         operands.push(other.into());
@@ -789,6 +825,10 @@ mod tests {
         let Target::Quantized { lo: 3, .. } = graph.nodes[2].op.get::<IntegerProduct>().unwrap().target else {
             panic!("Relu is no bound");
         };
+        // In the layout of the model too, as where a rank is not known.
+        let graph = n.apply(run);
+        assert_eq!(names(&graph), ["QuantizeLinear", conv, conv, conv]);
+        close(&n, &graph, 0.003);
     }
 
     #[test]
@@ -815,6 +855,32 @@ mod tests {
                 n.check(&graph);
             }
         }
+    }
+
+    #[test]
+    fn means_over_windows() {
+        let mean = |name: &str, attrs: &[(&str, crate::onnx::AttributeValue)], want: &[&str]| {
+            let mut n = Net::new(13);
+            let x = n.input("x", &[2, 24, 9, 8]);
+            let y = qdq(&mut n, x, 0.03, 128);
+            let y = n.op_with(name, &[y], attrs);
+            let y = n.op("Relu", &[y]);
+            let y = q(&mut n, y, 0.003, 5);
+            n.output(y);
+            let graph = n.apply(run);
+            assert_eq!(names(&graph)[1..], *want);
+            close(&n, &graph, 0.001);
+            let graph = optimized(&n, &[Fact::new(DType::F32, &[2, 24, 9, 8])]);
+            close(&n, &graph, 0.001);
+        };
+        let kernel = || ("kernel_shape", ints(&[3, 2]));
+        let pads = || ("pads", ints(&[1, 0, 1, 1]));
+        let [sliding, global] = ["weblane.QuantizedAveragePool", "weblane.QuantizedGlobalAveragePool"];
+        mean("AveragePool", &[kernel(), ("strides", ints(&[2, 1])), pads()], &[sliding]);
+        mean("AveragePool", &[kernel(), pads(), ("count_include_pad", int(1))], &[sliding]);
+        mean("GlobalAveragePool", &[], &[global]);
+        mean("ReduceMean", &[("axes", ints(&[-1, 2]))], &[global]);
+        mean("ReduceMean", &[("axes", ints(&[2, 3])), ("keepdims", int(0))], &[global, "Squeeze"]);
     }
 
     #[test]
@@ -881,15 +947,15 @@ mod tests {
         let (starts, ends, axes) = (n.i64s(&[1]), n.i64s(&[7]), n.i64s(&[3]));
         let y = n.op("Slice", &[y, starts, ends, axes]);
         let y = n.op_with("Concat", &[y, other], &[("axis", int(1))]);
+        let y = qdq(&mut n, y, 0.04, 100);
+        let scales = n.constant(&[4], &[1.0, 1.0, 2.0, 2.0]);
+        let y = n.node("Resize", &[Some(y), None, Some(scales)], &[]);
         let y = q(&mut n, y, 0.04, 100);
         n.output(y);
-        let want =
-            ["QuantizeLinear", "MaxPool", "Pad", "QuantizeLinear", "Slice", "weblane.Lookup", "Concat"].map(String::from);
-        let mut left = n.optimized();
-        let mut want = want.to_vec();
+        let mut left = n.passed(run);
         left.sort();
-        want.sort();
-        assert_eq!(left.iter().filter(|n| *n != "Reshape").cloned().collect::<Vec<_>>(), want);
+        let [q, lookup] = ["QuantizeLinear", "weblane.Lookup"];
+        assert_eq!(left, ["Concat", "MaxPool", "Pad", q, q, "Reshape", "Resize", "Slice", lookup]);
     }
 
     #[test]
@@ -971,6 +1037,27 @@ mod tests {
             let product = "weblane.IntegerMatMul";
             assert_eq!(n.optimized(), ["DynamicQuantizeLinear", product, product]);
         }
+    }
+
+    #[test]
+    fn convolutions_quantised_at_run_time() {
+        let mut n = Net::new(14);
+        let x = n.input("x", &[2, 3, 7, 6]);
+        let quantized = n.nodes("DynamicQuantizeLinear", &[x], 3);
+        let w: Vec<u8> = noise(4 * 3 * 9, 5).iter().map(|v| (v * 100.0 + 128.0) as u8).collect();
+        let (w, zero, scale) = (bytes(&mut n, &[4, 3, 3, 3], &w), bytes(&mut n, &[], &[128]), n.scalar(0.02));
+        let y = n.op("ConvInteger", &[quantized[0], w, quantized[2], zero]);
+        let y = n.op_with("Cast", &[y], &[("to", int(1))]);
+        let s = n.op("Mul", &[quantized[1], scale]);
+        let y = n.op("Mul", &[y, s]);
+        let b = n.weights(&[4]);
+        let shape = n.i64s(&[1, -1, 1, 1]);
+        let b = n.op("Reshape", &[b, shape]);
+        let y = n.op("Add", &[y, b]);
+        let y = n.op("Relu", &[y]);
+        n.output(y);
+        let want = ["DynamicQuantizeLinear", "Transpose", "weblane.IntegerConv", "Transpose"];
+        assert_eq!(n.optimized(), want);
     }
 
     #[test]

@@ -13,11 +13,13 @@ mod gather;
 mod nest;
 mod output;
 mod pack;
+mod pointwise;
 mod table;
 mod tile;
 
 pub use form::Form;
 pub use pack::PackedQ;
+pub use pointwise::{Binary, Function, Mean, binary, lookup, lookup_in_place, max_pool, mean};
 
 use crate::conv::{ConvInput, ConvParams, volume};
 use crate::epilogue::Activation;
