@@ -21,6 +21,8 @@ pub trait Number: Copy + PartialOrd + Send + Sync + 'static {
     fn to_f64(self) -> f64;
     /// From an `f64`: nearest for floats, truncated and saturated for integers.
     fn from_f64(v: f64) -> Self;
+    /// Whether it is a byte, and then whether it is signed.
+    const BYTE: Option<bool> = None;
     /// Smallest value (minus infinity for floats): the neutral element of `max`.
     const LEAST: Self;
     /// Largest value (infinity for floats): the neutral element of `min`.
@@ -33,6 +35,7 @@ macro_rules! integers {
         const ONE: Self = 1;
         const LEAST: Self = <$t>::MIN;
         const GREATEST: Self = <$t>::MAX;
+        const BYTE: Option<bool> = if size_of::<$t>() == 1 { Some(<$t>::MIN != 0) } else { None };
         fn plus(self, other: Self) -> Self { self.wrapping_add(other) }
         fn times(self, other: Self) -> Self { self.wrapping_mul(other) }
         fn magnitude(self) -> Self { let $x = self; $abs }

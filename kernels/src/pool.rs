@@ -55,7 +55,7 @@ pub enum PoolOp {
 }
 
 impl PoolShape {
-    fn check(&self, x: usize, out: usize) -> Result<()> {
+    pub(crate) fn check(&self, x: usize, out: usize) -> Result<()> {
         let product = |spatial: [usize; 3]| {
             let start = self.batch.checked_mul(self.channels)?;
             spatial.iter().try_fold(start, |n, &d| n.checked_mul(d))
@@ -72,7 +72,7 @@ impl PoolShape {
     /// Taps of window `o` along `axis` that lie inside the input: first index into the input, number, and how many
     /// elements of the window lie inside the padded input.
     #[inline(always)]
-    fn taps(&self, axis: usize, o: usize) -> (usize, usize, usize, usize) {
+    pub(crate) fn taps(&self, axis: usize, o: usize) -> (usize, usize, usize, usize) {
         let (d, begin, k) = (self.dilations[axis].max(1), self.begin[axis], self.kernel[axis]);
         let start = o * self.strides[axis];
         let skipped = begin.saturating_sub(start).div_ceil(d).min(k);

@@ -1,6 +1,7 @@
 //! Linear quantisation, `x = (q - zero_point) scale`, and products of quantised numbers with exact 32-bit sums.
 
 use crate::error::{Error, Result};
+use crate::int8::{Bytes, BytesMut, load_bytes, store_bytes};
 use crate::naive::{self, Number};
 use crate::par::{Cx, DisjointMut};
 use crate::simd::{Kernel, Simd, dispatch};
@@ -100,6 +101,17 @@ pub fn quantize<T: Number>(
     let per_task = (TASK / run).max(1);
     let out = DisjointMut::new(y);
     cx.for_each(runs.div_ceil(per_task), 8 * x.len() as u64, &|task| {
+        if T::BYTE.is_some() {
+            for r in task * per_task..runs.min((task + 1) * per_task) {
+                let (from, to) = (r * run, x.len().min((r + 1) * run));
+                let at = grid.scale_of(from);
+                let (scale, zero) = (scale[at], zero.map_or(0.0, |z| z[at].to_f64() as f32));
+                // SAFETY: tasks write different runs.
+                let y = unsafe { out.range(from, to - from) };
+                dispatch(cx.isa(), ToBytes { x: &x[from..to], scale, zero, lo, hi, y: bytes_mut(y) });
+            }
+            return;
+        }
         // A run may be longer than what fits beside it on the stack.
         let mut rounded = [0.0; 256];
         for r in task * per_task..runs.min((task + 1) * per_task) {
@@ -116,6 +128,153 @@ pub fn quantize<T: Number>(
         }
     });
     Ok(())
+}
+
+/// A slice whose elements are bytes.
+fn bytes_mut<T: Number>(y: &mut [T]) -> BytesMut<'_> {
+    let (p, len) = (y.as_mut_ptr(), y.len());
+    // SAFETY: `BYTE` tells which type `T` is, for a slice of which this is another name.
+    unsafe {
+        match T::BYTE {
+            Some(false) => BytesMut::U8(core::slice::from_raw_parts_mut(p.cast(), len)),
+            Some(true) => BytesMut::I8(core::slice::from_raw_parts_mut(p.cast(), len)),
+            None => unreachable!("not bytes"),
+        }
+    }
+}
+
+/// As [`bytes_mut`], if they are bytes.
+fn bytes<T: Number>(x: &[T]) -> Option<Bytes<'_>> {
+    let (p, len) = (x.as_ptr(), x.len());
+    // SAFETY: as above.
+    unsafe {
+        match T::BYTE? {
+            false => Some(Bytes::U8(core::slice::from_raw_parts(p.cast(), len))),
+            true => Some(Bytes::I8(core::slice::from_raw_parts(p.cast(), len))),
+        }
+    }
+}
+
+/// [`quantize`] with one scale; NaN becomes 0.
+struct ToBytes<'a> {
+    x: &'a [f32],
+    scale: f32,
+    zero: f32,
+    lo: f32,
+    hi: f32,
+    y: BytesMut<'a>,
+}
+
+impl Kernel for ToBytes<'_> {
+    type Output = ();
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, scale, zero, lo, hi, mut y } = self;
+        assert!(x.len() == y.len());
+        let (signed, to) = y.raw();
+        let [least, largest] = if signed { [-128.0, 127.0] } else { [0.0, 255.0] };
+        // As a conversion to the type saturates.
+        let (lo, hi) = (s.splat(f32::clamp(lo, least, largest)), s.splat(f32::clamp(hi, least, largest)));
+        let (scale, zero) = (s.splat(scale), s.splat(zero));
+        // The integers from 0 to 2^22 as the low bits of a float.
+        let offset = s.splat(12_582_912.0);
+        let mut at = 0;
+        while at < x.len() {
+            let cols = (2 * S::LANES).min(x.len() - at);
+            let part = &x[at..at + cols];
+            let v = if cols == 2 * S::LANES {
+                [s.load(part), s.load(&part[S::LANES..])]
+            } else {
+                let (low, high) = part.split_at(cols.min(S::LANES));
+                [s.load_partial(low), s.load_partial(high)]
+            };
+            let mut q = [s.splat_i32(0); 2];
+            for (q, v) in q.iter_mut().zip(v) {
+                // A true division: the product with the reciprocal would round some halves the other way.
+                let v = s.add(s.round(s.div(v, scale)), zero);
+                let v = s.at_most(s.at_least(v, lo), hi);
+                let v = s.select(s.eq(v, v), v, s.splat(0.0));
+                *q = s.sub_i32(s.bits(s.add(v, offset)), s.bits(offset));
+            }
+            // SAFETY: `cols` more bytes are there.
+            unsafe { store_bytes(s, to.add(at), q, cols, signed) };
+            at += cols;
+        }
+    }
+}
+
+/// [`dequantize`] with one scale.
+struct FromBytes<'a> {
+    x: Bytes<'a>,
+    scale: f32,
+    zero: i32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for FromBytes<'_> {
+    type Output = ();
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, scale, zero, y } = self;
+        assert!(x.len() == y.len());
+        let (scale, zero) = (s.splat(scale), s.splat_i32(zero));
+        for (i, y) in y.chunks_mut(2 * S::LANES).enumerate() {
+            // SAFETY: as many elements as y has there.
+            let v = unsafe { load_bytes(s, &x, i * 2 * S::LANES, y.len()) };
+            let v = [s.mul(s.to_f32(s.sub_i32(v[0], zero)), scale), s.mul(s.to_f32(s.sub_i32(v[1], zero)), scale)];
+            let (low, high) = y.split_at_mut(S::LANES.min(y.len()));
+            s.store_partial(low, v[0]);
+            s.store_partial(high, v[1]);
+        }
+    }
+}
+
+/// Least and largest element; both NaN if any is, `[inf, -inf]` if there are none.
+pub fn range(cx: &Cx, x: &[f32]) -> [f32; 2] {
+    // The cut depends on the size alone, and minimum and maximum do not depend on the order.
+    const PARTS: usize = 64;
+    let mut ranges = [[f32::INFINITY, f32::NEG_INFINITY]; PARTS];
+    let parts = x.len().div_ceil(TASK).clamp(1, PARTS);
+    let out = DisjointMut::new(&mut ranges);
+    cx.for_each(parts, x.len() as u64, &|task| {
+        let part = crate::gemm::part(x.len(), parts, task);
+        // SAFETY: each task has its own element.
+        let own = unsafe { out.range(task, 1) };
+        own[0] = dispatch(cx.isa(), Range(&x[part]));
+    });
+    let nan = ranges.iter().any(|range| range[0].is_nan());
+    let [lo, hi] =
+        ranges.iter().fold([f32::INFINITY, f32::NEG_INFINITY], |all, r| [all[0].min(r[0]), all[1].max(r[1])]);
+    if nan { [f32::NAN; 2] } else { [lo, hi] }
+}
+
+struct Range<'a>(&'a [f32]);
+
+impl Kernel for Range<'_> {
+    type Output = [f32; 2];
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) -> [f32; 2] {
+        let mut lo = [s.splat(f32::INFINITY); 2];
+        let mut hi = [s.splat(f32::NEG_INFINITY); 2];
+        let mut numbers = s.eq(lo[0], lo[0]);
+        let (whole, rest) = self.0.split_at(self.0.len() - self.0.len() % (2 * S::LANES));
+        for part in whole.chunks_exact(2 * S::LANES) {
+            for (i, x) in [s.load(part), s.load(&part[S::LANES..])].into_iter().enumerate() {
+                lo[i] = s.min_fast(lo[i], x);
+                hi[i] = s.max_fast(hi[i], x);
+                numbers = s.mask_and(numbers, s.eq(x, x));
+            }
+        }
+        let ones = s.select(numbers, s.splat(1.0), s.splat(0.0));
+        if s.reduce_min(ones) == 0.0 || rest.iter().any(|x| x.is_nan()) {
+            return [f32::NAN; 2];
+        }
+        let (lo, hi) = (s.reduce_min(s.min_fast(lo[0], lo[1])), s.reduce_max(s.max_fast(hi[0], hi[1])));
+        rest.iter().fold([lo, hi], |[lo, hi], &x| [lo.min(x), hi.max(x)])
+    }
 }
 
 struct Round<'a> {
@@ -174,6 +333,10 @@ pub fn dequantize<T: Number>(
             let (scale, zero) = (scale[at], zero.map_or(0.0, |z| z[at].to_f64()));
             // SAFETY: tasks write different runs.
             let y = unsafe { out.range(from, to - from) };
+            if let Some(x) = bytes(&x[from..to]) {
+                dispatch(cx.isa(), FromBytes { x, scale, zero: zero as i32, y });
+                continue;
+            }
             // The difference is taken exactly: 32-bit integers do not fit into f32.
             y.iter_mut().zip(&x[from..to]).for_each(|(y, x)| *y = (x.to_f64() - zero) as f32 * scale);
         }
@@ -216,6 +379,54 @@ mod tests {
             let mut y = [0u8; 9];
             quantize(cx, &x, &grid, &[0.5], Some(&[7]), [0.0, 255.0], &mut y).unwrap();
             assert_eq!(y, [8, 10, 12, 6, 4, 255, 0, 255, 255]);
+        });
+    }
+
+    #[test]
+    fn ranges_of_any_length() {
+        each_context(|cx| {
+            assert_eq!(range(cx, &[]), [f32::INFINITY, f32::NEG_INFINITY]);
+            for len in [1, 2, 3, 15, 16, 17, 31, 33, 70_000] {
+                let mut x: Vec<f32> = (0..len).map(|i| (i * 7919 % 1013) as f32 - 500.0).collect();
+                let want = x.iter().fold([f32::MAX, f32::MIN], |[lo, hi], &x| [lo.min(x), hi.max(x)]);
+                assert_eq!(range(cx, &x), want);
+                x[len / 2] = f32::NAN;
+                assert!(range(cx, &x).iter().all(|x| x.is_nan()));
+            }
+        });
+    }
+
+    #[test]
+    fn bytes_go_both_ways() {
+        each_context(|cx| {
+            for len in [1, 3, 7, 8, 9, 31, 32, 33, 70] {
+                let grid = Grid { outer: 1, n: 1, inner: len, sharing: Sharing::Tensor };
+                let mut x: Vec<f32> = (0..len).map(|i| (i as f32 - 35.0) * 2.25).collect();
+                x[len / 2] = f32::NAN;
+                x[len / 3] = 1e20;
+                let want =
+                    |lo: f64, hi: f64, zero: f32| -> Vec<f64> {
+                        x.iter()
+                            .map(|x| {
+                                if x.is_nan() {
+                                    0.0
+                                } else {
+                                    f64::from((x / 0.5).round_ties_even() + zero).clamp(lo, hi)
+                                }
+                            })
+                            .collect()
+                    };
+                let (mut y, mut back) = (vec![7u8; len], vec![7.0; len]);
+                quantize(cx, &x, &grid, &[0.5], Some(&[3]), [0.0, 200.0], &mut y).unwrap();
+                assert_eq!(y.iter().map(|&y| f64::from(y)).collect::<Vec<_>>(), want(0.0, 200.0, 3.0));
+                dequantize(cx, &y, &grid, &[0.3], Some(&[3]), &mut back).unwrap();
+                assert!(back.iter().zip(&y).all(|(&v, &y)| v == (f32::from(y) - 3.0) * 0.3));
+                let mut y = vec![7i8; len];
+                quantize(cx, &x, &grid, &[0.5], Some(&[-3]), [-1000.0, 1000.0], &mut y).unwrap();
+                assert_eq!(y.iter().map(|&y| f64::from(y)).collect::<Vec<_>>(), want(-128.0, 127.0, -3.0));
+                dequantize(cx, &y, &grid, &[0.3], Some(&[-3]), &mut back).unwrap();
+                assert!(back.iter().zip(&y).all(|(&v, &y)| v == (f32::from(y) + 3.0) * 0.3));
+            }
         });
     }
 

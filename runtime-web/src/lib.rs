@@ -18,7 +18,9 @@ use wasm_bindgen::prelude::*;
 use weblane_engine::fact::Dim;
 use weblane_engine::session::{Optimize, Timing, ValueInfo};
 use weblane_engine::{DType, Error, ErrorCode, Loader, Options, Precision, Session, Tensor, TensorView};
+use weblane_kernels::int8;
 use weblane_kernels::par::Pool;
+use weblane_kernels::simd::Isa;
 
 #[cfg(feature = "threads")]
 pub use wasm_bindgen_rayon::init_thread_pool;
@@ -64,6 +66,14 @@ static RUNNING: AtomicU32 = AtomicU32::new(0);
 #[wasm_bindgen]
 pub fn version() -> String {
     env!("CARGO_PKG_VERSION").to_owned()
+}
+
+/// For tests: the digest of the integer kernels with a form of the dot product (`i16`, `u8s8`, `s8s8`), which has to be
+/// the same in every engine; 0 if the form is not exact here.
+#[wasm_bindgen(js_name = int8Digest)]
+pub fn int8_digest(form: usize) -> u64 {
+    let digest = |form: &int8::Form| Pool::new(1).run(Isa::best(), |cx| int8::digest(cx, *form)).unwrap_or(0);
+    int8::Form::ALL.get(form).map_or(0, digest)
 }
 
 /// What the panic or the refused allocation before a trap was; `undefined` when there was none.

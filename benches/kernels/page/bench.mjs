@@ -12,6 +12,7 @@ window.createHarness = async ({ threads }) => {
   return {
     about: () => ask("about"),
     measure: ({ index, rounds, ms }) => ask("measure", index, rounds, ms),
+    dotPeaks: ({ rounds, ms }) => ask("dotPeaks", rounds, ms),
     regionCost: ({ lanes, rounds }) => ask("regionCost", lanes, rounds),
   };
 };

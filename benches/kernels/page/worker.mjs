@@ -7,8 +7,9 @@ const METHODS = {
     // One thread of the pool is this worker itself.
     await module.initThreadPool(threads - 1);
   },
-  about: () => ({ isa: module.isa(), names: module.names() }),
+  about: () => ({ isa: module.isa(), names: module.names(), forms: module.forms() }),
   measure: (index, rounds, ms) => [...module.measure(index, rounds, ms)],
+  dotPeaks: (rounds, ms) => [...module.dotPeaks(rounds, ms)],
   regionCost: (lanes, rounds) => [...module.regionCost(lanes, rounds)],
 };
 

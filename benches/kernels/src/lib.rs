@@ -8,6 +8,7 @@ use shapes::works;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use wasm_bindgen::prelude::*;
+use weblane_kernels::int8::Form;
 use weblane_kernels::par::{Cx, Pool};
 use weblane_kernels::simd::{Isa, Kernel, Simd, dispatch};
 
@@ -41,6 +42,82 @@ impl Kernel for Peak {
     }
 }
 
+/// The same for the dot product that 8-bit products use, two operations for each product.
+struct DotPeak(usize);
+impl Kernel for DotPeak {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> bool {
+        let x = s.splat_i32(black_box(0x0003_0005));
+        let mut acc: [S::I32; CHAINS] = core::array::from_fn(|i| s.splat_i32(i as i32));
+        for _ in 0..self.0 {
+            for acc in &mut acc {
+                *acc = s.add_i32(*acc, s.dot_i16(*acc, x));
+            }
+        }
+        acc.iter().any(|acc| s.mask_any(s.lt_i32(s.splat_i32(0), *acc)))
+    }
+}
+
+/// Operations per step of the peak of a form, and the peak itself.
+fn dot_peak(isa: Isa, form: Form, steps: usize) -> f64 {
+    let products = match form {
+        Form::Wide => {
+            let _ = black_box(dispatch(isa, DotPeak(black_box(steps))));
+            2
+        }
+        Form::U8S8 | Form::S8S8 => {
+            relaxed_dot(black_box(steps));
+            4
+        }
+    };
+    (2 * products * CHAINS * isa.lanes() * steps) as f64
+}
+
+/// Chains of the relaxed dot product, whatever it computes here.
+#[cfg(target_feature = "relaxed-simd")]
+fn relaxed_dot(steps: usize) {
+    use core::arch::wasm32::*;
+    let x = i32x4_splat(black_box(0x0103_0205));
+    let mut acc: [v128; CHAINS] = core::array::from_fn(|i| i32x4_splat(i as i32));
+    for _ in 0..steps {
+        for acc in &mut acc {
+            *acc = i32x4_relaxed_dot_i8x16_i7x16_add(x, x, *acc);
+        }
+    }
+    let _ = black_box(acc);
+}
+
+#[cfg(not(target_feature = "relaxed-simd"))]
+fn relaxed_dot(_: usize) {}
+
+/// GOP/s of the chains of a form of the dot product, 0 if the module has none: first of pairs of 16 bits, then of bytes.
+#[wasm_bindgen(js_name = dotPeaks)]
+pub fn dot_peaks(rounds: usize, ms: f64) -> Vec<f64> {
+    let isa = Isa::best();
+    let mut rates = Vec::new();
+    for form in [Form::Wide, Form::U8S8] {
+        let ops = dot_peak(isa, form, STEPS);
+        let peak = || {
+            let _ = black_box(dot_peak(isa, form, STEPS));
+        };
+        rate(10.0 * ms, 1, peak);
+        let best = (0..rounds).map(|_| rate(ms, 1, peak) * ops / 1e6).fold(0.0, f64::max);
+        rates.push(if form == Form::Wide || cfg!(target_feature = "relaxed-simd") { best } else { 0.0 });
+    }
+    rates
+}
+
+/// The form that 8-bit products take here, and all that are exact.
+#[wasm_bindgen]
+pub fn forms() -> Vec<String> {
+    let isa = Isa::best();
+    core::iter::once(Form::best(isa)).chain(Form::available(isa)).map(|form| form.name().to_owned()).collect()
+}
+
+/// Steps of a peak between two looks at the clock.
+const STEPS: usize = 1 << 14;
+
 /// Calls of `f` per millisecond over at least `ms`, the clock read once per `batch` calls.
 fn rate(ms: f64, batch: usize, mut f: impl FnMut()) -> f64 {
     let start = now();
@@ -69,16 +146,23 @@ pub fn isa() -> String {
     Isa::best().name().to_owned()
 }
 
-/// `rounds` pairs of GFLOP/s on one lane: the peak of multiply-add, and then work `index`, each for at least `ms`
+/// `rounds` pairs of GFLOP/s on one lane: the peak of multiply-add (or of the dot product that 8-bit products use), and
+/// then work `index`, each for at least `ms`
 /// milliseconds. `None` when there is no such work.
 #[wasm_bindgen]
 pub fn measure(index: usize, rounds: usize, ms: f64) -> Option<Vec<f64>> {
-    const STEPS: usize = 1 << 14;
     let isa = Isa::best();
     let work = works().into_iter().nth(index)?;
     let mut run = (work.prepare)(isa);
-    let peak_flops = (2 * CHAINS * isa.lanes() * STEPS) as f64;
-    let peak = || assert!(dispatch(isa, Peak(black_box(STEPS))) > 0.0);
+    let form = Form::best(isa);
+    let peak_flops = if work.int8 { dot_peak(isa, form, STEPS) } else { (2 * CHAINS * isa.lanes() * STEPS) as f64 };
+    let peak = || {
+        if work.int8 {
+            let _ = black_box(dot_peak(isa, form, STEPS));
+        } else {
+            assert!(dispatch(isa, Peak(black_box(STEPS))) > 0.0);
+        }
+    };
     let rates = Pool::new(1).run(isa, |cx| {
         // Warm, and compiled by the optimising compiler.
         rate(20.0 * ms, 1, || run(cx));

@@ -80,7 +80,9 @@ fn main() {
         .map(|&isa| {
             let steps = 1 << 16;
             let ops = (4 * 12 * isa.lanes() * steps) as f64;
-            ops / time(|| drop(black_box(dispatch(isa, DotPeak(black_box(steps)))))) / 1e9
+            ops / time(|| {
+                let _ = black_box(dispatch(isa, DotPeak(black_box(steps))));
+            }) / 1e9
         })
         .collect();
     print!("{:42}", "GFLOP/s or GOP/s (% of peak)");

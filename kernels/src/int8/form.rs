@@ -1,7 +1,7 @@
 //! How an instruction set multiplies 8-bit numbers.
 
 use crate::error::{Error, Result};
-use crate::simd::Isa;
+use crate::simd::{Isa, dot_available};
 use core::fmt;
 
 /// A form of the dot product. All give the same sums; which one is exact, and fastest, differs from machine to machine.
@@ -20,13 +20,13 @@ impl Form {
     pub const ALL: [Self; 3] = [Self::Wide, Self::U8S8, Self::S8S8];
 
     /// The forms that are exact on this machine with this instruction set, the fastest last; never empty.
-    pub fn available(_isa: Isa) -> Vec<Self> {
-        vec![Self::Wide]
+    pub fn available(isa: Isa) -> Vec<Self> {
+        Self::ALL.into_iter().filter(|form| dot_available(isa, *form)).collect()
     }
 
     /// The fastest of them.
-    pub fn best(_isa: Isa) -> Self {
-        Self::Wide
+    pub fn best(isa: Isa) -> Self {
+        Self::ALL.into_iter().rev().find(|form| dot_available(isa, *form)).unwrap_or(Self::Wide)
     }
 
     /// The name in messages and profiles.
@@ -48,7 +48,7 @@ impl Form {
 
     /// Refuses a form that is not [available](Self::available).
     pub(crate) fn check(self, isa: Isa) -> Result<()> {
-        if Self::available(isa).contains(&self) {
+        if self == Self::Wide || dot_available(isa, self) {
             Ok(())
         } else {
             Err(Error::new(format!("the 8-bit dot product {self} is not available with {isa}")))

@@ -239,9 +239,37 @@ impl Gather<'_> {
         // Taps side by side in memory form one run.
         let merged = p.dilations[2] == 1 && p.depth == p.channels;
         let (runs, taps) = if merged { (1, kw) } else { (kw, 1) };
+        // Where the runs of a patch begin after its first tap, if there are few, for patches without padding.
+        let count = kd * kh * runs;
+        let few = count <= MAX_RUNS;
+        let mut starts = [0; MAX_RUNS];
+        if few {
+            for (r, start) in starts[..count].iter_mut().enumerate() {
+                let (line, tap) = (r / runs, r % runs);
+                let [dz, dy, dx] = p.dilations;
+                *start = ((line / kh * dz * ih + line % kh * dy) * iw + tap * dx) * p.channels;
+            }
+        }
+        let reach = [0, 1, 2].map(|d| (p.kernel[d] - 1) * p.dilations[d]);
         let first = self.rows.start;
         let mut at = [first / ow / oh / od, first / ow / oh % od, first / ow % oh, first % ow];
         for i in 0..self.rows.len() {
+            let corner = [0, 1, 2].map(|d| (at[d + 1] * p.strides[d]).wrapping_sub(p.pads[d]));
+            let inside = (0..3).all(|d| corner[d] < p.spatial[d] && reach[d] < p.spatial[d] - corner[d]);
+            if few && inside {
+                let start = (((at[0] * id + corner[0]) * ih + corner[1]) * iw + corner[2]) * p.channels + p.first;
+                let len = taps * p.depth;
+                // SAFETY: all taps lie inside the image, the lengths of all runs of a row add up to k.
+                unsafe {
+                    let (src, mut dst) = (x.add(start), dst.add(i * ld));
+                    for start in &starts[..count] {
+                        convert.run(s, src.add(*start), dst, len);
+                        dst = dst.add(len * size);
+                    }
+                }
+                step(&mut at, [od, oh, ow]);
+                continue;
+            }
             // SAFETY: taps that lie inside the image are read, the lengths of all runs of a row add up to k.
             unsafe {
                 let mut dst = dst.add(i * ld);
@@ -286,6 +314,9 @@ impl Gather<'_> {
         }
     }
 }
+
+/// Runs of a patch whose places are computed once per block.
+const MAX_RUNS: usize = 64;
 
 /// The next pixel, `[batch, d, h, w]`.
 #[inline(always)]

@@ -8,6 +8,8 @@
 //! same bits on every instruction set, in every [`Form`] and for any number of threads: sums are exact, and the
 //! arithmetic behind them is that of [`Requantize`], rounded after each operation.
 
+mod depthwise;
+mod digest;
 mod form;
 mod gather;
 mod nest;
@@ -17,7 +19,9 @@ mod pointwise;
 mod table;
 mod tile;
 
+pub use digest::{DIGEST, digest};
 pub use form::Form;
+pub(crate) use output::{load_bytes, store_bytes};
 pub use pack::PackedQ;
 pub use pointwise::{Binary, Function, Mean, binary, lookup, lookup_in_place, max_pool, mean};
 
@@ -26,6 +30,7 @@ use crate::epilogue::Activation;
 use crate::error::{Error, Result};
 use crate::par::Cx;
 use crate::simd::Isa;
+use depthwise::QDepthwise;
 use gather::{Lhs, Matrix, Patches};
 use nest::Problem;
 use output::Sink;
@@ -114,6 +119,40 @@ impl BytesMut<'_> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Whether they are signed, and where they are.
+    pub(crate) fn raw(&mut self) -> (bool, *mut u8) {
+        match self {
+            BytesMut::U8(x) => (false, x.as_mut_ptr()),
+            BytesMut::I8(x) => (true, x.as_mut_ptr().cast()),
+        }
+    }
+
+    /// Refuses bounds that do not lie in the range of the elements, and a zero point that is of no byte.
+    fn check_bounds(&self, lo: i32, hi: i32, zero: i32) -> Result<()> {
+        let [least, largest] = match self {
+            BytesMut::U8(_) => [0, 255],
+            BytesMut::I8(_) => [-128, 127],
+        };
+        check_byte("the zero point", zero)?;
+        if least <= lo && lo <= hi && hi <= largest {
+            return Ok(());
+        }
+        Err(Error::new(format!("the bounds {lo} and {hi} do not lie in {least} to {largest}")))
+    }
+}
+
+/// Refuses what is neither a signed nor an unsigned byte.
+fn check_byte(name: &str, x: i32) -> Result<()> {
+    if (-128..=255).contains(&x) {
+        return Ok(());
+    }
+    Err(Error::new(format!("{name} {x} does not lie in -128 to 255")))
+}
+
+/// Refuses factors that are not finite, or so large that products with sums may not be: nothing here meets a NaN.
+fn check_factor(x: f32) -> Result<()> {
+    if x.abs() <= 1e25 { Ok(()) } else { Err(Error::new(format!("a factor of {x} is too large"))) }
 }
 
 /// A matrix of 8-bit elements: `(i, j)` is `data[i * row_stride + j * col_stride]`.
@@ -246,44 +285,21 @@ impl Output<'_> {
             }
             Output::Quantized { requantize, y } => {
                 per_column("the multiplier", requantize.multiplier.len())?;
-                // Sums of products with them do not overflow to infinity, so that there is no NaN.
-                let factor = |x: f32| {
-                    if x.abs() <= 1e30 { Ok(()) } else { Err(Error::new(format!("a multiplier of {x} is too large"))) }
-                };
-                requantize.multiplier.iter().try_for_each(|&x| factor(x))?;
-                let byte = |name: &str, x: i32| {
-                    if (-128..=255).contains(&x) {
-                        Ok(())
-                    } else {
-                        Err(Error::new(format!("{name} {x} does not lie in -128 to 255")))
-                    }
-                };
-                byte("the zero point", requantize.zero)?;
-                byte("the lower bound", requantize.lo)?;
-                byte("the upper bound", requantize.hi)?;
-                if requantize.lo > requantize.hi {
-                    return Err(Error::new(format!("the bounds {} and {} cross", requantize.lo, requantize.hi)));
-                }
-                let range = |lo: i32, hi: i32| {
-                    let [least, largest] = match y {
-                        BytesMut::U8(_) => [0, 255],
-                        BytesMut::I8(_) => [-128, 127],
-                    };
-                    if least <= lo && lo <= hi && hi <= largest {
-                        Ok(())
-                    } else {
-                        Err(Error::new(format!("the bounds {lo} and {hi} do not lie in {least} to {largest}")))
-                    }
-                };
+                requantize.multiplier.iter().try_for_each(|&x| check_factor(x))?;
                 if let Some(add) = requantize.add {
+                    check_byte("the zero point", requantize.zero)?;
+                    check_byte("the lower bound", requantize.lo)?;
+                    check_byte("the upper bound", requantize.hi)?;
+                    if requantize.lo > requantize.hi {
+                        return Err(Error::new(format!("the bounds {} and {} cross", requantize.lo, requantize.hi)));
+                    }
                     want("the addend", add.other.len(), len)?;
                     add.other.check_zero("the addend", add.other_zero)?;
-                    byte("the zero point", add.zero)?;
-                    factor(add.first)?;
-                    factor(add.second)?;
-                    range(add.lo, add.hi)?;
+                    check_factor(add.first)?;
+                    check_factor(add.second)?;
+                    y.check_bounds(add.lo, add.hi, add.zero)?;
                 } else {
-                    range(requantize.lo, requantize.hi)?;
+                    y.check_bounds(requantize.lo, requantize.hi, requantize.zero)?;
                 }
                 want("the output", y.len(), len)
             }
@@ -315,10 +331,10 @@ pub fn qgemm(
         crate::conv::check_len("the bias", bias.len(), b.n())?;
     }
     output.check(a.rows, b.n())?;
-    let sink = Sink::new(b.n(), bias, output);
+    let sink = Sink::new(b.n(), output);
     let lhs = Lhs::Matrix(Matrix { data: a.data, row_stride: a.row_stride, col_stride: a.col_stride });
     // SAFETY: A was checked to have its rows, the output to have all of `m` x `n`.
-    unsafe { nest::run(cx, 1, a.rows, a_zero, b, &|_| Problem { lhs, b, column: 0 }, &sink) }
+    unsafe { nest::run(cx, 1, a.rows, a_zero, b, &|_| Problem { lhs, b, column: 0, bias }, &sink) }
 }
 
 /// A convolution of 8-bit tensors with its weights packed for one instruction set and one form of it.
@@ -326,8 +342,15 @@ pub fn qgemm(
 pub struct QConv {
     isa: Isa,
     params: ConvParams,
+    weights: Weights,
+}
+
+#[derive(Clone, Debug)]
+enum Weights {
     /// For each group a matrix of `kd * kh * kw * in / groups` rows and `out / groups` columns.
-    weights: Vec<PackedQ>,
+    Products(Vec<PackedQ>),
+    /// One channel per group.
+    Depthwise(QDepthwise),
 }
 
 impl QConv {
@@ -352,6 +375,11 @@ impl QConv {
         if zero.len() != 1 && zero.len() != out_channels {
             return Err(Error::new(format!("{} zero points for {out_channels} output channels", zero.len())));
         }
+        zero.iter().try_for_each(|&zero| weights.check_zero("the weights", zero))?;
+        if QDepthwise::supports(isa, &params) {
+            let weights = Weights::Depthwise(QDepthwise::new(&params, weights, zero)?);
+            return Ok(Self { isa, params, weights });
+        }
         let pack = |group: usize| {
             let zero = if zero.len() == 1 { zero } else { &zero[group * opg..][..opg] };
             let from = group * opg * k;
@@ -369,7 +397,8 @@ impl QConv {
                 }
             }
         };
-        Ok(Self { isa, weights: (0..groups).map(pack).collect::<Result<_>>()?, params })
+        let weights = Weights::Products((0..groups).map(pack).collect::<Result<_>>()?);
+        Ok(Self { isa, params, weights })
     }
 
     /// What it was made with.
@@ -379,7 +408,10 @@ impl QConv {
 
     /// Memory the packed weights hold.
     pub fn bytes(&self) -> usize {
-        self.weights.iter().map(PackedQ::bytes).sum()
+        match &self.weights {
+            Weights::Products(groups) => groups.iter().map(PackedQ::bytes).sum(),
+            Weights::Depthwise(depthwise) => depthwise.bytes(),
+        }
     }
 
     /// Convolves `x`, `[batch, d, h, w, channels]` with zero point `x_zero`, which is also what padding stands for; the
@@ -413,8 +445,17 @@ impl QConv {
         if m == 0 || out_channels == 0 {
             return Ok(());
         }
+        let weights = match &self.weights {
+            Weights::Products(weights) => weights,
+            Weights::Depthwise(depthwise) => {
+                let sink = Sink::new(out_channels, output);
+                // SAFETY: the input and the output were checked to have the sizes that the parameters say.
+                unsafe { depthwise.run(cx, &self.params, input, out_spatial, x, x_zero, bias, &sink) };
+                return Ok(());
+            }
+        };
         let (ipg, opg) = (in_channels / groups, out_channels / groups);
-        let sink = Sink::new(out_channels, bias, output);
+        let sink = Sink::new(out_channels, output);
         let direct = kernel == [1; 3] && strides == [1; 3] && out_spatial == input.spatial;
         let problem = |group: usize| {
             let lhs = if direct {
@@ -434,10 +475,11 @@ impl QConv {
                     pads: input.pads_begin,
                 })
             };
-            Problem { lhs, b: &self.weights[group], column: group * opg }
+            let bias = bias.map(|bias| &bias[group * opg..][..opg]);
+            Problem { lhs, b: &weights[group], column: group * opg, bias }
         };
         // SAFETY: the input and the output were checked to have the sizes that the parameters say.
-        unsafe { nest::run(cx, groups, m, x_zero, &self.weights[0], &problem, &sink) }
+        unsafe { nest::run(cx, groups, m, x_zero, &weights[0], &problem, &sink) }
     }
 }
 

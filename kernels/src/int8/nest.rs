@@ -3,12 +3,13 @@
 //! ```text
 //! for (ic, jc) in blocks of the output            in parallel; cut by sizes alone
 //!     gather A[ic..] into rows, all of k          stays in L2
+//!     start = bias, less what A's zero point adds
 //!     for groups of panels of the block           their sums stay in L1
 //!         for pc in 0..k step kc
 //!             for panels of the group             kc x NR of B, stays in L1
 //!                 for tiles of the block
 //!                     sums += A[tile, pc..] B[pc.., panel]        tile.rs
-//!         take zero points back                   forms of bytes only
+//!         take zero points of B back              forms of bytes only, if there are any
 //!         output(sums)                            output.rs
 //! ```
 //!
@@ -17,7 +18,6 @@
 
 use super::gather::Lhs;
 use super::output::Sink;
-use super::pack::Correction;
 use super::tile::Strip;
 use super::{Form, PackedQ, table};
 use crate::error::{Error, Result};
@@ -32,6 +32,8 @@ pub(super) struct Problem<'a> {
     pub(super) lhs: Lhs<'a>,
     pub(super) b: &'a PackedQ,
     pub(super) column: usize,
+    /// One for each column of `b`.
+    pub(super) bias: Option<&'a [i32]>,
 }
 
 /// A task should have this many multiplications and additions at least: about ten microseconds.
@@ -129,10 +131,12 @@ pub(super) unsafe fn run<'a>(
     let per_problem = grid.row_blocks * grid.panel_blocks;
     let tasks = per_problem.checked_mul(problems).ok_or_else(too_many)?;
     let cost = (m as u64).saturating_mul(n as u64).saturating_mul(k as u64).saturating_mul(problems as u64);
-    cx.for_each_scratch(tasks, cost, sums_len + a_len + rows, &|task, scratch| {
+    let start_len = grid.panels.div_ceil(grid.panel_blocks) * nr;
+    cx.for_each_scratch(tasks, cost, sums_len + a_len + start_len + rows, &|task, scratch| {
         let scratch: &mut [i32] = bytemuck::cast_slice_mut(scratch);
         let (sums, rest) = scratch.split_at_mut(sums_len);
-        let (a, row_sums) = rest.split_at_mut(a_len);
+        let (a, rest) = rest.split_at_mut(a_len);
+        let (start, row_sums) = rest.split_at_mut(start_len);
         let block = task % per_problem;
         let block = Block {
             problem: problem(task / per_problem),
@@ -145,7 +149,7 @@ pub(super) unsafe fn run<'a>(
             together,
         };
         // SAFETY: the caller's contract; blocks are disjoint.
-        unsafe { block.run(isa, sums, a, row_sums, sink) };
+        unsafe { block.run(isa, [sums, a, start, row_sums], sink) };
     });
     Ok(())
 }
@@ -164,19 +168,33 @@ struct Block<'a> {
 impl Block<'_> {
     /// # Safety
     /// The block lies inside the output and nobody else uses it.
-    unsafe fn run(&self, isa: Isa, sums: &mut [i32], a: &mut [i32], row_sums: &mut [i32], sink: &Sink<'_>) {
-        let Self { problem: Problem { lhs, b, column }, grid, a_zero, lda, together, .. } = *self;
+    unsafe fn run(&self, isa: Isa, [sums, a, start, row_sums]: [&mut [i32]; 4], sink: &Sink<'_>) {
+        let Self { problem: Problem { lhs, b, column, bias }, grid, a_zero, lda, together, .. } = *self;
         let (form, n, k) = (b.form(), b.n(), b.k());
         let groups = k.div_ceil(form.group());
-        let Tables { nr, kc } = Tables::of(isa, form);
+        let (nr, kc) = (table::panel_width(isa, form), table::tile(isa, form).kc);
         let rows = grid.row(self.tiles.start)..grid.row(self.tiles.end);
-        let correction = Take::new(b, a_zero, &lhs);
-        if correction.as_ref().is_some_and(|c| c.zeros.is_some()) && groups > 0 {
+        let first_column = self.panels.start * nr;
+        let columns = first_column..(self.panels.end * nr).min(n);
+        match bias {
+            Some(bias) => start[..columns.len()].copy_from_slice(&bias[columns.clone()]),
+            None => start[..columns.len()].fill(0),
+        }
+        // What the lanes beyond the last column begin with does not matter.
+        let correction = b.correction();
+        let zeros = correction.and_then(|c| c.zeros.as_deref());
+        if let Some(correction) = correction {
+            let a_zero = a_zero + lhs.shift(form);
+            for (start, column) in start.iter_mut().zip(&correction.columns[columns]) {
+                *start = start.wrapping_sub(a_zero.wrapping_mul(*column));
+            }
+        }
+        if zeros.is_some() && groups > 0 {
             // Elements that are added up must be zero if they are not there.
             a.chunks_mut(lda).take(rows.len()).for_each(|row| row[groups - 1] = 0);
         }
         lhs.gather(isa, form, a_zero, rows.clone(), k, a, lda);
-        if correction.as_ref().is_some_and(|c| c.zeros.is_some()) {
+        if zeros.is_some() {
             dispatch_dot(isa, form, RowSums { a, lda, groups, sums: &mut row_sums[..rows.len()] });
         }
         // Tall tiles come first: at most two strips of one height each.
@@ -209,7 +227,11 @@ impl Block<'_> {
                             b: b.as_ptr(),
                             sums: sums.as_mut_ptr().wrapping_add(i * ld + (panel - first) * nr),
                             ld,
-                            accumulate: pc > 0,
+                            start: if pc == 0 {
+                                start[panel * nr - first_column..].as_ptr()
+                            } else {
+                                core::ptr::null()
+                            },
                         };
                         // SAFETY: A has the rows of the block, `lda` of at least `groups` each, and so have the sums,
                         // `ld` each.
@@ -221,43 +243,13 @@ impl Block<'_> {
                     break;
                 }
             }
-            if let Some(take) = &correction {
-                let part = Corrected { take, sums, ld, row_sums: &row_sums[..rows.len()], cols: cols.clone() };
-                dispatch(isa, part);
+            if let Some(zeros) = zeros {
+                let row_sums = &row_sums[..rows.len()];
+                dispatch(isa, TakeBack { zeros: &zeros[cols.clone()], sums, ld, row_sums });
             }
             // SAFETY: the caller's contract.
             unsafe { sink.finish(isa, sums.as_ptr(), ld, rows.clone(), column + cols.start..column + cols.end) };
         }
-    }
-}
-
-/// What the nest needs of the table.
-struct Tables {
-    nr: usize,
-    kc: usize,
-}
-
-impl Tables {
-    fn of(isa: Isa, form: Form) -> Self {
-        Self { nr: table::panel_width(isa, form), kc: table::tile(isa, form).kc }
-    }
-}
-
-/// What zero points add to products of bytes, see `pack.rs`.
-struct Take<'a> {
-    /// A's zero point as the dot product reads it.
-    a_zero: i32,
-    columns: &'a [i32],
-    zeros: Option<&'a [i32]>,
-}
-
-impl<'a> Take<'a> {
-    /// Nothing if there is nothing to take back.
-    fn new(b: &'a PackedQ, a_zero: i32, lhs: &Lhs<'_>) -> Option<Self> {
-        let Correction { columns, zeros } = b.correction()?;
-        let a_zero = a_zero + lhs.shift(b.form());
-        let zeros = zeros.as_deref();
-        (a_zero != 0 || zeros.is_some()).then_some(Self { a_zero, columns, zeros })
     }
 }
 
@@ -293,43 +285,29 @@ impl DotKernel for RowSums<'_> {
     }
 }
 
-/// `sums[i, j] -= a_zero * columns[j] + zeros[j] * row_sums[i]`.
-struct Corrected<'a> {
-    take: &'a Take<'a>,
+/// `sums[i, j] -= zeros[j] * row_sums[i]`.
+struct TakeBack<'a> {
+    zeros: &'a [i32],
     sums: &'a mut [i32],
     ld: usize,
     row_sums: &'a [i32],
-    cols: Range<usize>,
 }
 
-impl Kernel for Corrected<'_> {
+impl Kernel for TakeBack<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { take, sums, ld, row_sums, cols } = self;
-        let mut first = 0;
-        while first < cols.len() {
-            let count = S::LANES.min(cols.len() - first);
-            let j = cols.start + first;
+        let Self { zeros, sums, ld, row_sums } = self;
+        for (part, zeros) in zeros.chunks(S::LANES).enumerate() {
             let mut own = [0; 16];
-            own[..count].copy_from_slice(&take.columns[j..j + count]);
-            let fixed = s.mul_i32(s.load_i32(&own), s.splat_i32(take.a_zero));
-            let zeros = match take.zeros {
-                Some(zeros) => {
-                    own[..count].copy_from_slice(&zeros[j..j + count]);
-                    s.load_i32(&own)
-                }
-                None => s.splat_i32(0),
-            };
+            own[..zeros.len()].copy_from_slice(zeros);
+            let zeros = s.load_i32(&own);
             for (i, row_sum) in row_sums.iter().enumerate() {
                 // Rows of sums are whole vectors.
-                let sums = &mut sums[i * ld + first..];
-                let x = s.sub_i32(s.load_i32(sums), fixed);
-                let x = if take.zeros.is_some() { s.sub_i32(x, s.mul_i32(zeros, s.splat_i32(*row_sum))) } else { x };
-                s.store_i32(sums, x);
+                let sums = &mut sums[i * ld + part * S::LANES..];
+                s.store_i32(sums, s.sub_i32(s.load_i32(sums), s.mul_i32(zeros, s.splat_i32(*row_sum))));
             }
-            first += S::LANES;
         }
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! for 2 vectors of columns
-//!     m = multiplier, b = bias
+//!     m = multiplier
 //!     for rows
-//!         x = clamp(f32(sum + b) * m, lo - zero, hi - zero)
+//!         x = clamp(f32(sum) * m, lo - zero, hi - zero)
 //!         y = byte(x + 1.5 * 2^23) + zero
 //! ```
 //!
@@ -22,7 +22,6 @@ use core::ops::Range;
 pub(super) struct Sink<'a> {
     /// Elements of a row.
     n: usize,
-    bias: Option<&'a [i32]>,
     kind: Kind<'a>,
 }
 
@@ -37,7 +36,7 @@ unsafe impl Sync for Sink<'_> {}
 
 impl<'a> Sink<'a> {
     /// For sums with rows of `n`.
-    pub(super) fn new(n: usize, bias: Option<&'a [i32]>, output: Output<'a>) -> Self {
+    pub(super) fn new(n: usize, output: Output<'a>) -> Self {
         let kind = match output {
             Output::Sums(y) => Kind::Sums(y.as_mut_ptr()),
             Output::Real { scale, bias, residual, activation, y } => {
@@ -50,7 +49,7 @@ impl<'a> Sink<'a> {
                 Kind::Quantized { requantize, signed: true, y: y.as_mut_ptr().cast() }
             }
         };
-        Self { n, bias, kind }
+        Self { n, kind }
     }
 
     /// Writes the part `rows` x `cols` of the output from `sums`, whose rows are `ld` apart.
@@ -173,17 +172,6 @@ unsafe fn load<S: Simd>(s: S, p: *const f32, cols: usize) -> [S::F32; 2] {
     }
 }
 
-/// As [`load`].
-///
-/// # Safety
-/// They must be readable.
-#[inline(always)]
-unsafe fn load_i32<S: Simd>(s: S, p: *const i32, cols: usize) -> [S::I32; 2] {
-    // SAFETY: promised by the caller.
-    let [low, high] = unsafe { load(s, p.cast(), cols) };
-    [s.bits(low), s.bits(high)]
-}
-
 /// Writes the first `cols` elements of two vectors.
 ///
 /// # Safety
@@ -218,27 +206,14 @@ unsafe fn per_column<S: Simd>(s: S, x: &[f32], j: usize, cols: usize) -> [S::F32
     unsafe { load(s, x.as_ptr().add(j), cols) }
 }
 
-/// Sums of one row with the bias.
+/// Sums of one row.
 ///
 /// # Safety
 /// Two vectors at `p` must be readable; the buffer of sums has whole vectors.
 #[inline(always)]
-unsafe fn sums<S: Simd>(s: S, p: *const i32, bias: [S::I32; 2]) -> [S::I32; 2] {
+unsafe fn sums<S: Simd>(s: S, p: *const i32) -> [S::I32; 2] {
     // SAFETY: promised by the caller.
-    unsafe { [s.add_i32(s.load_i32_ptr(p), bias[0]), s.add_i32(s.load_i32_ptr(p.add(S::LANES)), bias[1])] }
-}
-
-impl Sink<'_> {
-    /// # Safety
-    /// The unit lies inside the output.
-    #[inline(always)]
-    unsafe fn bias<S: Simd>(&self, s: S, unit: &Unit) -> [S::I32; 2] {
-        match self.bias {
-            // SAFETY: promised by the caller.
-            Some(bias) => unsafe { load_i32(s, bias.as_ptr().add(unit.j), unit.cols) },
-            None => [s.splat_i32(0); 2],
-        }
-    }
+    unsafe { [s.load_i32_ptr(p), s.load_i32_ptr(p.add(S::LANES))] }
 }
 
 // The kernels are not inlined on wasm: optimising compilers choke on huge functions.
@@ -256,9 +231,8 @@ impl Kernel for Store<'_> {
         for u in self.0.units(s) {
             // SAFETY: the contract of the type.
             unsafe {
-                let bias = sink.bias(s, &u);
                 for i in 0..u.rows {
-                    let v = sums(s, u.sums.add(i * u.ld), bias);
+                    let v = sums(s, u.sums.add(i * u.ld));
                     store(s, y.add(u.at + i * u.n).cast(), [s.from_bits(v[0]), s.from_bits(v[1])], u.cols);
                 }
             }
@@ -275,20 +249,19 @@ impl Kernel for Convert<'_> {
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
         let sink = self.0.sink;
-        let Kind::Real { scale, bias: real_bias, residual, y, .. } = sink.kind else {
+        let Kind::Real { scale, bias, residual, y, .. } = sink.kind else {
             unreachable!("not an output of real numbers")
         };
         for u in self.0.units(s) {
             // SAFETY: the contract of the type.
             unsafe {
-                let bias = sink.bias(s, &u);
                 let scale = per_column(s, scale, u.j, u.cols);
-                let added = match real_bias {
+                let added = match bias {
                     Some(bias) => load(s, bias.as_ptr().add(u.j), u.cols),
                     None => [s.splat(0.0); 2],
                 };
                 for i in 0..u.rows {
-                    let v = sums(s, u.sums.add(i * u.ld), bias);
+                    let v = sums(s, u.sums.add(i * u.ld));
                     let mut x = [s.mul(s.to_f32(v[0]), scale[0]), s.mul(s.to_f32(v[1]), scale[1])];
                     x = [s.add(x[0], added[0]), s.add(x[1], added[1])];
                     let at = u.at + i * u.n;
@@ -328,10 +301,9 @@ impl Kernel for Quantize<'_> {
         for u in self.0.units(s) {
             // SAFETY: the contract of the type.
             unsafe {
-                let bias = sink.bias(s, &u);
                 let multiplier = per_column(s, q.multiplier, u.j, u.cols);
                 for i in 0..u.rows {
-                    let v = sums(s, u.sums.add(i * u.ld), bias);
+                    let v = sums(s, u.sums.add(i * u.ld));
                     let mut x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
                     for x in &mut x {
                         *x = s.add(s.at_most(s.at_least(*x, lo), hi), round);
@@ -358,10 +330,10 @@ fn add_other<S: Simd>(s: S, add: &Addend<'_>, x: [S::F32; 2], other: [S::I32; 2]
     let (lo, hi) = (s.splat((add.lo - add.zero) as f32), s.splat((add.hi - add.zero) as f32));
     let back = s.splat_i32(ROUND.to_bits() as i32 - add.zero);
     let mut y = other;
-    for h in 0..2 {
-        let other = s.to_f32(s.sub_i32(other[h], s.splat_i32(add.other_zero)));
-        let sum = s.add(s.mul(x[h], s.splat(add.first)), s.mul(other, s.splat(add.second)));
-        y[h] = s.sub_i32(s.bits(s.add(s.at_most(s.at_least(sum, lo), hi), round)), back);
+    for (y, x) in y.iter_mut().zip(x) {
+        let other = s.to_f32(s.sub_i32(*y, s.splat_i32(add.other_zero)));
+        let sum = s.add(s.mul(x, s.splat(add.first)), s.mul(other, s.splat(add.second)));
+        *y = s.sub_i32(s.bits(s.add(s.at_most(s.at_least(sum, lo), hi), round)), back);
     }
     y
 }
@@ -371,7 +343,7 @@ fn add_other<S: Simd>(s: S, add: &Addend<'_>, x: [S::F32; 2], other: [S::I32; 2]
 /// # Safety
 /// They must be readable.
 #[inline(always)]
-pub(super) unsafe fn load_bytes<S: Simd>(s: S, x: &Bytes<'_>, at: usize, cols: usize) -> [S::I32; 2] {
+pub(crate) unsafe fn load_bytes<S: Simd>(s: S, x: &Bytes<'_>, at: usize, cols: usize) -> [S::I32; 2] {
     let lanes = S::LANES;
     let mut buffer = [0u8; 32];
     // SAFETY: promised by the caller.
@@ -393,7 +365,7 @@ pub(super) unsafe fn load_bytes<S: Simd>(s: S, x: &Bytes<'_>, at: usize, cols: u
 /// # Safety
 /// They must be writable.
 #[inline(always)]
-pub(super) unsafe fn store_bytes<S: Simd>(s: S, y: *mut u8, v: [S::I32; 2], cols: usize, signed: bool) {
+pub(crate) unsafe fn store_bytes<S: Simd>(s: S, y: *mut u8, v: [S::I32; 2], cols: usize, signed: bool) {
     let mut buffer = [0u8; 32];
     let whole = cols == 2 * S::LANES;
     let p = if whole { y } else { buffer.as_mut_ptr() };

@@ -8,25 +8,43 @@
 //!
 //! Real numbers are `f32`, every operation rounded, halves to even: the same bits everywhere.
 
+use super::output::{ROUND, load_bytes, store_bytes};
 use super::{Bytes, BytesMut};
 use crate::conv::check_len;
 use crate::error::{Error, Result};
-use crate::par::Cx;
+use crate::par::{Cx, DisjointMut};
 use crate::pool::PoolShape;
+use crate::simd::{Kernel, Simd, dispatch};
+
+/// Elements that make a task.
+const TASK: usize = 16 * 1024;
 
 /// `y[i] = table[x[i]]`, where both count as unsigned bytes.
 ///
 /// # Errors
 /// If the lengths differ.
-pub fn lookup(_: &Cx<'_>, x: &[u8], table: &[u8; 256], y: &mut [u8]) -> Result<()> {
+pub fn lookup(cx: &Cx<'_>, x: &[u8], table: &[u8; 256], y: &mut [u8]) -> Result<()> {
     check_len("the output", y.len(), x.len())?;
-    y.iter_mut().zip(x).for_each(|(y, &x)| *y = table[usize::from(x)]);
+    let out = DisjointMut::new(y);
+    cx.for_each(x.len().div_ceil(TASK), x.len() as u64, &|task| {
+        let from = task * TASK;
+        let x = &x[from..(from + TASK).min(x.len())];
+        // SAFETY: tasks write different parts.
+        let y = unsafe { out.range(from, x.len()) };
+        y.iter_mut().zip(x).for_each(|(y, &x)| *y = table[usize::from(x)]);
+    });
     Ok(())
 }
 
 /// [`lookup`] in place.
-pub fn lookup_in_place(_: &Cx<'_>, table: &[u8; 256], y: &mut [u8]) {
-    y.iter_mut().for_each(|y| *y = table[usize::from(*y)]);
+pub fn lookup_in_place(cx: &Cx<'_>, table: &[u8; 256], y: &mut [u8]) {
+    let (len, out) = (y.len(), DisjointMut::new(y));
+    cx.for_each(len.div_ceil(TASK), len as u64, &|task| {
+        let from = task * TASK;
+        // SAFETY: tasks write different parts.
+        let y = unsafe { out.range(from, TASK.min(len - from)) };
+        y.iter_mut().for_each(|y| *y = table[usize::from(*y)]);
+    });
 }
 
 /// What [`binary`] computes of `a` and `b`, the operands minus their zero points.
@@ -61,36 +79,135 @@ pub struct Binary {
     pub hi: i32,
 }
 
-fn store(y: &mut BytesMut<'_>, i: usize, v: i32) {
-    match y {
-        BytesMut::U8(y) => y[i] = v as u8,
-        BytesMut::I8(y) => y[i] = v as i8,
-    }
-}
-
-fn end(real: f32, zero: i32, lo: i32, hi: i32) -> i32 {
-    (real.round_ties_even() as i32).saturating_add(zero).clamp(lo, hi)
-}
-
 /// Combines two tensors, each of which is repeated until it has the length of `y`.
 ///
 /// # Errors
-/// If a length does not divide that of `y`.
-pub fn binary(_: &Cx<'_>, f: &Binary, a: Bytes<'_>, b: Bytes<'_>, mut y: BytesMut<'_>) -> Result<()> {
-    for (name, x) in [("the first operand", &a), ("the second operand", &b)] {
-        if !y.is_empty() && (x.is_empty() || !y.len().is_multiple_of(x.len())) {
+/// If a length does not divide that of `y`, bounds do not lie in the range of its type, zero points not in that of
+/// theirs, or factors are not finite.
+pub fn binary(cx: &Cx<'_>, f: &Binary, a: Bytes<'_>, b: Bytes<'_>, mut y: BytesMut<'_>) -> Result<()> {
+    for (name, x, zero) in [("the first operand", &a, f.zeros[0]), ("the second operand", &b, f.zeros[1])] {
+        x.check_zero(name, zero)?;
+        if !y.is_empty() && (x.is_empty() || y.len() % x.len() != 0) {
             return Err(Error::new(format!("{name} has {} elements, the output {}", x.len(), y.len())));
         }
     }
-    for i in 0..y.len() {
-        let (x, z) = (a.get(i % a.len()) - f.zeros[0], b.get(i % b.len()) - f.zeros[1]);
-        let real = match f.function {
-            Function::Add { first, second } => x as f32 * first + z as f32 * second,
-            Function::Mul { scale } => (x * z) as f32 * scale,
-        };
-        store(&mut y, i, end(real, f.zero, f.lo, f.hi));
-    }
+    let factors = match f.function {
+        Function::Add { first, second } => [first, second],
+        Function::Mul { scale } => [scale, 0.0],
+    };
+    factors.iter().try_for_each(|&factor| super::check_factor(factor))?;
+    y.check_bounds(f.lo, f.hi, f.zero)?;
+    let len = y.len();
+    // Where both run on: up to the ends of the shorter operands, but a single element has none.
+    let period = |x: &Bytes<'_>| if x.len() == 1 { len } else { x.len() };
+    let (pa, pb) = (period(&a), period(&b));
+    let (signed, to) = y.raw();
+    let out = Out(to);
+    cx.for_each(len.div_ceil(TASK), 8 * len as u64, &|task| {
+        let (mut at, end) = (task * TASK, len.min((task + 1) * TASK));
+        while at < end {
+            let count = (end - at).min(pa - at % pa).min(pb - at % pb);
+            let place = |x: &Bytes<'_>| if x.len() == 1 { None } else { Some(at % x.len()) };
+            // SAFETY: tasks write different parts, all inside `y`.
+            let y = unsafe { out.at(at) };
+            dispatch(cx.isa(), Pairs { f, a: &a, b: &b, at: [place(&a), place(&b)], count, y, signed });
+            at += count;
+        }
+    });
     Ok(())
+}
+
+/// An output that tasks write in part.
+struct Out(*mut u8);
+// SAFETY: tasks write disjoint parts.
+unsafe impl Sync for Out {}
+impl Out {
+    /// # Safety
+    /// The output must have more elements.
+    unsafe fn at(&self, i: usize) -> *mut u8 {
+        self.0.wrapping_add(i)
+    }
+}
+
+/// Whoever makes one promises that operands have `count` elements where they begin (one if that is nowhere), and that
+/// `count` bytes at `y` may be written.
+struct Pairs<'a> {
+    f: &'a Binary,
+    a: &'a Bytes<'a>,
+    b: &'a Bytes<'a>,
+    at: [Option<usize>; 2],
+    count: usize,
+    y: *mut u8,
+    signed: bool,
+}
+
+impl Kernel for Pairs<'_> {
+    type Output = ();
+
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let Self { f, a, b, at, count, y, signed } = self;
+        let end = End::new(s, f.lo, f.hi, f.zero);
+        let zeros = f.zeros;
+        let mut i = 0;
+        while i < count {
+            let cols = (2 * S::LANES).min(count - i);
+            // SAFETY: the contract of the type.
+            unsafe {
+                let a = match at[0] {
+                    Some(at) => load_bytes(s, a, at + i, cols),
+                    None => [s.splat_i32(a.get(0)); 2],
+                };
+                let b = match at[1] {
+                    Some(at) => load_bytes(s, b, at + i, cols),
+                    None => [s.splat_i32(b.get(0)); 2],
+                };
+                let mut v = a;
+                for (v, b) in v.iter_mut().zip(b) {
+                    let x = s.sub_i32(*v, s.splat_i32(zeros[0]));
+                    let z = s.sub_i32(b, s.splat_i32(zeros[1]));
+                    let real = match f.function {
+                        Function::Add { first, second } => {
+                            let first = s.mul(s.to_f32(x), s.splat(first));
+                            s.add(first, s.mul(s.to_f32(z), s.splat(second)))
+                        }
+                        Function::Mul { scale } => s.mul(s.to_f32(s.mul_i32(x, z)), s.splat(scale)),
+                    };
+                    *v = end.apply(s, real);
+                }
+                store_bytes(s, y.add(i), v, cols, signed);
+            }
+            i += cols;
+        }
+    }
+}
+
+/// `clamp(round(x) + zero, lo, hi)` for an x that is not NaN.
+#[derive(Clone, Copy)]
+struct End<S: Simd> {
+    lo: S::F32,
+    hi: S::F32,
+    round: S::F32,
+    back: S::I32,
+}
+
+impl<S: Simd> End<S> {
+    /// Bounds and zero are small.
+    #[inline(always)]
+    fn new(s: S, lo: i32, hi: i32, zero: i32) -> Self {
+        Self {
+            lo: s.splat((lo - zero) as f32),
+            hi: s.splat((hi - zero) as f32),
+            round: s.splat(ROUND),
+            back: s.splat_i32(ROUND.to_bits() as i32 - zero),
+        }
+    }
+
+    #[inline(always)]
+    fn apply(self, s: S, x: S::F32) -> S::I32 {
+        s.sub_i32(s.bits(s.add(s.at_most(s.at_least(x, self.lo), self.hi), self.round)), self.back)
+    }
 }
 
 /// How [`mean`] quantises.
@@ -110,71 +227,137 @@ pub struct Mean {
     pub include_pad: bool,
 }
 
-/// Calls `f` for each result of a pooling: where it is, how many elements of its window count, with padding and without,
-/// and where those inside are.
-fn windows(shape: &PoolShape, mut f: impl FnMut(usize, [usize; 2], &mut dyn Iterator<Item = usize>)) {
-    let s = shape;
-    let taps = |axis: usize, o: usize| (0..s.kernel[axis]).map(move |k| o * s.strides[axis] + k * s.dilations[axis]);
-    let inside = |axis: usize, o: usize| {
-        taps(axis, o).filter_map(move |p| p.checked_sub(s.begin[axis]).filter(|&p| p < s.input[axis]))
-    };
-    let padded =
-        |axis: usize, o: usize| taps(axis, o).filter(|&p| p < s.begin[axis] + s.input[axis] + s.end[axis]).count();
-    let mut at = 0;
-    for image in 0..s.batch {
-        for z in 0..s.output[0] {
-            for y in 0..s.output[1] {
-                for x in 0..s.output[2] {
-                    let counts = [
-                        padded(0, z) * padded(1, y) * padded(2, x),
-                        inside(0, z).count() * inside(1, y).count() * inside(2, x).count(),
-                    ];
-                    for channel in 0..s.channels {
-                        let lines = inside(0, z).flat_map(|d| inside(1, y).map(move |h| d * s.input[1] + h));
-                        let pixels = lines.flat_map(|line| inside(2, x).map(move |w| line * s.input[2] + w));
-                        let size = s.input.iter().product::<usize>();
-                        let mut places = pixels.map(|p| (image * size + p) * s.channels + channel);
-                        f(at, counts, &mut places);
-                        at += 1;
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn check(shape: &PoolShape, x: usize, y: usize) -> Result<()> {
-    let volume = |s: [usize; 3]| crate::conv::volume(&[shape.batch, s[0], s[1], s[2], shape.channels]);
-    check_len("the input", x, volume(shape.input)?)?;
-    check_len("the output", y, volume(shape.output)?)
-}
-
 /// Means over windows, channels last.
 ///
 /// # Errors
-/// If slices do not have the sizes of the shape.
-pub fn mean(_: &Cx<'_>, f: &Mean, shape: &PoolShape, x: Bytes<'_>, mut y: BytesMut<'_>) -> Result<()> {
-    check(shape, x.len(), y.len())?;
-    windows(shape, |at, [padded, inside], places| {
-        let count = if f.include_pad { padded } else { inside };
-        let sum: i32 = places.map(|i| x.get(i) - f.x_zero).sum();
-        let real = if count == 0 { 0.0 } else { sum as f32 * (f.multiplier / count as f32) };
-        store(&mut y, at, end(real, f.zero, f.lo, f.hi));
+/// If slices do not have the sizes of the shape, bounds do not lie in the range of `y`'s type, the zero point not in that
+/// of `x`'s, or the multiplier is not finite.
+pub fn mean(cx: &Cx<'_>, f: &Mean, shape: &PoolShape, x: Bytes<'_>, mut y: BytesMut<'_>) -> Result<()> {
+    shape.check(x.len(), y.len())?;
+    x.check_zero("the operand", f.x_zero)?;
+    super::check_factor(f.multiplier)?;
+    y.check_bounds(f.lo, f.hi, f.zero)?;
+    if y.is_empty() {
+        return Ok(());
+    }
+    let cost = (y.len() as u64).saturating_mul(shape.kernel.iter().product::<usize>() as u64);
+    let row = shape.output[2] * shape.channels;
+    let (signed, to) = y.raw();
+    let out = Out(to);
+    cx.for_each(shape.batch * shape.output[0] * shape.output[1], cost, &|task| {
+        // SAFETY: each task has its own row.
+        let y = unsafe { out.at(task * row) };
+        dispatch(cx.isa(), MeanRow { f, shape, x: &x, task, y, signed });
     });
     Ok(())
+}
+
+/// A row of windows; `y` has all their channels.
+struct MeanRow<'a> {
+    f: &'a Mean,
+    shape: &'a PoolShape,
+    x: &'a Bytes<'a>,
+    task: usize,
+    y: *mut u8,
+    signed: bool,
+}
+
+impl Kernel for MeanRow<'_> {
+    type Output = ();
+
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let Self { f, shape, x, task, y, signed } = self;
+        let [id, ih, iw] = shape.input;
+        let (z, row) = (task / shape.output[1], task % shape.output[1]);
+        let (b, z) = (z / shape.output[0], z % shape.output[0]);
+        let [(dz, nz, pz, _), (dy, ny, py, _)] = [shape.taps(0, z), shape.taps(1, row)];
+        let dilations = shape.dilations.map(|d| d.max(1));
+        let end = End::new(s, f.lo, f.hi, f.zero);
+        for column in 0..shape.output[2] {
+            let (dx, nx, px, _) = shape.taps(2, column);
+            let inside = nz * ny * nx;
+            let count = if f.include_pad { pz * py * px } else { inside };
+            let factor = s.splat(f.multiplier / count as f32);
+            let zeros = s.splat_i32((inside as i32).wrapping_mul(f.x_zero));
+            let mut c = 0;
+            while c < shape.channels {
+                let cols = (2 * S::LANES).min(shape.channels - c);
+                let mut acc = [s.splat_i32(0); 2];
+                for kz in 0..nz {
+                    for ky in 0..ny {
+                        let line = ((b * id + dz + kz * dilations[0]) * ih + dy + ky * dilations[1]) * iw;
+                        for kx in 0..nx {
+                            let pixel = line + dx + kx * dilations[2];
+                            // SAFETY: `taps` counts those inside the input, whose size was checked.
+                            let v = unsafe { load_bytes(s, x, pixel * shape.channels + c, cols) };
+                            acc = [s.add_i32(acc[0], v[0]), s.add_i32(acc[1], v[1])];
+                        }
+                    }
+                }
+                let mut v = acc;
+                for (v, acc) in v.iter_mut().zip(acc) {
+                    // A window without elements has no mean; its sum is 0, and so is what is stored of it.
+                    let real = s.mul(s.to_f32(s.sub_i32(acc, zeros)), if count == 0 { s.splat(0.0) } else { factor });
+                    *v = end.apply(s, real);
+                }
+                // SAFETY: the contract of the type.
+                unsafe { store_bytes(s, y.add(column * shape.channels + c), v, cols, signed) };
+                c += cols;
+            }
+        }
+    }
 }
 
 /// Largest elements of windows, channels last; a window without elements gives the least of the type.
 ///
 /// # Errors
 /// If slices do not have the sizes of the shape or are not of one type.
-pub fn max_pool(_: &Cx<'_>, shape: &PoolShape, x: Bytes<'_>, mut y: BytesMut<'_>) -> Result<()> {
-    check(shape, x.len(), y.len())?;
-    let least = match (&x, &y) {
-        (Bytes::U8(_), BytesMut::U8(_)) => 0,
-        (Bytes::I8(_), BytesMut::I8(_)) => -128,
-        _ => return Err(Error::new("the largest of signed bytes is signed, that of unsigned ones is not")),
-    };
-    windows(shape, |at, _, places| store(&mut y, at, places.map(|i| x.get(i)).max().unwrap_or(least)));
+pub fn max_pool(cx: &Cx<'_>, shape: &PoolShape, x: Bytes<'_>, y: BytesMut<'_>) -> Result<()> {
+    match (x, y) {
+        (Bytes::U8(x), BytesMut::U8(y)) => max_pool_of(cx, shape, x, u8::MIN, y),
+        (Bytes::I8(x), BytesMut::I8(y)) => max_pool_of(cx, shape, x, i8::MIN, y),
+        _ => Err(Error::new("the largest of signed bytes is signed, that of unsigned ones is not")),
+    }
+}
+
+// Plain loops over channels: the compiler has vectors for the larger of two bytes.
+fn max_pool_of<T: Copy + Ord + Send + Sync>(
+    cx: &Cx<'_>,
+    shape: &PoolShape,
+    x: &[T],
+    least: T,
+    y: &mut [T],
+) -> Result<()> {
+    shape.check(x.len(), y.len())?;
+    if y.is_empty() {
+        return Ok(());
+    }
+    let cost = (y.len() as u64 / 4).saturating_mul(shape.kernel.iter().product::<usize>() as u64);
+    let (channels, [id, ih, iw]) = (shape.channels, shape.input);
+    let row = shape.output[2] * channels;
+    let dilations = shape.dilations.map(|d| d.max(1));
+    let out = DisjointMut::new(y);
+    cx.for_each(shape.batch * shape.output[0] * shape.output[1], cost, &|task| {
+        // SAFETY: each task has its own row.
+        let y = unsafe { out.range(task * row, row) };
+        let (z, line) = (task / shape.output[1], task % shape.output[1]);
+        let (b, z) = (z / shape.output[0], z % shape.output[0]);
+        let [(dz, nz, ..), (dy, ny, ..)] = [shape.taps(0, z), shape.taps(1, line)];
+        for (column, y) in y.chunks_exact_mut(channels).enumerate() {
+            let (dx, nx, ..) = shape.taps(2, column);
+            y.fill(least);
+            for kz in 0..nz {
+                for ky in 0..ny {
+                    let line = ((b * id + dz + kz * dilations[0]) * ih + dy + ky * dilations[1]) * iw;
+                    for kx in 0..nx {
+                        let x = &x[(line + dx + kx * dilations[2]) * channels..][..channels];
+                        y.iter_mut().zip(x).for_each(|(y, &x)| *y = (*y).max(x));
+                    }
+                }
+            }
+        }
+    });
     Ok(())
 }

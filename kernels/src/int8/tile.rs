@@ -1,7 +1,7 @@
 //! The microkernel: a tile of sums in registers.
 //!
 //! ```text
-//! acc[0..H][0..NV] = 0, or what an earlier pass left
+//! acc[0..H][0..NV] = bias, or what an earlier pass left
 //! for p in 0..k                                   groups of 2 or 4 neighbours along k
 //!     b = NV vectors of row p of the panel
 //!     for i in 0..H
@@ -37,15 +37,15 @@ pub(super) struct Strip {
     pub(super) sums: *mut i32,
     /// Elements between rows of sums.
     pub(super) ld: usize,
-    /// Add to what is there: this is not the first pass over k.
-    pub(super) accumulate: bool,
+    /// What sums begin with in the first pass over k, as wide as the tile; null in others, which add to what is there.
+    pub(super) start: *const i32,
 }
 
 impl Strip {
     /// Computes it.
     ///
     /// # Safety
-    /// A: `tiles * height` rows of `k`; B: `k` rows of `vectors`; sums: `tiles * height` rows of `vectors`, which nobody
+    /// A: `tiles * height` rows of `k`; B: `k` rows of `vectors`; start: one row or null; sums: `tiles * height` rows of `vectors`, which nobody
     /// else uses. `height` and `vectors` are at most what the table says, and the form is available.
     pub(super) unsafe fn run(self, isa: Isa, form: Form) {
         macro_rules! heights {
@@ -96,17 +96,17 @@ impl<const H: usize, const NV: usize> DotKernel for Tiles<H, NV> {
 unsafe fn strip<D: Dot, const H: usize, const NV: usize>(d: D, strip: &Strip) {
     let s = d.simd();
     let lanes = D::S::LANES;
-    let Strip { tiles, k, lda, ld, accumulate, .. } = *strip;
+    let Strip { tiles, k, lda, ld, start, .. } = *strip;
     // SAFETY: the caller promises that all rows are there, and every offset below stays inside them.
     unsafe {
         for tile in 0..tiles {
             let sums = strip.sums.add(tile * H * ld);
             let mut acc = [[s.splat_i32(0); NV]; H];
-            if accumulate {
-                for (i, row) in acc.iter_mut().enumerate() {
-                    for (v, x) in row.iter_mut().enumerate() {
-                        *x = s.load_i32_ptr(sums.add(i * ld + v * lanes));
-                    }
+            // The first row again and again, or each.
+            let (from, step) = if start.is_null() { (sums.cast_const(), ld) } else { (start, 0) };
+            for (i, row) in acc.iter_mut().enumerate() {
+                for (v, x) in row.iter_mut().enumerate() {
+                    *x = s.load_i32_ptr(from.add(i * step + v * lanes));
                 }
             }
             let mut rows = [strip.a; H];

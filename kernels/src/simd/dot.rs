@@ -6,6 +6,12 @@
 
 use super::{Isa, Kernel, Simd, dispatch};
 use crate::int8::Form;
+#[cfg(target_arch = "aarch64")]
+use core::arch::aarch64::int32x4_t;
+#[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+use core::arch::wasm32::*;
+#[cfg(target_arch = "x86_64")]
+use core::arch::x86_64::{__m256i, __m512i, _mm256_dpbusd_avx_epi32, _mm512_dpbusd_epi32};
 
 /// A form of the dot product with the vectors of `S`.
 pub(crate) trait Dot: Copy {
@@ -59,19 +65,195 @@ impl<K: DotKernel> Kernel for OnWide<K> {
     }
 }
 
+/// [`Form::U8S8`] of AVX-512 VNNI.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Vnni(super::x86::Avx512);
+
+#[cfg(target_arch = "x86_64")]
+impl Dot for Vnni {
+    type S = super::x86::Avx512;
+    const FORM: Form = Form::U8S8;
+    #[inline(always)]
+    fn simd(self) -> Self::S {
+        self.0
+    }
+    #[inline(always)]
+    fn dot(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: a value exists only where `vnni` below has the feature.
+        unsafe { _mm512_dpbusd_epi32(acc, a, b) }
+    }
+}
+
+/// [`Form::U8S8`] of AVX-VNNI: 256-bit vectors on processors without AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct AvxVnni(super::x86::Avx2);
+
+#[cfg(target_arch = "x86_64")]
+impl Dot for AvxVnni {
+    type S = super::x86::Avx2;
+    const FORM: Form = Form::U8S8;
+    #[inline(always)]
+    fn simd(self) -> Self::S {
+        self.0
+    }
+    #[inline(always)]
+    fn dot(self, acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: a value exists only where `avx_vnni` below has the feature.
+        unsafe { _mm256_dpbusd_avx_epi32(acc, a, b) }
+    }
+}
+
+/// [`Form::S8S8`] of Arm's dot product extension.
+#[cfg(target_arch = "aarch64")]
+#[derive(Clone, Copy)]
+struct Sdot(super::neon::Neon);
+
+#[cfg(target_arch = "aarch64")]
+impl Dot for Sdot {
+    type S = super::neon::Neon;
+    const FORM: Form = Form::S8S8;
+    #[inline(always)]
+    fn simd(self) -> Self::S {
+        self.0
+    }
+    #[inline(always)]
+    fn dot(self, acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        // The intrinsic is not stable yet.
+        let mut sum = acc;
+        // SAFETY: a value exists only where `sdot` below has the feature; registers alone are touched.
+        unsafe {
+            core::arch::asm!(
+                "sdot {sum:v}.4s, {a:v}.16b, {b:v}.16b",
+                sum = inout(vreg) sum,
+                a = in(vreg) a,
+                b = in(vreg) b,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        sum
+    }
+}
+
+/// The relaxed dot product of bytes, whose second operand may count as signed, as unsigned, or saturate: which forms it
+/// computes exactly is found out by [`available`].
+#[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+#[derive(Clone, Copy)]
+struct Relaxed(super::wasm::RelaxedSimd);
+
+#[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+impl Dot for Relaxed {
+    type S = super::wasm::RelaxedSimd;
+    /// Both forms of bytes: the tiles are the same.
+    const FORM: Form = Form::U8S8;
+    #[inline(always)]
+    fn simd(self) -> Self::S {
+        self.0
+    }
+    #[inline(always)]
+    fn dot(self, acc: v128, a: v128, b: v128) -> v128 {
+        i32x4_relaxed_dot_i8x16_i7x16_add(b, a, acc)
+    }
+}
+
+/// Functions with the features of the forms above, as in `dispatch.rs`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod trampolines {
+    use super::DotKernel;
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq,avx512vnni")]
+    pub(super) fn vnni<K: DotKernel>(kernel: K) -> K::Output {
+        // SAFETY: this function has the features.
+        kernel.run(super::Vnni(unsafe { super::super::x86::Avx512::new() }))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    pub(super) fn avx_vnni<K: DotKernel>(kernel: K) -> K::Output {
+        // SAFETY: this function has the features.
+        kernel.run(super::AvxVnni(unsafe { super::super::x86::Avx2::new() }))
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    #[target_feature(enable = "neon,dotprod")]
+    pub(super) fn sdot<K: DotKernel>(kernel: K) -> K::Output {
+        // SAFETY: this function has the features.
+        kernel.run(super::Sdot(unsafe { super::super::neon::Neon::new() }))
+    }
+}
+
+/// Whether products of bytes of this form are exact with `isa` here.
+pub(crate) fn available(isa: Isa, form: Form) -> bool {
+    if !isa.is_available() {
+        return false;
+    }
+    match (isa, form) {
+        (_, Form::Wide) => true,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, Form::U8S8) => is_x86_feature_detected!("avx512vnni"),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, Form::U8S8) => is_x86_feature_detected!("avxvnni"),
+        #[cfg(target_arch = "aarch64")]
+        (Isa::Neon, Form::S8S8) => std::arch::is_aarch64_feature_detected!("dotprod"),
+        #[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+        (Isa::WasmRelaxedSimd, form) => probe(form),
+        _ => false,
+    }
+}
+
+/// Computes relaxed products whose second operands exceed 127 and compares them with the exact ones, once per process:
+/// an engine on x86 with VNNI takes them as unsigned, one on Arm as signed, and one on x86 without VNNI saturates.
+#[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+fn probe(form: Form) -> bool {
+    use core::hint::black_box;
+    static EXACT: std::sync::OnceLock<[bool; 2]> = std::sync::OnceLock::new();
+    let exact = EXACT.get_or_init(|| {
+        let mut exact = [true; 2];
+        for weight in [-128i8, -127, -1, 1, 64, 127] {
+            for x in [0u8, 1, 127, 128, 129, 200, 255] {
+                // The compiler must not compute it: its idea of the instruction is not the engine's.
+                let (w, a, acc) = black_box((i8x16_splat(weight), u8x16_splat(x), i32x4_splat(-7)));
+                let got = i32x4_extract_lane::<2>(black_box(i32x4_relaxed_dot_i8x16_i7x16_add(w, a, acc)));
+                exact[0] &= got == 4 * i32::from(weight) * i32::from(x) - 7;
+                exact[1] &= got == 4 * i32::from(weight) * i32::from(x as i8) - 7;
+            }
+        }
+        exact
+    });
+    match form {
+        Form::Wide => true,
+        Form::U8S8 => exact[0],
+        Form::S8S8 => exact[1],
+    }
+}
+
 /// Runs `kernel` with the vectors of `isa` and products of `form`.
 ///
 /// # Panics
 /// If one of them is not available; see [`dispatch`] and [`Form::available`].
 #[inline]
 pub(crate) fn dispatch_dot<K: DotKernel>(isa: Isa, form: Form, kernel: K) -> K::Output {
-    match form {
-        Form::Wide => dispatch(isa, OnWide(kernel)),
+    match (isa, form) {
+        (_, Form::Wide) => dispatch(isa, OnWide(kernel)),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the features were looked for.
+        (Isa::Avx512, Form::U8S8) if available(isa, form) => unsafe { trampolines::vnni(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the features were looked for.
+        (Isa::Avx2, Form::U8S8) if available(isa, form) => unsafe { trampolines::avx_vnni(kernel) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: the features were looked for.
+        (Isa::Neon, Form::S8S8) if available(isa, form) => unsafe { trampolines::sdot(kernel) },
+        #[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+        // SAFETY: this module is compiled for relaxed-simd.
+        (Isa::WasmRelaxedSimd, _) => kernel.run(Relaxed(unsafe { super::wasm::RelaxedSimd::new() })),
         #[cfg(test)]
-        Form::U8S8 => dispatch(isa, emulation::On::<K, false>(kernel)),
+        (_, Form::U8S8) => dispatch(isa, emulation::On::<K, false>(kernel)),
         #[cfg(test)]
-        Form::S8S8 => dispatch(isa, emulation::On::<K, true>(kernel)),
-        #[cfg(not(test))]
+        (_, Form::S8S8) => dispatch(isa, emulation::On::<K, true>(kernel)),
+        #[allow(unreachable_patterns)]
         _ => unreachable!("no dot product {form} with {isa}"),
     }
 }

@@ -98,7 +98,7 @@ macro_rules! partial_methods {
 mod dispatch;
 pub use dispatch::{Isa, IsaError, dispatch};
 mod dot;
-pub(crate) use dot::{Dot, DotKernel, dispatch_dot};
+pub(crate) use dot::{Dot, DotKernel, available as dot_available, dispatch_dot};
 
 #[cfg(target_arch = "aarch64")]
 mod neon;

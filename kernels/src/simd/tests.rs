@@ -227,3 +227,78 @@ fn every_method_on_every_instruction_set() {
         }
     }
 }
+
+/// Operations on short integers.
+struct Shorts;
+
+impl Kernel for Shorts {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (n, name) = (S::LANES, S::ISA);
+        let mut state = 7u32;
+        let mut bytes = [0u8; 160];
+        for (i, x) in bytes.iter_mut().enumerate() {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *x = if i % 3 == 0 { [0, 255, 127, 128][i / 3 % 4] } else { (state >> 24) as u8 };
+        }
+        let get = |x: S::I32| {
+            let mut out = [0i32; 16];
+            s.store_i32(&mut out, x);
+            out[..n].to_vec()
+        };
+        let shorts = |x: S::I32| get(x).into_iter().flat_map(bytemuck::cast::<i32, [i16; 2]>).collect::<Vec<i16>>();
+        for at in 0..40 {
+            let (p, q) = (bytes[at..].as_ptr(), bytes[at + 50..].as_ptr());
+            // SAFETY: 64 bytes are there from all of these places on, more than any vector has.
+            unsafe {
+                let wide: Vec<i16> = bytes[at..at + 2 * n].iter().map(|&x| x.into()).collect();
+                assert_eq!(shorts(s.widen_bytes::<false>(p)), wide, "{name} widen_bytes");
+                let wide_signed: Vec<i16> = bytes[at..at + 2 * n].iter().map(|&x| (x as i8).into()).collect();
+                assert_eq!(shorts(s.widen_bytes::<true>(p)), wide_signed, "{name} widen_bytes, signed");
+                let long: Vec<i32> = wide[..n].iter().map(|&x| x.into()).collect();
+                assert_eq!(get(s.load_bytes::<false>(p)), long, "{name} load_bytes");
+                let long: Vec<i32> = wide_signed[..n].iter().map(|&x| x.into()).collect();
+                assert_eq!(get(s.load_bytes::<true>(p)), long, "{name} load_bytes, signed");
+                let pairs = |signed: bool| -> Vec<i16> {
+                    let widen = |x: u8| if signed { (x as i8).into() } else { x.into() };
+                    (0..2 * n).flat_map(|i| [widen(bytes[at + i]), widen(bytes[at + 50 + i])]).collect()
+                };
+                let [low, high] = s.pair_bytes::<false>(p, q);
+                assert_eq!([shorts(low), shorts(high)].concat(), pairs(false), "{name} pair_bytes");
+                let [low, high] = s.pair_bytes::<true>(p, q);
+                assert_eq!([shorts(low), shorts(high)].concat(), pairs(true), "{name} pair_bytes, signed");
+                let mut out = [99u8; 40];
+                s.store_bytes::<false>(out.as_mut_ptr(), [s.load_bytes::<false>(p), s.load_bytes::<false>(p.add(n))]);
+                assert!(
+                    out[..2 * n] == bytes[at..at + 2 * n] && out[2 * n..] == [99; 40][2 * n..],
+                    "{name} store_bytes"
+                );
+                s.store_bytes::<true>(out.as_mut_ptr(), [s.load_bytes::<true>(q), s.load_bytes::<true>(q.add(n))]);
+                assert!(out[..2 * n] == bytes[at + 50..at + 50 + 2 * n], "{name} store_bytes, signed");
+
+                let (a, b) = (s.load_i32_ptr(p.cast()), s.load_i32_ptr(q.cast()));
+                let both = || shorts(a).into_iter().zip(shorts(b));
+                let minus: Vec<i16> = both().map(|(a, b)| a.wrapping_sub(b)).collect();
+                assert_eq!(shorts(s.sub_i16(a, b)), minus, "{name} sub_i16");
+                let products: Vec<i32> = both().map(|(a, b)| i32::from(a) * i32::from(b)).collect();
+                let dots: Vec<i32> = products.chunks(2).map(|pair| pair[0].wrapping_add(pair[1])).collect();
+                assert_eq!(get(s.dot_i16(a, b)), dots, "{name} dot_i16");
+                let times: Vec<i32> = get(a).iter().zip(get(b)).map(|(a, b)| a.wrapping_mul(b)).collect();
+                assert_eq!(get(s.mul_i32(a, b)), times, "{name} mul_i32");
+                assert_eq!(get(s.splat_i32_ptr(p.cast())), vec![get(a)[0]; n], "{name} splat_i32_ptr");
+                assert_eq!(shorts(s.splat_i16(-77)), vec![-77; 2 * n], "{name} splat_i16");
+                let mut out = [5i32; 20];
+                s.store_i32_ptr(out.as_mut_ptr().wrapping_add(1), a);
+                assert!(out[1..=n] == get(a) && out[0] == 5 && out[n + 1] == 5, "{name} store_i32_ptr");
+            }
+        }
+    }
+}
+
+#[test]
+fn short_integers_on_every_instruction_set() {
+    for isa in Isa::available() {
+        dispatch(isa, Shorts);
+    }
+}

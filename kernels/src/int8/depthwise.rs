@@ -1,0 +1,292 @@
+//! Depthwise convolution of bytes, channels last: each channel has its own kernel.
+//!
+//! ```text
+//! for rows of the output                                  in parallel
+//!     for runs of pixels whose taps lie alike             a tap outside of the image reads a pixel of zero points
+//!         for 2 pixels at once
+//!             for 2 vectors of channels
+//!                 acc = bias - x_zero * sum of the weights
+//!                 for pairs of taps (t, u)
+//!                     acc += dot([x_t, x_u], [w_t, w_u])  bytes side by side, widened to pairs of i16
+//!     output(acc)                                         output.rs
+//! ```
+//!
+//! One product of pairs does two taps, so that it costs half of what one of floats does. Any kernel, stride and dilation
+//! is a list of places. Channels that do not fill the last vectors are computed with vectors that end with them and
+//! overlap the ones before.
+
+use super::Bytes;
+use super::output::Sink;
+use crate::conv::{ConvInput, ConvParams};
+use crate::error::Result;
+use crate::gemm::Aligned;
+use crate::par::Cx;
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use core::ops::Range;
+
+/// The weights of a depthwise convolution.
+#[derive(Clone, Debug)]
+pub(super) struct QDepthwise {
+    /// `[pairs of taps][channels]`, two `i16` each, less their zero points.
+    weights: Aligned,
+    /// Their sum for each channel.
+    sums: Vec<i32>,
+}
+
+/// Most taps; of other kernels each group is a product of its own.
+const MAX_TAPS: usize = 64;
+/// Multiplications that a task should have at least.
+const TASK_COST: u64 = 1 << 18;
+/// More tasks than this would not balance better.
+const MAX_TASKS: u64 = 64;
+/// Sums that are kept before they go to the output; 8 KiB.
+const CHUNK_SUMS: usize = 2048;
+
+impl QDepthwise {
+    /// Whether a convolution can run here: one channel per group, two vectors of them.
+    pub(super) fn supports(isa: Isa, params: &ConvParams) -> bool {
+        let ConvParams { in_channels, out_channels, groups, kernel, .. } = *params;
+        in_channels == groups
+            && out_channels == groups
+            && groups >= 2 * isa.lanes()
+            && kernel.iter().product::<usize>() <= MAX_TAPS
+    }
+
+    /// Packs `weights` laid out `[channels, taps]`; lengths were checked.
+    pub(super) fn new(params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
+        let (channels, taps) = (params.out_channels, params.kernel.iter().product::<usize>());
+        let mut packed = Aligned::zeros(taps.div_ceil(2) * channels)?;
+        let centred = |c: usize, tap: usize| {
+            if tap < taps { weights.get(c * taps + tap) - zero[if zero.len() == 1 { 0 } else { c }] } else { 0 }
+        };
+        let pairs: &mut [i32] = bytemuck::cast_slice_mut(packed.as_mut_slice());
+        for (pair, row) in pairs.chunks_exact_mut(channels).enumerate() {
+            for (c, x) in row.iter_mut().enumerate() {
+                *x = bytemuck::cast([2 * pair, 2 * pair + 1].map(|tap| centred(c, tap) as i16));
+            }
+        }
+        let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
+        Ok(Self { weights: packed, sums })
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.weights.as_slice()) + size_of_val(&self.sums[..])
+    }
+
+    /// # Safety
+    /// `x` and the sink have the sizes that `params` and `input` say; nobody else uses the sink's output.
+    pub(super) unsafe fn run(
+        &self,
+        cx: &Cx<'_>,
+        params: &ConvParams,
+        input: &ConvInput,
+        out_spatial: [usize; 3],
+        x: Bytes<'_>,
+        x_zero: i32,
+        bias: Option<&[i32]>,
+        sink: &Sink<'_>,
+    ) {
+        let [od, oh, ow] = out_spatial;
+        let channels = params.out_channels;
+        let rows = input.batch * od * oh;
+        let taps: usize = params.kernel.iter().product();
+        let cost = ((rows * ow) as u64).saturating_mul((channels * taps) as u64);
+        let tasks = (cost / TASK_COST).clamp(1, MAX_TASKS.min(rows as u64)) as usize;
+        // Columns whose taps all lie inside the line.
+        let (stride, reach) = (params.strides[2], (params.kernel[2] - 1) * params.dilations[2]);
+        let start = input.pads_begin[2].div_ceil(stride).min(ow);
+        let end = match (input.spatial[2] + input.pads_begin[2]).checked_sub(reach + 1) {
+            Some(last) => (last / stride + 1).clamp(start, ow),
+            None => start,
+        };
+        let chunk = (CHUNK_SUMS / channels).next_multiple_of(2).max(2).min(ow);
+        cx.with_workspace(channels + channels.div_ceil(4), |workspace| {
+            let (first, zeros) = workspace.split_at_mut(channels);
+            let first: &mut [i32] = bytemuck::cast_slice_mut(first);
+            for (c, first) in first.iter_mut().enumerate() {
+                *first = bias.map_or(0, |bias| bias[c]).wrapping_sub(x_zero * self.sums[c]);
+            }
+            let zeros: &mut [u8] = bytemuck::cast_slice_mut(zeros);
+            zeros.fill(x_zero as u8);
+            let image = Image {
+                x: x.as_ptr(),
+                signed: matches!(x, Bytes::I8(_)),
+                weights: bytemuck::cast_slice(self.weights.as_slice()),
+                first,
+                zeros,
+                params,
+                spatial: input.spatial,
+                out_spatial,
+                pads: input.pads_begin,
+                interior: start..end,
+                taps,
+            };
+            cx.for_each_scratch(tasks, cost, chunk * channels, &|task, sums| {
+                let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
+                for row in crate::gemm::part(rows, tasks, task) {
+                    for first in (0..ow).step_by(chunk) {
+                        let columns = first..(first + chunk).min(ow);
+                        image.pixels(cx.isa(), row, columns.clone(), sums);
+                        // SAFETY: the caller's contract; tasks have different rows.
+                        unsafe {
+                            let pixels = row * ow + columns.start..row * ow + columns.end;
+                            sink.finish(cx.isa(), sums.as_ptr(), channels, pixels, 0..channels);
+                        }
+                    }
+                }
+            });
+        });
+    }
+}
+
+/// All of one convolution.
+struct Image<'a> {
+    x: *const u8,
+    signed: bool,
+    weights: &'a [i32],
+    /// What sums begin with.
+    first: &'a [i32],
+    /// A pixel of padding.
+    zeros: &'a [u8],
+    params: &'a ConvParams,
+    spatial: [usize; 3],
+    out_spatial: [usize; 3],
+    pads: [usize; 3],
+    interior: Range<usize>,
+    taps: usize,
+}
+
+// SAFETY: the pointer is of a slice that lives as long as the image, and is only read.
+unsafe impl Sync for Image<'_> {}
+
+/// Where a tap of a pixel is, and how far it is to that of the next pixel.
+#[derive(Clone, Copy)]
+struct Tap {
+    x: *const u8,
+    step: usize,
+}
+
+impl Image<'_> {
+    /// Sums of some pixels of one row of the output, `[pixels, channels]`.
+    fn pixels(&self, isa: Isa, row: usize, columns: Range<usize>, sums: &mut [i32]) {
+        let ConvParams { kernel: [kd, kh, kw], strides, dilations, out_channels: channels, .. } = *self.params;
+        let [id, ih, iw] = self.spatial;
+        let [od, oh, _] = self.out_spatial;
+        let (b, z, y) = (row / oh / od, row / oh % od, row % oh);
+        // Positions in the padded image cannot overflow: it was checked to be half an address space at most.
+        let position =
+            |d: usize, out: usize, tap: usize| (out * strides[d] + tap * dilations[d]) as isize - self.pads[d] as isize;
+        let inside = |position: isize, size: usize| position >= 0 && position < size as isize;
+        let zero = Tap { x: self.zeros.as_ptr(), step: 0 };
+        let mut column = columns.start;
+        while column < columns.end {
+            let interior = self.interior.contains(&column);
+            let count = if interior { self.interior.end.min(columns.end) - column } else { 1 };
+            let mut taps = [zero; MAX_TAPS];
+            let mut t = 0;
+            for kz in 0..kd {
+                let iz = position(0, z, kz);
+                for ky in 0..kh {
+                    let iy = position(1, y, ky);
+                    if !inside(iz, id) || !inside(iy, ih) {
+                        t += kw;
+                        continue;
+                    }
+                    let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
+                    for kx in 0..kw {
+                        let ix = position(2, column, kx);
+                        if inside(ix, iw) {
+                            let x = self.x.wrapping_add((line + ix as usize) * channels);
+                            taps[t] = Tap { x, step: strides[2] * channels };
+                        }
+                        t += 1;
+                    }
+                }
+            }
+            let sums = &mut sums[(column - columns.start) * channels..][..count * channels];
+            // An odd tap is paired with a pixel of zero points, whose weights are zero.
+            let taps = &mut taps[..self.taps.next_multiple_of(2)];
+            if self.signed {
+                dispatch(isa, Pixels::<true> { image: self, taps, count, sums });
+            } else {
+                dispatch(isa, Pixels::<false> { image: self, taps, count, sums });
+            }
+            column += count;
+        }
+    }
+}
+
+/// Pixels side by side whose taps all lie inside the image or are zero points. Whoever makes one promises that.
+struct Pixels<'a, const SIGNED: bool> {
+    image: &'a Image<'a>,
+    taps: &'a mut [Tap],
+    count: usize,
+    /// `count` rows of all channels.
+    sums: &'a mut [i32],
+}
+
+impl<const SIGNED: bool> Kernel for Pixels<'_, SIGNED> {
+    type Output = ();
+
+    // Not inlined on wasm: optimising compilers choke on huge functions.
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let Self { image, taps, count, sums } = self;
+        let channels = image.first.len();
+        let mut p = 0;
+        while p < count {
+            let columns = if p + 2 <= count { 2 } else { 1 };
+            let sums = &mut sums[p * channels..][..columns * channels];
+            // SAFETY: the contract of the type.
+            unsafe {
+                if columns == 2 {
+                    pixels::<S, SIGNED, 2>(s, image, taps, sums.as_mut_ptr());
+                } else {
+                    pixels::<S, SIGNED, 1>(s, image, taps, sums.as_mut_ptr());
+                }
+            }
+            for tap in taps.iter_mut() {
+                tap.x = tap.x.wrapping_add(columns * tap.step);
+            }
+            p += columns;
+        }
+    }
+}
+
+/// `T` pixels.
+///
+/// # Safety
+/// There are two vectors of channels at least; for all of them taps are readable and `T` rows of sums writable.
+#[inline(always)]
+unsafe fn pixels<S: Simd, const SIGNED: bool, const T: usize>(s: S, image: &Image<'_>, taps: &[Tap], sums: *mut i32) {
+    let channels = image.first.len();
+    let width = 2 * S::LANES;
+    let mut c = 0;
+    // SAFETY: promised by the caller; c + width <= channels, and weights have a row for each pair of taps.
+    unsafe {
+        loop {
+            let first = image.first.as_ptr().add(c);
+            let mut acc = [[s.load_i32_ptr(first), s.load_i32_ptr(first.add(S::LANES))]; T];
+            let mut w = image.weights.as_ptr().add(c);
+            for pair in taps.chunks_exact(2) {
+                let weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(S::LANES))];
+                for (t, acc) in acc.iter_mut().enumerate() {
+                    let x = s
+                        .pair_bytes::<SIGNED>(pair[0].x.add(t * pair[0].step + c), pair[1].x.add(t * pair[1].step + c));
+                    acc[0] = s.add_i32(acc[0], s.dot_i16(x[0], weights[0]));
+                    acc[1] = s.add_i32(acc[1], s.dot_i16(x[1], weights[1]));
+                }
+                w = w.add(channels);
+            }
+            for (t, acc) in acc.iter().enumerate() {
+                s.store_i32_ptr(sums.add(t * channels + c), acc[0]);
+                s.store_i32_ptr(sums.add(t * channels + c + S::LANES), acc[1]);
+            }
+            if c + width == channels {
+                break;
+            }
+            c = (c + width).min(channels - width);
+        }
+    }
+}
