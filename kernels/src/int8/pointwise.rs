@@ -87,7 +87,7 @@ pub struct Binary {
 pub fn binary(cx: &Cx<'_>, f: &Binary, a: Bytes<'_>, b: Bytes<'_>, mut y: BytesMut<'_>) -> Result<()> {
     for (name, x, zero) in [("the first operand", &a, f.zeros[0]), ("the second operand", &b, f.zeros[1])] {
         x.check_zero(name, zero)?;
-        if !y.is_empty() && (x.is_empty() || y.len() % x.len() != 0) {
+        if !y.is_empty() && (x.is_empty() || !y.len().is_multiple_of(x.len())) {
             return Err(Error::new(format!("{name} has {} elements, the output {}", x.len(), y.len())));
         }
     }
