@@ -253,7 +253,8 @@ impl Operator for DynamicQuantize {
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let x = io.slice::<f32>(0)?;
         // The range holds 0, so that padding is exact.
-        let (lo, hi) = x.iter().fold((0f32, 0f32), |(lo, hi), &v| (lo.min(v), hi.max(v)));
+        let [lo, hi] = quant::range(cx, x);
+        let (lo, hi) = (lo.min(0.0), hi.max(0.0));
         let scale = if hi == lo { 1.0 } else { (hi - lo) / 255.0 };
         let zero = (-lo / scale).clamp(0.0, 255.0).round_ties_even() as u8;
         let grid = Grid { outer: 1, n: 1, inner: x.len(), sharing: Sharing::Tensor };

@@ -861,16 +861,17 @@ mod tests {
     fn means_over_windows() {
         let mean = |name: &str, attrs: &[(&str, crate::onnx::AttributeValue)], want: &[&str]| {
             let mut n = Net::new(13);
-            let x = n.input("x", &[2, 24, 9, 8]);
+            let x = n.input("x", &[2, 96, 9, 8]);
             let y = qdq(&mut n, x, 0.03, 128);
             let y = n.op_with(name, &[y], attrs);
             let y = n.op("Relu", &[y]);
-            let y = q(&mut n, y, 0.003, 5);
+            // Not a ratio of scales at which means lie on halves.
+            let y = q(&mut n, y, 0.0023, 5);
             n.output(y);
             let graph = n.apply(run);
             assert_eq!(names(&graph)[1..], *want);
             close(&n, &graph, 0.001);
-            let graph = optimized(&n, &[Fact::new(DType::F32, &[2, 24, 9, 8])]);
+            let graph = optimized(&n, &[Fact::new(DType::F32, &[2, 96, 9, 8])]);
             close(&n, &graph, 0.001);
         };
         let kernel = || ("kernel_shape", ints(&[3, 2]));
@@ -955,7 +956,8 @@ mod tests {
         let mut left = n.passed(run);
         left.sort();
         let [q, lookup] = ["QuantizeLinear", "weblane.Lookup"];
-        assert_eq!(left, ["Concat", "MaxPool", "Pad", q, q, "Reshape", "Resize", "Slice", lookup]);
+        // The last QuantizeLinear does nothing but name the output.
+        assert_eq!(left, ["Concat", "Identity", "MaxPool", "Pad", q, q, "Reshape", "Resize", "Slice", lookup]);
     }
 
     #[test]
