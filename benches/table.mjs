@@ -4,7 +4,9 @@ import { readFile } from "node:fs/promises";
 const [path] = process.argv.slice(2);
 if (!path) throw new Error("usage: node benches/table.mjs RECORD");
 const { browser, cpu, peers, results } = JSON.parse(await readFile(path, "utf8"));
-const names = ["onnxruntime-web", "litert", "weblane-1t", "weblane-float"].filter((peer) => results.some((row) => row[peer]));
+const names = ["onnxruntime-web", "litert", "weblane-1t", "weblane-float"].filter((peer) =>
+  results.some((row) => row[peer]),
+);
 const line = (cells) => console.log(`| ${cells.join(" | ")} |`);
 
 const versions = Object.entries(peers).map(([name, version]) => `${name} ${version}`);

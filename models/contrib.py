@@ -396,7 +396,7 @@ def blocked_weights():
                     values = f.rng.integers(low, high + 1, shape)
                     return f.constant(values.astype(np.int8)) if dtype is None else f.constant(values, dtype)
 
-                given = [weights([64, 10]), f.real(blocks, 0.1), weights(blocks) if zeros else None]
+                given = [weights([64, 10]), f.scale(0.01, 0.2, blocks), weights(blocks) if zeros else None]
                 w = f.node("DequantizeLinear", given, "", axis=axis, block_size=block, output=False)
                 f.node("MatMul", [x, w], "")
     return f

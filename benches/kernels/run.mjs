@@ -34,10 +34,19 @@ try {
   await driver.call("create", { threads: LANES });
   const about = await driver.call("about");
   isa = about.isa;
-  console.log(`${isa}: GFLOP/s, share of the peak of multiply-add, or of the dot product that 8-bit products use`);
+  console.log(
+    `${isa}: GFLOP/s, share of the peak of multiply-add, or of the dot product that 8-bit products use`,
+  );
   const [wide, bytes] = await driver.call("dotPeaks", { rounds, ms: Number(options.ms) });
-  dots = { form: about.forms[0], exact: about.forms.slice(1), pairs_gops: round(wide), bytes_gops: round(bytes) };
-  console.log(`8-bit products as ${dots.form} (exact: ${dots.exact}); peak of pairs ${dots.pairs_gops}, of the relaxed dot ${dots.bytes_gops} GOP/s`);
+  dots = {
+    form: about.forms[0],
+    exact: about.forms.slice(1),
+    pairs_gops: round(wide),
+    bytes_gops: round(bytes),
+  };
+  console.log(
+    `8-bit products as ${dots.form} (exact: ${dots.exact}); peak of pairs ${dots.pairs_gops}, of the relaxed dot ${dots.bytes_gops} GOP/s`,
+  );
   for (const [index, name] of about.names.entries()) {
     if (!name.includes(options.filter)) continue;
     const rates = await driver.call("measure", { index, rounds, ms: Number(options.ms) });

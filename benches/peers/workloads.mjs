@@ -47,8 +47,7 @@ export const WORKLOADS = [
  * and the shape of its only output. The weights are other random ones, so there are no numbers to compare.
  */
 export const LITERT = Object.fromEntries(
-  ["mobilenet_v2", "efficientnet_lite0", "resnet50"].flatMap((name) => [name, name + INT8]).map((name) => [
-    name,
-    { inputs: image("input", [1, 224, 224, 3]), output: "1x1000" },
-  ]),
+  ["mobilenet_v2", "efficientnet_lite0", "resnet50"]
+    .flatMap((name) => [name, name + INT8])
+    .map((name) => [name, { inputs: image("input", [1, 224, 224, 3]), output: "1x1000" }]),
 );
