@@ -232,7 +232,7 @@ fn probe(form: Form) -> bool {
 /// Runs `kernel` with the vectors of `isa` and products of `form`.
 ///
 /// # Panics
-/// If one of them is not available; see [`dispatch`] and [`Form::available`].
+/// If one of them is not available; see [`dispatch`](super::dispatch()) and [`Form::available`].
 #[inline]
 pub(crate) fn dispatch_dot<K: DotKernel>(isa: Isa, form: Form, kernel: K) -> K::Output {
     match (isa, form) {
