@@ -24,6 +24,10 @@ const WORKLOADS: [&str; 13] = [
 ];
 /// Where the small models of onnxruntime's own operators are, with their goldens.
 const CONTRIB: &str = "target/contrib";
+/// Has no golden: two evaluations of the file that are both right do not agree to the cosine that is wanted. With onnxruntime it
+/// is 0.9967 between the unoptimised graph and exact integers, with weblane's unoptimised graph 0.987 where multiply-add is not
+/// fused: random weights and a softmax in few steps amplify what rounds the other way.
+const WITHOUT_GOLDEN: &str = "efficientnet_lite0_int8";
 /// What the pages of the demo site load.
 const DEMO: [&str; 2] = ["all_minilm_l6_v2", "digits"];
 
@@ -73,6 +77,10 @@ pub(crate) fn ensure_for_demo(ctx: &Context) -> Result<()> {
     Ok(())
 }
 
+fn with_golden() -> impl Iterator<Item = &'static str> {
+    WORKLOADS.into_iter().filter(|name| *name != WITHOUT_GOLDEN)
+}
+
 /// Collects every model that has a golden in `target/models-test/<name>/{model.onnx,data.json}`, and the
 /// names in `index.json` beside them. Published models that cannot be had here are named and left out.
 pub(crate) fn ensure_for_tests(ctx: &Context) -> Result<()> {
@@ -80,7 +88,7 @@ pub(crate) fn ensure_for_tests(ctx: &Context) -> Result<()> {
     let python = python::ensure(ctx)?;
     ensure_workloads(ctx)?;
     // The script leaves goldens alone that are up to date.
-    ctx.run(ctx.cmd(&python).arg("models/goldens.py").args(WORKLOADS))?;
+    ctx.run(ctx.cmd(&python).arg("models/goldens.py").args(with_golden()))?;
     // So does this one.
     ctx.run(ctx.cmd(&python).args(["models/contrib.py", "--out", CONTRIB]))?;
 
@@ -89,7 +97,7 @@ pub(crate) fn ensure_for_tests(ctx: &Context) -> Result<()> {
     if out.exists() {
         fs::remove_dir_all(&out)?;
     }
-    for name in WORKLOADS {
+    for name in with_golden() {
         let model = ctx.path("target/models").join(name).join("model.onnx");
         let golden = ctx.path("target/goldens").join(name).join("data.json");
         collect(&out, name, &model, &golden)?;
