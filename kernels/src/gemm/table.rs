@@ -31,7 +31,7 @@ pub const MAX_NRV: usize = 2;
 /// 16 vector registers hold 6 x 2 accumulators, a row of B and a broadcast of A: 15, which is what V8 gives to a function
 /// on x86, too. It takes the operations in the order of the source, for which the build has to ask LLVM (see
 /// `xtask/src/build.rs`; in LLVM's own order of before, 4 x 2 was the largest tile that did not spill). In that order,
-/// operands in the first two caches, 4 x 2 reached 97.8% of the peak, 5 x 2 97.5%, 6 x 2 99.1%; eight accumulators are just
+/// operands in the first two caches, 4 x 2 reached at best 97.8% of the best peak, 5 x 2 97.5%, 6 x 2 99.1% (medians were 83 to 98%, unsteady); eight accumulators are just
 /// what two multiply-adds a cycle of latency four need. Tiles of three vectors reached 47%. Without fused multiply-add a
 /// product takes one more register: 4 x 2 there. AVX-512 has room for 12 x 2 and more of 32, NEON (32 registers) for 8 x 2.
 pub const fn tile(isa: Isa) -> Tile {
