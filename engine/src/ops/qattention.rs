@@ -1,6 +1,7 @@
 //! QAttention of onnxruntime: the projections of self-attention as one product of quantised matrices, then attention.
 
-use super::qparams::{Count, bytes, check_byte, infer_scale, infer_zero, pack, pack_constant, scale, scales, zero, zeros};
+use super::qparams::{ByPacked, Prepared, scale, scales, zero, zeros};
+use super::qparams::{Count, bytes, check_byte, infer_scale, infer_zero, pack, pack_constant};
 use super::{Attributes, Compute, Infer, Io, Op, Operator, Prepare, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape};
@@ -273,28 +274,12 @@ impl Operator for QAttention {
     }
 }
 
-#[derive(Debug)]
-struct Prepared {
-    op: QAttention,
-    packed: Arc<PackedQ>,
-    rows: usize,
-}
+impl ByPacked for QAttention {
+    const KERNEL: &'static str = "qgemm, attention";
+    const PACKED: &'static [usize] = &[1];
 
-impl Compute for Prepared {
-    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
-        self.op.run_with(cx, io, Some(&self.packed))
-    }
-
-    fn kernel(&self) -> &str {
-        "qgemm, attention"
-    }
-
-    fn packed_operands(&self) -> &[usize] {
-        &[1]
-    }
-
-    fn flops(&self) -> u64 {
-        2 * self.rows.saturating_mul(self.packed.k()).saturating_mul(self.packed.n()) as u64
+    fn run_packed(&self, cx: &Cx, io: &mut Io, packed: &PackedQ) -> Result<()> {
+        self.run_with(cx, io, Some(packed))
     }
 }
 

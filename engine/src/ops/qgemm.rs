@@ -1,7 +1,7 @@
 //! QGemm of onnxruntime: `alpha A' B' + C` of quantised matrices.
 
 use super::qparams::{Count, bounds, bytes, bytes_mut, check_byte, infer_scale, infer_zero, pack, pack_constant};
-use super::qparams::{scale, scales, zero, zeros};
+use super::qparams::{ByPacked, Prepared, scale, scales, zero, zeros};
 use super::{Attributes, Compute, Infer, Io, Op, Operator, Prepare, Registration, gemm, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
@@ -176,28 +176,12 @@ impl Operator for QGemm {
     }
 }
 
-#[derive(Debug)]
-struct Prepared {
-    op: QGemm,
-    packed: Arc<PackedQ>,
-    rows: usize,
-}
+impl ByPacked for QGemm {
+    const KERNEL: &'static str = "qgemm";
+    const PACKED: &'static [usize] = &[3];
 
-impl Compute for Prepared {
-    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
-        self.op.run_with(cx, io, Some(&self.packed))
-    }
-
-    fn kernel(&self) -> &str {
-        "qgemm"
-    }
-
-    fn packed_operands(&self) -> &[usize] {
-        &[3]
-    }
-
-    fn flops(&self) -> u64 {
-        2 * self.rows.saturating_mul(self.packed.k()).saturating_mul(self.packed.n()) as u64
+    fn run_packed(&self, cx: &Cx, io: &mut Io, packed: &PackedQ) -> Result<()> {
+        self.run_with(cx, io, Some(packed))
     }
 }
 

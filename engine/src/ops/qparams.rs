@@ -1,11 +1,13 @@
 //! What the quantised operators share: 8-bit elements, scales and zero points with their checks, packed weights.
 
-use super::{Infer, Prepare, wrong_dtype};
+use super::{Compute, Infer, Io, Prepare, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorMut, TensorView, element_count};
 use smallvec::{SmallVec, smallvec};
+use std::fmt::Debug;
 use std::sync::Arc;
 use weblane_kernels::int8::{Bytes, BytesMut, Form, PackedQ, QMatrix};
+use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
 
 /// The element types of quantised tensors.
@@ -179,4 +181,41 @@ pub(super) fn pack_constant(cx: &Prepare, b: usize, zero: usize, transposed: boo
         pack(isa, bytes(b.view())?, [k, n], transposed, &zero)
     })?;
     Ok(Some(packed))
+}
+
+/// An operator that multiplies by what [`pack_constant`] packed.
+pub(super) trait ByPacked: Debug + Send + Sync {
+    /// Name of the kernel, for profiles.
+    const KERNEL: &'static str;
+    /// The operand that was packed.
+    const PACKED: &'static [usize];
+
+    /// Computes.
+    fn run_packed(&self, cx: &Cx, io: &mut Io, packed: &PackedQ) -> Result<()>;
+}
+
+/// Such an operator for one number of rows.
+#[derive(Debug)]
+pub(super) struct Prepared<T> {
+    pub(super) op: T,
+    pub(super) packed: Arc<PackedQ>,
+    pub(super) rows: usize,
+}
+
+impl<T: ByPacked> Compute for Prepared<T> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+        self.op.run_packed(cx, io, &self.packed)
+    }
+
+    fn kernel(&self) -> &str {
+        T::KERNEL
+    }
+
+    fn packed_operands(&self) -> &[usize] {
+        T::PACKED
+    }
+
+    fn flops(&self) -> u64 {
+        2 * self.rows.saturating_mul(self.packed.k()).saturating_mul(self.packed.n()) as u64
+    }
 }

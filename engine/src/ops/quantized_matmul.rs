@@ -2,7 +2,7 @@
 
 use super::matmul::{MatMul, batch_strides};
 use super::qparams::{Count, bytes, check_byte, infer_scale, infer_zero, pack, pack_constant, part};
-use super::qparams::{scale, scales, zero, zeros};
+use super::qparams::{ByPacked, Prepared, scale, scales, zero, zeros};
 use super::{Compute, Infer, Io, Operator, Prepare, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Fact, broadcast_dims};
@@ -171,28 +171,12 @@ impl Operator for QuantizedMatMul {
     }
 }
 
-#[derive(Debug)]
-struct Prepared {
-    op: QuantizedMatMul,
-    packed: Arc<PackedQ>,
-    rows: usize,
-}
+impl ByPacked for QuantizedMatMul {
+    const KERNEL: &'static str = "qgemm";
+    const PACKED: &'static [usize] = &[1];
 
-impl Compute for Prepared {
-    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
-        self.op.run_with(cx, io, Some(&self.packed))
-    }
-
-    fn kernel(&self) -> &str {
-        "qgemm"
-    }
-
-    fn packed_operands(&self) -> &[usize] {
-        &[1]
-    }
-
-    fn flops(&self) -> u64 {
-        2 * self.rows.saturating_mul(self.packed.k()).saturating_mul(self.packed.n()) as u64
+    fn run_packed(&self, cx: &Cx, io: &mut Io, packed: &PackedQ) -> Result<()> {
+        self.run_with(cx, io, Some(packed))
     }
 }
 

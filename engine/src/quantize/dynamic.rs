@@ -9,8 +9,8 @@
 //! These are the nodes, in the order, that onnxruntime's `quantize_dynamic` writes, so that what it fuses is fused here
 //! too. Recurrent operators and com.microsoft's Attention stay float.
 
-use super::edit::{Editor, constant, label, node, onnx_op, with_int};
-use super::product::{Found, find, table, with_bias};
+use super::edit::{Editor, constant, label, node, with_int};
+use super::product::{product, with_bias};
 use super::report::NodeReport;
 use super::weights::symmetric;
 use super::{QuantizeOptions, Rewrite};
@@ -36,28 +36,7 @@ impl Dynamic {
 
 impl Rewrite for Dynamic {
     fn node(&mut self, e: &mut Editor, old: Node) -> Result<()> {
-        let is_table = self.options.embeddings && onnx_op(&old) == "Gather";
-        if !(is_table || matches!(onnx_op(&old), "MatMul" | "Gemm")) || e.skips(&old) {
-            e.nodes.push(old);
-            return Ok(());
-        }
-        if is_table {
-            let rest = table(e, &mut self.weights, old)?;
-            e.nodes.extend(rest);
-            return Ok(());
-        }
-        let p = match find(e, &old)? {
-            Found::Product(p) => p,
-            Found::Unfit(reason) => {
-                e.skip(&old, reason);
-                e.nodes.push(old);
-                return Ok(());
-            }
-            Found::Other => {
-                e.nodes.push(old);
-                return Ok(());
-            }
-        };
+        let Some((old, p)) = product(e, &mut self.weights, self.options.embeddings, old)? else { return Ok(()) };
         let (name, a) = (label(&old).to_owned(), old.inputs[0].clone());
         let [q, scale, zero] = match self.activations.get(&a) {
             Some(names) => names.clone(),

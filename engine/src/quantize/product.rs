@@ -26,7 +26,7 @@ pub(super) struct Product {
 }
 
 /// What a node is to these methods.
-pub(super) enum Found {
+enum Found {
     /// A product by constant weights.
     Product(Product),
     /// A product that they cannot take, and why.
@@ -35,8 +35,35 @@ pub(super) enum Found {
     Other,
 }
 
+/// The node and its product, if there is a product to quantise. Everything else is dealt with here: tables of embeddings where
+/// they are asked for, and nodes that stay as they are.
+pub(super) fn product(
+    e: &mut Editor,
+    weights: &mut HashMap<String, Vec<String>>,
+    embeddings: bool,
+    old: Node,
+) -> Result<Option<(Node, Product)>> {
+    let is_table = embeddings && onnx_op(&old) == "Gather";
+    if !(is_table || matches!(onnx_op(&old), "MatMul" | "Gemm")) || e.skips(&old) {
+        e.nodes.push(old);
+        return Ok(None);
+    }
+    if is_table {
+        let rest = table(e, weights, old)?;
+        e.nodes.extend(rest);
+        return Ok(None);
+    }
+    match find(e, &old)? {
+        Found::Product(p) => return Ok(Some((old, p))),
+        Found::Unfit(reason) => e.skip(&old, reason),
+        Found::Other => {}
+    }
+    e.nodes.push(old);
+    Ok(None)
+}
+
 /// Classifies a node. Weights are copied.
-pub(super) fn find(e: &mut Editor, node: &Node) -> Result<Found> {
+fn find(e: &mut Editor, node: &Node) -> Result<Found> {
     let gemm = match onnx_op(node) {
         "MatMul" => false,
         "Gemm" => true,
@@ -131,7 +158,7 @@ const MIN_TABLE: usize = 1024;
 /// DequantizeLinear behind it. Gives the node back when it is something else.
 ///
 /// `known` has the matrices that were quantised before.
-pub(super) fn table(e: &mut Editor, known: &mut HashMap<String, Vec<String>>, old: Node) -> Result<Option<Node>> {
+fn table(e: &mut Editor, known: &mut HashMap<String, Vec<String>>, old: Node) -> Result<Option<Node>> {
     let (Some(name), Some(indices)) = (old.inputs.first().cloned(), old.inputs.get(1).cloned()) else {
         return Err(Error::invalid_model("two operands were wanted"));
     };

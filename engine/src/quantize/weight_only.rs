@@ -9,8 +9,8 @@
 //! w' = (q - zero) * scale
 //! ```
 
-use super::edit::{Editor, MICROSOFT, constant, label, node, onnx_op, with_int};
-use super::product::{Found, Product, find, table, with_bias};
+use super::edit::{Editor, MICROSOFT, constant, label, node, with_int};
+use super::product::{Product, product, with_bias};
 use super::report::NodeReport;
 use super::weights::{Noise, usable};
 use super::{Mode, QuantizeOptions, Rewrite};
@@ -130,28 +130,7 @@ fn quantise_block(x: &[f32], q: &mut [u8], bits: usize, symmetric: bool) -> (f32
 
 impl Rewrite for WeightOnly {
     fn node(&mut self, e: &mut Editor, old: Node) -> Result<()> {
-        let is_table = self.options.embeddings && onnx_op(&old) == "Gather";
-        if !(is_table || matches!(onnx_op(&old), "MatMul" | "Gemm")) || e.skips(&old) {
-            e.nodes.push(old);
-            return Ok(());
-        }
-        if is_table {
-            let rest = table(e, &mut self.weights, old)?;
-            e.nodes.extend(rest);
-            return Ok(());
-        }
-        let p = match find(e, &old)? {
-            Found::Product(p) => p,
-            Found::Unfit(reason) => {
-                e.skip(&old, reason);
-                e.nodes.push(old);
-                return Ok(());
-            }
-            Found::Other => {
-                e.nodes.push(old);
-                return Ok(());
-            }
-        };
+        let Some((old, p)) = product(e, &mut self.weights, self.options.embeddings, old)? else { return Ok(()) };
         let operands = match self.weights.get(&p.key) {
             Some(names) => names.clone(),
             None => {
