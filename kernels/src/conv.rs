@@ -7,7 +7,8 @@
 //! - 1x1, stride 1, no padding: the activation is the left operand as it lies.
 //! - k x k: the matrix product asks for a block of rows and a range of k at a time, and [`Patches`] copies just that
 //!   from the image, with zeros for the padding. A patch is `kd * kh` runs of `kw * c` contiguous elements
-//!   (`kw` times as many of `c` if dilated or grouped). There is no im2col buffer.
+//!   (`kw` times as many of `c` if dilated or grouped). There is no im2col buffer, unless it is small and many output
+//!   channels would have it gathered many times: then all rows are gathered before, once.
 //! - One channel per group: the kernel of [`crate::depthwise`].
 //! - 3 x 3 of stride 1 where it is faster and allowed: [`crate::winograd`].
 //!
@@ -18,7 +19,7 @@ use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
 use crate::gemm::{self, Lhs, Matrix, OutPtr, PackedB, Problem, Rhs};
 use crate::movement;
-use crate::par::Cx;
+use crate::par::{Cx, DisjointMut};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::winograd::{self, TileSize, Winograd};
 use core::ops::Range;
@@ -346,9 +347,35 @@ impl Conv {
             dilations,
             pads: input.pads_begin,
         };
+        let lda = gemm::leading_dimension(k);
+        if groups == 1 && opg >= GATHER_ONCE_COLUMNS && k > 0 && m.saturating_mul(lda) <= GATHER_ONCE {
+            return cx.with_workspace(m * lda, |workspace| {
+                let patches = patches(0);
+                let rows = DisjointMut::new(workspace);
+                let tasks = m.min(GATHER_TASKS);
+                cx.for_each(tasks, (m * k) as u64, &|task| {
+                    let some = gemm::part(m, tasks, task);
+                    // SAFETY: each task has its own rows.
+                    let dst = unsafe { rows.range(some.start * lda, some.len() * lda) };
+                    patches.gather(cx.isa(), some, 0..k, dst, lda);
+                });
+                if cx.cancelled() {
+                    return Ok(());
+                }
+                let a = Matrix { data: workspace, rows: m, cols: k, row_stride: lda, col_stride: 1 };
+                gemm::run(cx, 1, m, opg, k, false, false, &|group| problem(group).with(a))
+            });
+        }
         gemm::run(cx, groups, m, opg, k, false, true, &|group| problem(group).with(patches(group)))
     }
 }
+
+/// Output channels from which a small number of patches is gathered once: with fewer, blocks do not share rows.
+const GATHER_ONCE_COLUMNS: usize = 256;
+/// Elements of patches that are gathered once at most: what stays near (1 MiB).
+const GATHER_ONCE: usize = 1 << 18;
+/// Tasks of this gathering.
+const GATHER_TASKS: usize = 16;
 
 /// Runs a channels-last kernel on tensors of any layout: `(channels, pixels per image, elements)` each.
 pub(crate) fn channels_last(

@@ -41,7 +41,7 @@ const PRODUCTS: [[usize; 3]; 14] = [
 ];
 
 /// Input size, channels in and out, groups, kernel, stride.
-const CONVOLUTIONS: [[usize; 6]; 15] = [
+const CONVOLUTIONS: [[usize; 6]; 18] = [
     // ResNet-50
     [224, 3, 64, 1, 7, 2],
     [56, 64, 64, 1, 3, 1],
@@ -50,6 +50,9 @@ const CONVOLUTIONS: [[usize; 6]; 15] = [
     [7, 512, 512, 1, 3, 1],
     [56, 256, 512, 1, 1, 2],
     [14, 1024, 256, 1, 1, 1],
+    [28, 256, 256, 1, 3, 2],
+    [14, 512, 512, 1, 3, 2],
+    [7, 2048, 512, 1, 1, 1],
     // MobileNetV2
     [224, 3, 32, 1, 3, 2],
     [112, 32, 16, 1, 1, 1],
@@ -61,11 +64,15 @@ const CONVOLUTIONS: [[usize; 6]; 15] = [
     [7, 960, 960, 960, 3, 1],
 ];
 
+/// The same with SiLU behind it, from YOLOX-nano.
+const SILU_CONVOLUTIONS: [[usize; 6]; 3] = [[52, 64, 64, 64, 3, 1], [208, 16, 16, 16, 3, 2], [104, 32, 16, 1, 1, 1]];
+
 /// Everything that is measured.
 pub(crate) fn works() -> Vec<Work> {
     let mut works: Vec<Work> = PRODUCTS.into_iter().map(product).collect();
     works.push(attention());
-    works.extend(CONVOLUTIONS.into_iter().map(convolution));
+    works.extend(CONVOLUTIONS.into_iter().map(|sizes| convolution(sizes, Activation::Relu)));
+    works.extend(SILU_CONVOLUTIONS.into_iter().map(|sizes| convolution(sizes, Activation::Silu)));
     works.extend(PRODUCTS.into_iter().map(product_int8));
     works.extend(CONVOLUTIONS.into_iter().map(convolution_int8));
     works
@@ -181,12 +188,15 @@ fn convolution_int8(shape: [usize; 6]) -> Work {
     }
 }
 
-fn convolution(shape: [usize; 6]) -> Work {
+fn convolution(shape: [usize; 6], activation: Activation) -> Work {
     let [size, in_channels, out_channels, groups, kernel, stride] = shape;
     let (params, input, side) = conv_shape(shape);
     let per_output = in_channels / groups * kernel * kernel;
     Work {
-        name: format!("conv {size}^2 {in_channels}>{out_channels}/{groups} {kernel}x{kernel} s{stride}"),
+        name: format!(
+            "conv {size}^2 {in_channels}>{out_channels}/{groups} {kernel}x{kernel} s{stride}{}",
+            if activation == Activation::Relu { String::new() } else { format!(" {activation:?}") }
+        ),
         flops: 2.0 * (side * side * out_channels * per_output) as f64,
         int8: false,
         prepare: Box::new(move |isa| {
@@ -197,7 +207,7 @@ fn convolution(shape: [usize; 6]) -> Work {
             let mut out = vec![0.0; side * side * out_channels];
             let input = input.clone();
             Box::new(move |cx| {
-                conv.run(cx, &input, Layout::Nhwc, &x, None, Activation::Relu, &mut out).expect("sizes fit");
+                conv.run(cx, &input, Layout::Nhwc, &x, None, activation, &mut out).expect("sizes fit");
             })
         }),
     }

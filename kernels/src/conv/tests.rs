@@ -85,6 +85,16 @@ fn patches() {
 }
 
 #[test]
+fn weights_larger_than_a_cache() {
+    // Patches that are gathered once, in few rows, in many; without padding and with.
+    check(&case([64, 256, 1], 1, [15, 13], [3, 3], 2, 1));
+    check(&case([65, 257, 1], 2, [9, 8], [1, 1], 2, 0));
+    check(&case([3, 300, 1], 1, [1, 1], [3, 3], 1, 1));
+    // Too few columns for that: gathered block by block.
+    check(&case([64, 120, 1], 1, [20, 21], [3, 3], 1, 1));
+}
+
+#[test]
 fn dilated_and_uneven() {
     for (in_channels, groups) in [(3, 1), (16, 1), (8, 2), (8, 8)] {
         let mut c = case([in_channels, 8, groups], 2, [9, 11], [3, 2], 1, 0);

@@ -6,13 +6,15 @@
 //!         for 2 pixels at once
 //!             for 2 vectors of channels
 //!                 acc = bias - x_zero * sum of the weights
-//!                 for pairs of taps (t, u)
-//!                     acc += dot([x_t, x_u], [w_t, w_u])  bytes side by side, widened to pairs of i16
+//!                 for pairs of rows of taps (r, r + 1)
+//!                     for the inputs x of these rows, each loaded once
+//!                         acc += dot([x_r, x_r+1], [w_r, w_r+1])   bytes side by side, widened to pairs of i16
 //!     output(acc)                                         output.rs
 //! ```
 //!
-//! One product of pairs does two taps, so that it costs half of what one of floats does. Any kernel, stride and dilation
-//! is a list of places. Channels that do not fill the last vectors are computed with vectors that end with them and
+//! One product of pairs does two taps, so that it costs half of what one of floats does. That is for widths 3 and 5 with
+//! strides 1 and 2, away from the sides; other pixels and kernels have a list of places, two for each product, and load
+//! each input for each tap. Channels that do not fill the last vectors are computed with vectors that end with them and
 //! overlap the ones before.
 
 use super::Bytes;
@@ -27,20 +29,25 @@ use core::ops::Range;
 /// The weights of a depthwise convolution.
 #[derive(Clone, Debug)]
 pub(super) struct QDepthwise {
-    /// `[pairs of taps][channels]`, two `i16` each, less their zero points.
+    /// `[pairs of rows][kw][channels]`, two `i16` each, less their zero points; zeros for the partner of an odd row.
     weights: Aligned,
     /// Their sum for each channel.
     sums: Vec<i32>,
 }
 
-/// Most taps; of other kernels each group is a product of its own.
+/// Most taps with those of the partner of an odd row; of other kernels each group is a product of its own.
 const MAX_TAPS: usize = 64;
 /// Multiplications that a task should have at least.
 const TASK_COST: u64 = 1 << 18;
 /// More tasks than this would not balance better.
 const MAX_TASKS: u64 = 64;
-/// Sums that are kept before they go to the output; 8 KiB.
-const CHUNK_SUMS: usize = 2048;
+/// Sums that are kept before they go to the output; 16 KiB.
+const CHUNK_SUMS: usize = 4096;
+
+/// Taps of an even number of rows.
+fn padded_taps([kd, kh, kw]: [usize; 3]) -> Option<usize> {
+    kd.checked_mul(kh)?.checked_next_multiple_of(2)?.checked_mul(kw)
+}
 
 impl QDepthwise {
     /// Whether a convolution can run here: one channel per group, two vectors of them.
@@ -49,20 +56,22 @@ impl QDepthwise {
         in_channels == groups
             && out_channels == groups
             && groups >= 2 * isa.lanes()
-            && kernel.iter().product::<usize>() <= MAX_TAPS
+            && padded_taps(kernel).is_some_and(|taps| taps <= MAX_TAPS)
     }
 
     /// Packs `weights` laid out `[channels, taps]`; lengths were checked.
     pub(super) fn new(params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
         let (channels, taps) = (params.out_channels, params.kernel.iter().product::<usize>());
-        let mut packed = Aligned::zeros(taps.div_ceil(2) * channels)?;
+        let kw = params.kernel[2];
+        let mut packed = Aligned::zeros(taps.div_ceil(2 * kw) * kw * channels)?;
         let centred = |c: usize, tap: usize| {
             if tap < taps { weights.get(c * taps + tap) - zero[if zero.len() == 1 { 0 } else { c }] } else { 0 }
         };
         let pairs: &mut [i32] = bytemuck::cast_slice_mut(packed.as_mut_slice());
         for (pair, row) in pairs.chunks_exact_mut(channels).enumerate() {
+            let first = pair / kw * 2 * kw + pair % kw;
             for (c, x) in row.iter_mut().enumerate() {
-                *x = bytemuck::cast([2 * pair, 2 * pair + 1].map(|tap| centred(c, tap) as i16));
+                *x = bytemuck::cast([first, first + kw].map(|tap| centred(c, tap) as i16));
             }
         }
         let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
@@ -119,7 +128,7 @@ impl QDepthwise {
                 out_spatial,
                 pads: input.pads_begin,
                 interior: start..end,
-                taps,
+                taps: taps.div_ceil(2 * params.kernel[2]) * 2 * params.kernel[2],
             };
             cx.for_each_scratch(tasks, cost, chunk * channels, &|task, sums| {
                 let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
@@ -153,6 +162,7 @@ struct Image<'a> {
     out_spatial: [usize; 3],
     pads: [usize; 3],
     interior: Range<usize>,
+    /// With those of the partner of an odd row.
     taps: usize,
 }
 
@@ -182,36 +192,175 @@ impl Image<'_> {
         while column < columns.end {
             let interior = self.interior.contains(&column);
             let count = if interior { self.interior.end.min(columns.end) - column } else { 1 };
-            let mut taps = [zero; MAX_TAPS];
-            let mut t = 0;
+            // Rows of taps; those outside of the image are zero points however far one goes.
+            let mut rows = [zero; MAX_TAPS];
+            let mut count_rows = 0;
             for kz in 0..kd {
                 let iz = position(0, z, kz);
                 for ky in 0..kh {
                     let iy = position(1, y, ky);
-                    if !inside(iz, id) || !inside(iy, ih) {
-                        t += kw;
-                        continue;
+                    if inside(iz, id) && inside(iy, ih) {
+                        let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
+                        // May lie before the line, where no tap of it is read.
+                        let first = line as isize + position(2, column, 0);
+                        let x = self.x.wrapping_offset(first.wrapping_mul(channels as isize));
+                        rows[count_rows] = Tap { x, step: channels };
                     }
-                    let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
-                    for kx in 0..kw {
-                        let ix = position(2, column, kx);
-                        if inside(ix, iw) {
-                            let x = self.x.wrapping_add((line + ix as usize) * channels);
-                            taps[t] = Tap { x, step: strides[2] * channels };
-                        }
-                        t += 1;
-                    }
+                    count_rows += 1;
                 }
             }
             let sums = &mut sums[(column - columns.start) * channels..][..count * channels];
-            // An odd tap is paired with a pixel of zero points, whose weights are zero.
-            let taps = &mut taps[..self.taps.next_multiple_of(2)];
-            if self.signed {
-                dispatch(isa, Pixels::<true> { image: self, taps, count, sums });
+            // Two pixels at once.
+            let tiled = if interior && dilations[2] == 1 { count / 2 * 2 } else { 0 };
+            let tiled = if tiled > 0 && self.tiles(isa, &rows[..count_rows], &mut sums[..tiled * channels]) {
+                tiled
             } else {
-                dispatch(isa, Pixels::<false> { image: self, taps, count, sums });
+                0
+            };
+            if tiled < count {
+                let step = strides[2] * channels;
+                let mut taps = [zero; MAX_TAPS];
+                for (row, first) in rows[..count_rows].iter().enumerate().filter(|(_, row)| row.step > 0) {
+                    for kx in 0..kw {
+                        if inside(position(2, column + tiled, kx), iw) {
+                            let x = first.x.wrapping_add(tiled * step + kx * dilations[2] * channels);
+                            taps[(row / 2 * kw + kx) * 2 + row % 2] = Tap { x, step };
+                        }
+                    }
+                }
+                // An odd row is paired with zero points, whose weights are zero.
+                let taps = &mut taps[..self.taps];
+                let (count, sums) = (count - tiled, &mut sums[tiled * channels..]);
+                if self.signed {
+                    dispatch(isa, Pixels::<true> { image: self, taps, count, sums });
+                } else {
+                    dispatch(isa, Pixels::<false> { image: self, taps, count, sums });
+                }
             }
             column += count;
+        }
+    }
+}
+
+impl Image<'_> {
+    /// Sums of an even number of pixels whose taps all lie inside the line, unless no tile is for this kernel.
+    fn tiles(&self, isa: Isa, rows: &[Tap], sums: &mut [i32]) -> bool {
+        let image = self;
+        macro_rules! tiles {
+            ($kw:literal, $stride:literal) => {
+                if self.signed {
+                    dispatch(isa, Tiles::<$kw, $stride, true> { image, rows, sums })
+                } else {
+                    dispatch(isa, Tiles::<$kw, $stride, false> { image, rows, sums })
+                }
+            };
+        }
+        match (self.params.kernel[2], self.params.strides[2]) {
+            (3, 1) => tiles!(3, 1),
+            (3, 2) => tiles!(3, 2),
+            (5, 1) => tiles!(5, 1),
+            (5, 2) => tiles!(5, 2),
+            _ => return false,
+        }
+        true
+    }
+}
+
+/// Pixels side by side, two at once, for a known width of the kernel and stride. Whoever makes one promises that all
+/// their taps can be read: `rows` says where the first of each row is, and how far it is to the next in it.
+struct Tiles<'a, const KW: usize, const STRIDE: usize, const SIGNED: bool> {
+    image: &'a Image<'a>,
+    rows: &'a [Tap],
+    /// An even number of rows of all channels.
+    sums: &'a mut [i32],
+}
+
+impl<const KW: usize, const STRIDE: usize, const SIGNED: bool> Kernel for Tiles<'_, KW, STRIDE, SIGNED> {
+    type Output = ();
+
+    // Not inlined on wasm: optimising compilers choke on huge functions.
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<S: Simd>(self, s: S) {
+        let Self { image, rows, sums } = self;
+        let channels = image.first.len();
+        let (width, lanes) = (2 * S::LANES, S::LANES);
+        let (pairs, odd) = rows.as_chunks::<2>();
+        for (tile, sums) in sums.chunks_exact_mut(2 * channels).enumerate() {
+            let sums = sums.as_mut_ptr();
+            let mut c = 0;
+            loop {
+                // SAFETY: the contract of the type; c + width <= channels, and weights have KW rows for each pair of rows.
+                unsafe {
+                    let first = image.first.as_ptr().add(c);
+                    let mut acc = [[s.load_i32_ptr(first), s.load_i32_ptr(first.add(lanes))]; 2];
+                    let mut w = image.weights.as_ptr().add(c);
+                    for [upper, lower] in pairs {
+                        let weights = weights::<S, KW>(s, w, channels);
+                        w = w.add(KW * channels);
+                        let mut x = upper.x.wrapping_add(tile * 2 * STRIDE * upper.step + c);
+                        let mut y = lower.x.wrapping_add(tile * 2 * STRIDE * lower.step + c);
+                        for j in 0..STRIDE + KW {
+                            add::<S, KW, STRIDE>(s, &mut acc, j, s.pair_bytes::<SIGNED>(x, y), &weights);
+                            x = x.wrapping_add(upper.step);
+                            y = y.wrapping_add(lower.step);
+                        }
+                    }
+                    // The high half of a lane, which is the sign, meets a weight of zero.
+                    for row in odd {
+                        let weights = weights::<S, KW>(s, w, channels);
+                        let mut x = row.x.wrapping_add(tile * 2 * STRIDE * row.step + c);
+                        for j in 0..STRIDE + KW {
+                            let bytes = [s.load_bytes::<SIGNED>(x), s.load_bytes::<SIGNED>(x.add(lanes))];
+                            add::<S, KW, STRIDE>(s, &mut acc, j, bytes, &weights);
+                            x = x.wrapping_add(row.step);
+                        }
+                    }
+                    for (t, acc) in acc.iter().enumerate() {
+                        s.store_i32_ptr(sums.add(t * channels + c), acc[0]);
+                        s.store_i32_ptr(sums.add(t * channels + c + lanes), acc[1]);
+                    }
+                }
+                if c + width == channels {
+                    break;
+                }
+                c = (c + width).min(channels - width);
+            }
+        }
+    }
+}
+
+/// A row of pairs of weights for two vectors of channels.
+///
+/// # Safety
+/// `KW` times two vectors, `channels` apart, must be readable.
+#[inline(always)]
+unsafe fn weights<S: Simd, const KW: usize>(s: S, w: *const i32, channels: usize) -> [[S::I32; 2]; KW] {
+    let mut weights = [[s.splat_i32(0); 2]; KW];
+    for (kw, weights) in weights.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let w = w.add(kw * channels);
+            *weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(S::LANES))];
+        }
+    }
+    weights
+}
+
+/// Adds input `j` of a pair of rows to the pixels that it hits.
+#[inline(always)]
+fn add<S: Simd, const KW: usize, const STRIDE: usize>(
+    s: S,
+    acc: &mut [[S::I32; 2]; 2],
+    j: usize,
+    x: [S::I32; 2],
+    weights: &[[S::I32; 2]; KW],
+) {
+    for (t, acc) in acc.iter_mut().enumerate() {
+        if j >= t * STRIDE && j - t * STRIDE < KW {
+            let w = weights[j - t * STRIDE];
+            acc[0] = s.add_i32(acc[0], s.dot_i16(x[0], w[0]));
+            acc[1] = s.add_i32(acc[1], s.dot_i16(x[1], w[1]));
         }
     }
 }
@@ -240,10 +389,11 @@ impl<const SIGNED: bool> Kernel for Pixels<'_, SIGNED> {
             let sums = &mut sums[p * channels..][..columns * channels];
             // SAFETY: the contract of the type.
             unsafe {
+                let sums = sums.as_mut_ptr();
                 if columns == 2 {
-                    pixels::<S, SIGNED, 2>(s, image, taps, sums.as_mut_ptr());
+                    pixels::<S, SIGNED, 2>(s, image, taps, sums);
                 } else {
-                    pixels::<S, SIGNED, 1>(s, image, taps, sums.as_mut_ptr());
+                    pixels::<S, SIGNED, 1>(s, image, taps, sums);
                 }
             }
             for tap in taps.iter_mut() {

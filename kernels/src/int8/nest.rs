@@ -1,7 +1,7 @@
 //! The loop nest: blocks of the output in parallel, each with its rows of A and some panels of B.
 //!
 //! ```text
-//! for (ic, jc) in blocks of the output            in parallel; cut by sizes alone
+//! for (ic, jc) in blocks of the output            in parallel
 //!     gather A[ic..] into rows, all of k          stays in L2
 //!     start = bias, less what A's zero point adds
 //!     for groups of panels of the block           their sums stay in L1
@@ -61,12 +61,15 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(isa: Isa, form: Form, problems: usize, m: usize, n: usize, k: usize) -> Self {
+    fn new(cx: &Cx<'_>, form: Form, problems: usize, m: usize, n: usize, k: usize) -> Self {
+        let isa = cx.isa();
         let mr = table::tile(isa, form).mr;
         let nr = table::panel_width(isa, form);
         let (tiles, panels) = (m.div_ceil(mr), n.div_ceil(nr));
         let ops = (2 * m as u64).saturating_mul(n as u64).saturating_mul(k as u64);
-        let want = (ops.saturating_mul(problems as u64) / TASK_OPS).clamp(1, MAX_TASKS).div_ceil(problems as u64);
+        // One lane needs no cut but those that keep blocks in its caches.
+        let most_tasks = if cx.threads() == 1 { 1 } else { MAX_TASKS };
+        let want = (ops.saturating_mul(problems as u64) / TASK_OPS).clamp(1, most_tasks).div_ceil(problems as u64);
         let most = (MAX_GATHER / k.div_ceil(form.group()).max(1)).clamp(4 * mr, MAX_ROWS.max(4 * mr));
         let (mut row_blocks, mut panel_blocks) = (m.div_ceil(most), 1);
         while ((row_blocks * panel_blocks) as u64) < want {
@@ -116,7 +119,7 @@ pub(super) unsafe fn run<'a>(
     if m == 0 || n == 0 || problems == 0 {
         return Ok(());
     }
-    let grid = Grid::new(isa, form, problems, m, n, k);
+    let grid = Grid::new(cx, form, problems, m, n, k);
     let nr = table::panel_width(isa, form);
     let groups = k.div_ceil(form.group());
     let lda = leading_dimension(groups);

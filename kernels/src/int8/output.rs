@@ -290,35 +290,77 @@ impl Kernel for Quantize<'_> {
     #[cfg_attr(target_arch = "wasm32", inline(never))]
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
-        let sink = self.0.sink;
-        let Kind::Quantized { requantize: q, signed, y } = &sink.kind else {
+        let Kind::Quantized { requantize, signed, .. } = &self.0.sink.kind else {
             unreachable!("not an output of quantised numbers")
         };
-        let (signed, y) = (*signed, *y);
-        let round = s.splat(ROUND);
-        let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
-        let back = s.splat_i32(ROUND.to_bits() as i32 - q.zero);
+        // Constant in the loops: what they branch over takes as long as what they compute.
+        // SAFETY: the contract of the type.
+        unsafe {
+            match (requantize.add.is_some(), signed) {
+                (false, false) => self.part::<S, false, false>(s),
+                (false, true) => self.part::<S, false, true>(s),
+                (true, false) => self.part::<S, true, false>(s),
+                (true, true) => self.part::<S, true, true>(s),
+            }
+        }
+    }
+}
+
+impl Quantize<'_> {
+    /// # Safety
+    /// The contract of the type; the parameters are what the sink says.
+    #[inline(always)]
+    unsafe fn part<S: Simd, const ADD: bool, const SIGNED: bool>(&self, s: S) {
+        let sink = self.0.sink;
+        let Kind::Quantized { requantize: q, y, .. } = &sink.kind else {
+            unreachable!("not an output of quantised numbers")
+        };
         for u in self.0.units(s) {
-            // SAFETY: the contract of the type.
+            // SAFETY: the caller's contract.
             unsafe {
-                let multiplier = per_column(s, q.multiplier, u.j, u.cols);
-                for i in 0..u.rows {
-                    let v = sums(s, u.sums.add(i * u.ld));
-                    let mut x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
-                    for x in &mut x {
-                        *x = s.add(s.at_most(s.at_least(*x, lo), hi), round);
-                    }
-                    let at = u.at + i * u.n;
-                    let v = match &q.add {
-                        None => [s.sub_i32(s.bits(x[0]), back), s.sub_i32(s.bits(x[1]), back)],
-                        Some(add) => {
-                            let other = load_bytes(s, &add.other, at, u.cols);
-                            add_other(s, add, [s.sub(x[0], round), s.sub(x[1], round)], other)
-                        }
-                    };
-                    store_bytes(s, y.add(at), v, u.cols, signed);
+                if u.cols == 2 * S::LANES {
+                    quantize::<S, ADD, SIGNED>(s, q, &u, 2 * S::LANES, *y);
+                } else {
+                    quantize::<S, ADD, SIGNED>(s, q, &u, u.cols, *y);
                 }
             }
+        }
+    }
+}
+
+/// `cols` columns of some rows.
+///
+/// # Safety
+/// The unit lies inside the output `y`; the parameters are what `q` and the type of `y` say.
+#[inline(always)]
+unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool>(
+    s: S,
+    q: &Requantize<'_>,
+    u: &Unit,
+    cols: usize,
+    y: *mut u8,
+) {
+    let round = s.splat(ROUND);
+    let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
+    let back = s.splat_i32(ROUND.to_bits() as i32 - q.zero);
+    // SAFETY: promised by the caller.
+    unsafe {
+        let multiplier = per_column(s, q.multiplier, u.j, cols);
+        for i in 0..u.rows {
+            let v = sums(s, u.sums.add(i * u.ld));
+            let mut x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
+            for x in &mut x {
+                *x = s.add(s.at_most(s.at_least(*x, lo), hi), round);
+            }
+            let at = u.at + i * u.n;
+            let v = match &q.add {
+                Some(add) if ADD => {
+                    let other = load_bytes(s, &add.other, at, cols);
+                    add_other(s, add, [s.sub(x[0], round), s.sub(x[1], round)], other)
+                }
+                _ => [s.sub_i32(s.bits(x[0]), back), s.sub_i32(s.bits(x[1]), back)],
+            };
+            store_bytes(s, y.add(at), v, cols, SIGNED);
         }
     }
 }
