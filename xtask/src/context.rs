@@ -14,6 +14,11 @@ pub(crate) struct Context {
     shell: Shell,
 }
 
+/// What a cold set-up, build and test write to the disk.
+const COLD_BYTES: u64 = 11 << 30;
+/// What a build over an earlier one may need.
+const WARM_BYTES: u64 = 2 << 30;
+
 impl Context {
     pub(crate) fn new() -> Result<Self> {
         let manifest =
@@ -22,6 +27,22 @@ impl Context {
         let shell = Shell::new()?;
         shell.change_dir(&root);
         Ok(Self { root, shell })
+    }
+
+    /// Says so before the first step if the disk will be full: afterwards every tool says it in its own words.
+    pub(crate) fn check_disk(&self) -> Result<()> {
+        let free = fs4::available_space(&self.root).context("looking for room on the disk")?;
+        let wanted = if self.path("target/wasm").exists() { WARM_BYTES } else { COLD_BYTES };
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        if free < wanted {
+            println!(
+                "warning: {:.1} GiB are free where {} lies; up to {:.0} GiB may be written",
+                gib(free),
+                self.root.display(),
+                gib(wanted)
+            );
+        }
+        Ok(())
     }
 
     /// A path under the root.

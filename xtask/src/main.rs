@@ -72,6 +72,7 @@ fn main() -> ExitCode {
 }
 
 fn run(ctx: &Context, command: Command) -> Result<()> {
+    ctx.check_disk()?;
     match command {
         Command::Setup { only } => setup::run(ctx, &only),
         Command::Build(args) => build::run(ctx, &args),
