@@ -7,9 +7,32 @@
 
 use crate::simd::Simd;
 
+/// Numbers in memory, as a reference to an array of them.
+///
+/// LLVM gives code for WebAssembly a vector constant wherever one is used, and V8 makes it anew there: three instructions on
+/// x86, through a general register. A number in memory is one load. For that the compiler must not know what is there: the
+/// address is read from a place that it has to take for changeable.
+macro_rules! constants {
+    ($($x:expr),+ $(,)?) => {{
+        const DATA: &[f32; [$($x),+].len()] = &[$($x),+];
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            DATA
+        }
+        #[cfg(target_arch = "wasm32")]
+        {
+            use core::sync::atomic::AtomicPtr;
+            #[used]
+            static ADDRESS: AtomicPtr<[f32; [$($x),+].len()]> = AtomicPtr::new(core::ptr::from_ref(DATA).cast_mut());
+            // SAFETY: nobody writes the address.
+            unsafe { &*ADDRESS.as_ptr().read() }
+        }
+    }};
+}
+
 /// `c[0] * x^(n-1) + ... + c[n-1]` by Horner's rule.
 #[inline(always)]
-fn poly<S: Simd, const N: usize>(s: S, x: S::F32, c: [f32; N]) -> S::F32 {
+fn poly<S: Simd, const N: usize>(s: S, x: S::F32, c: &[f32; N]) -> S::F32 {
     let mut sum = s.splat(c[0]);
     // Not an iterator with a closure: nothing may escape inlining.
     let mut i = 1;
@@ -36,11 +59,12 @@ fn with_sign<S: Simd>(s: S, x: S::F32, sign: S::F32) -> S::F32 {
 /// Adding it leaves the nearest whole number in the low bits of the sum, for numbers up to 2^22 and of either sign.
 const ROUND: f32 = 12_582_912.0;
 
-/// `2^n` for whole `-126 <= n <= 127`, given the bits of `n + ROUND`; 0 for -127 and infinity for 128.
+/// `2^n` for whole `-126 <= n <= 127`, given the bits of `n + ROUND`; 0 for -127 and infinity for 128. `one` is 1, from
+/// memory.
 #[inline(always)]
-fn exp2i<S: Simd>(s: S, bits: S::I32) -> S::F32 {
+fn exp2i<S: Simd>(s: S, bits: S::I32, one: f32) -> S::F32 {
     // The bits of ROUND itself are shifted out.
-    s.from_bits(s.add_i32(s.shl_i32::<23>(bits), s.splat_i32(127 << 23)))
+    s.from_bits(s.add_i32(s.shl_i32::<23>(bits), s.bits(s.splat(one))))
 }
 
 /// `e^x`, within 1.0 ULP, denormal results included.
@@ -51,16 +75,17 @@ fn exp2i<S: Simd>(s: S, bits: S::I32) -> S::F32 {
 #[inline(always)]
 pub fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
     // Beyond these the result is 0 or infinity.
-    let clamped = s.at_most(s.at_least(x, s.splat(-104.5)), s.splat(89.0));
-    let shifted = s.mul_add(clamped, s.splat(core::f32::consts::LOG2_E), s.splat(ROUND));
-    let n = s.sub(shifted, s.splat(ROUND));
-    let r = s.mul_add(n, s.splat(-0.693_359_4), clamped);
-    let r = s.mul_add(n, s.splat(2.121_944_4e-4), r);
-    let p = poly(s, r, [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1]);
-    let p = s.add(s.mul_add(p, s.mul(r, r), r), s.splat(1.0));
+    let c = constants![-104.5, 89.0, core::f32::consts::LOG2_E, ROUND, -0.693_359_4, 2.121_944_4e-4, 1.0];
+    let clamped = s.at_most(s.at_least(x, s.splat(c[0])), s.splat(c[1]));
+    let shifted = s.mul_add(clamped, s.splat(c[2]), s.splat(c[3]));
+    let n = s.sub(shifted, s.splat(c[3]));
+    let r = s.mul_add(n, s.splat(c[4]), clamped);
+    let r = s.mul_add(n, s.splat(c[5]), r);
+    let p = poly(s, r, constants![1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1]);
+    let p = s.add(s.mul_add(p, s.mul(r, r), r), s.splat(c[6]));
     let bits = s.bits(shifted);
     let half = s.shr_i32::<1>(bits);
-    s.mul(s.mul(p, exp2i(s, half)), exp2i(s, s.sub_i32(bits, half)))
+    s.mul(s.mul(p, exp2i(s, half, c[6])), exp2i(s, s.sub_i32(bits, half), c[6]))
 }
 
 /// `e^-x` for `-89 <= x <= 88` as a number near 1 and a power of two, which is 0 from 87.7 and infinity below -88.4.
@@ -68,12 +93,13 @@ pub fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
 /// As [`exp`] with less to do: one power of two, and a polynomial of degree 6 (minimax of the relative error, 2e-9).
 #[inline(always)]
 fn exp_minus_parts<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32) {
-    let shifted = s.mul_add(x, s.splat(-core::f32::consts::LOG2_E), s.splat(ROUND));
-    let n = s.sub(shifted, s.splat(ROUND));
-    let r = s.mul_add(n, s.splat(0.693_359_4), x);
-    let r = s.mul_add(n, s.splat(-2.121_944_4e-4), r);
-    let p = poly(s, r, [1.383_679_2e-3, -8.374_858e-3, 4.166_823e-2, -1.666_642e-1, 4.999_999e-1, -1.0, 1.0]);
-    (p, exp2i(s, s.bits(shifted)))
+    let c = constants![-core::f32::consts::LOG2_E, ROUND, 0.693_359_4, -2.121_944_4e-4, 1.0];
+    let shifted = s.mul_add(x, s.splat(c[0]), s.splat(c[1]));
+    let n = s.sub(shifted, s.splat(c[1]));
+    let r = s.mul_add(n, s.splat(c[2]), x);
+    let r = s.mul_add(n, s.splat(c[3]), r);
+    let p = poly(s, r, constants![1.383_679_2e-3, -8.374_858e-3, 4.166_823e-2, -1.666_642e-1, 4.999_999e-1, -1.0, 1.0]);
+    (p, exp2i(s, s.bits(shifted), c[4]))
 }
 
 /// `e^-x` for `x >= 0`, within 1.3 ULP; 0 for results below 1e-38.
@@ -88,8 +114,9 @@ pub fn exp_minus<S: Simd>(s: S, x: S::F32) -> S::F32 {
 /// `y / (1 + e^-x)`; 0 for x below -88.4 and finite y.
 #[inline(always)]
 fn gate<S: Simd>(s: S, x: S::F32, y: S::F32) -> S::F32 {
-    let (p, scale) = exp_minus_parts(s, s.at_most(s.at_least(x, s.splat(-89.0)), s.splat(87.0)));
-    s.div(y, s.mul_add(p, scale, s.splat(1.0)))
+    let [lo, hi, one] = *constants![-89.0, 87.0, 1.0];
+    let (p, scale) = exp_minus_parts(s, s.at_most(s.at_least(x, s.splat(lo)), s.splat(hi)));
+    s.div(y, s.mul_add(p, scale, s.splat(one)))
 }
 
 /// Natural logarithm, within 0.8 ULP; -infinity at 0, NaN below.
@@ -113,7 +140,7 @@ pub fn log<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let p = poly(
         s,
         f,
-        [
+        constants![
             7.037_683_6e-2,
             -1.151_461e-1,
             1.167_699_9e-1,
@@ -160,9 +187,17 @@ pub fn tanh<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let p = poly(
         s,
         cc,
-        [-2.760_768_6e-16, 2.000_188e-13, -8.604_672e-11, 5.122_297e-8, 1.485_722_4e-5, 6.372_619e-4, 4.893_524_6e-3],
+        constants![
+            -2.760_768_6e-16,
+            2.000_188e-13,
+            -8.604_672e-11,
+            5.122_297e-8,
+            1.485_722_4e-5,
+            6.372_619e-4,
+            4.893_524_6e-3
+        ],
     );
-    let q = poly(s, cc, [1.198_258_4e-6, 1.185_347_1e-4, 2.268_434_6e-3, 4.893_525e-3]);
+    let q = poly(s, cc, constants![1.198_258_4e-6, 1.185_347_1e-4, 2.268_434_6e-3, 4.893_525e-3]);
     let y = s.div(s.mul(c, p), q);
     // Next to zero tanh(x) = x to the last bit (and -0 stays -0).
     let y = s.select(s.lt(s.abs(x), s.splat(4e-4)), x, y);
@@ -182,15 +217,18 @@ pub fn sigmoid<S: Simd>(s: S, x: S::F32) -> S::F32 {
 #[inline(always)]
 pub fn erf<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let xx = s.mul(x, x);
-    let near =
-        poly(s, xx, [-5.967_617e-4, 4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_4e-1, 1.283_791_7e-1]);
+    let near = poly(
+        s,
+        xx,
+        constants![-5.967_617e-4, 4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_4e-1, 1.283_791_7e-1],
+    );
     let near = s.mul_add(near, x, x);
     // From 3.92 on the result is 1; the limit also keeps the polynomial where it was fitted.
     let t = s.min_fast(s.abs(x), s.splat(4.0));
     let far = poly(
         s,
         t,
-        [
+        constants![
             -1.728_534_7e-5,
             3.831_971_3e-4,
             -3.883_964_4e-3,
@@ -219,8 +257,11 @@ pub fn expm1_negative<S: Simd>(s: S, x: S::F32) -> S::F32 {
 /// As `x / (1 + e^-x)`: where the power overflows the quotient is 0, which it is to 4e-37.
 #[inline(always)]
 pub fn silu<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    // The limit keeps -inf / inf out.
-    gate(s, x, s.at_least(x, s.splat(-200.0)))
+    let [lo, hi, one] = *constants![-89.0, 87.0, 1.0];
+    // From there down the power is infinite. The limit keeps -inf / inf out.
+    let x = s.at_least(x, s.splat(lo));
+    let (p, scale) = exp_minus_parts(s, s.at_most(x, s.splat(hi)));
+    s.div(x, s.mul_add(p, scale, s.splat(one)))
 }
 
 /// `x/2 * (1 + erf(x / sqrt 2))`, within 2e-7 of it relative to `max(|x|, 1)`; less than 1e-14 from 0 below -8.
@@ -235,7 +276,7 @@ pub fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let q = poly(
         s,
         t,
-        [
+        constants![
             2.338_645e-7,
             -5.503_968e-6,
             5.085_306e-5,
@@ -248,10 +289,13 @@ pub fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
             -1.0,
         ],
     );
-    let shifted = s.add(q, s.splat(ROUND));
-    let r = s.sub(q, s.sub(shifted, s.splat(ROUND)));
-    let p = poly(s, r, [1.327_641_3e-3, 9.675_599e-3, 5.550_714e-2, 2.402_211_9e-1, 6.931_469_4e-1, 1.000_000_1]);
-    let tail = s.mul(t, s.mul(p, exp2i(s, s.bits(shifted))));
+    let [round, one] = *constants![ROUND, 1.0];
+    let round = s.splat(round);
+    let shifted = s.add(q, round);
+    let r = s.sub(q, s.sub(shifted, round));
+    let p =
+        poly(s, r, constants![1.327_641_3e-3, 9.675_599e-3, 5.550_714e-2, 2.402_211_9e-1, 6.931_469_4e-1, 1.000_000_1]);
+    let tail = s.mul(t, s.mul(p, exp2i(s, s.bits(shifted), one)));
     s.sub(s.at_least(x, s.splat(0.0)), tail)
 }
 
@@ -261,12 +305,10 @@ pub fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
 /// Computed as `x / (1 + e^-2u)`, the same by algebra and without cancellation.
 #[inline(always)]
 pub fn gelu_tanh<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    // 2 sqrt(2/pi), and times 0.044715.
-    const A: f32 = 1.595_769_2;
-    const B: f32 = 0.071_354_82;
-    // The limit keeps -inf / inf out.
-    let limited = s.at_least(x, s.splat(-100.0));
-    let u = s.mul(limited, s.mul_add(s.mul(limited, limited), s.splat(B), s.splat(A)));
+    // 2 sqrt(2/pi), and times 0.044715; the limit keeps -inf / inf out.
+    let [a, b, lo] = *constants![1.595_769_2, 0.071_354_82, -100.0];
+    let limited = s.at_least(x, s.splat(lo));
+    let u = s.mul(limited, s.mul_add(s.mul(limited, limited), s.splat(b), s.splat(a)));
     gate(s, u, limited)
 }
 

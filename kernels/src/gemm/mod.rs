@@ -729,31 +729,27 @@ impl Kernel for Activate {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { activation, c, rows, cols, ld } = self;
-        // Two vectors at a time: engines of WebAssembly load the constants of a function anew each time around. A macro:
-        // a closure would not be compiled for the instruction set.
+        // Two vectors at a time, which share the loads of constants. A macro: a closure would not be compiled for the
+        // instruction set.
         macro_rules! sweep {
             (|$x:ident| $f:expr) => {
                 for i in 0..rows {
                     // SAFETY: the contract of the type.
                     let row = unsafe { core::slice::from_raw_parts_mut(c.add(i * ld), cols) };
-                    for part in row.chunks_mut(2 * S::LANES) {
-                        let whole = part.len() == 2 * S::LANES;
-                        let (low, high) = part.split_at_mut(S::LANES.min(part.len()));
-                        let mut v = if whole {
-                            [s.load(low), s.load(high)]
-                        } else {
-                            [s.load_partial(low), s.load_partial(high)]
-                        };
+                    let mut pairs = row.chunks_exact_mut(2 * S::LANES);
+                    for pair in &mut pairs {
+                        let (low, high) = pair.split_at_mut(S::LANES);
+                        let mut v = [s.load(low), s.load(high)];
                         for $x in &mut v {
                             *$x = $f;
                         }
-                        if whole {
-                            s.store(low, v[0]);
-                            s.store(high, v[1]);
-                        } else {
-                            s.store_partial(low, v[0]);
-                            s.store_partial(high, v[1]);
-                        }
+                        s.store(low, v[0]);
+                        s.store(high, v[1]);
+                    }
+                    for part in pairs.into_remainder().chunks_mut(S::LANES) {
+                        let $x = &s.load_partial(part);
+                        let y = $f;
+                        s.store_partial(part, y);
                     }
                 }
             };
