@@ -101,7 +101,7 @@ function render(scores: { text: string; score: number }[]): void {
 
 async function main(): Promise<void> {
   const [session, tokenizer, config] = await Promise.all([
-    Session.load(`${FOLDER}model.onnx`, { onProgress }),
+    Session.load(`${FOLDER}model_int8.onnx`, { onProgress }),
     json(`${FOLDER}tokenizer.json`),
     json(`${FOLDER}tokenizer_config.json`),
   ]);

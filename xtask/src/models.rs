@@ -48,6 +48,17 @@ pub(crate) fn ensure_tflite(ctx: &Context) -> Result<()> {
     ctx.run(ctx.cmd(python).args(["models/build_tflite.py", "--out", "target/models-tflite"]))
 }
 
+/// The quantised form of a model, beside it.
+const INT8: &str = "model_int8.onnx";
+
+/// Writes the dynamic 8-bit form of a model.
+fn quantise(ctx: &Context, name: &str) -> Result<()> {
+    let folder = ctx.path("target/models").join(name);
+    let weblane = ["run", "--quiet", "-p", "weblane-cli", "--", "quantize", "--quiet", "--mode", "dynamic"];
+    let command = ctx.cmd("cargo").args(weblane).arg(folder.join("model.onnx")).arg("-o").arg(folder.join(INT8));
+    ctx.run(command)
+}
+
 /// Builds the models of the demo.
 pub(crate) fn ensure_demo_models(ctx: &Context) -> Result<()> {
     build(ctx, &DEMO)
@@ -56,12 +67,20 @@ pub(crate) fn ensure_demo_models(ctx: &Context) -> Result<()> {
 /// Builds the models of the demo and copies them to where the site is built from.
 pub(crate) fn ensure_for_demo(ctx: &Context) -> Result<()> {
     build(ctx, &DEMO)?;
+    quantise(ctx, DEMO[0])?;
     for name in DEMO {
         let target = ctx.path("demo-site/public/models").join(name);
         fs::create_dir_all(&target)?;
-        for entry in fs::read_dir(ctx.path("target/models").join(name))? {
+        let source = ctx.path("target/models").join(name);
+        // A page loads one of them.
+        let quantised = source.join(INT8).exists();
+        for entry in fs::read_dir(source)? {
             let entry = entry?;
             if entry.file_name() == "stamp.json" {
+                continue;
+            }
+            if quantised && entry.file_name() == "model.onnx" {
+                let _ = fs::remove_file(target.join(entry.file_name()));
                 continue;
             }
             let copy = target.join(entry.file_name());
