@@ -32,6 +32,8 @@ enum Bench {
     Native,
     /// What the quantiser does to models with real weights: similarity, classes, bytes
     Quantize,
+    /// Every node of quantised models beside native onnxruntime's
+    Nodes,
     /// Peak memory of the page's process, weblane and onnxruntime-web
     Memory,
 }
@@ -64,6 +66,11 @@ pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
             let record = ctx.path("benches/records/quantize.json").display().to_string();
             let program = ctx.cmd(python::ensure(ctx)?).args(["benches/quantize/run.py", "--record", &record]);
             ctx.run(program.args(&bench.args))
+        }
+        Bench::Nodes => {
+            ctx.run(ctx.cmd("cargo").args(["build", "--quiet", "--release", "-p", "weblane-cli"]))?;
+            models::ensure_workloads(ctx)?;
+            ctx.run(ctx.cmd(python::ensure(ctx)?).arg("benches/quantize/nodes.py").args(&bench.args))
         }
         Bench::Memory => page(ctx, "benches/peers/memory.mjs", &bench.args),
     }
