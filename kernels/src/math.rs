@@ -5,30 +5,7 @@
 //! all instruction sets; the tests assert these bounds, with a stride that takes less time. NaN gives NaN everywhere, and
 //! infinities and zeros give the limits that the formula has there.
 
-use crate::simd::Simd;
-
-/// Numbers in memory, as a reference to an array of them.
-///
-/// LLVM gives code for WebAssembly a vector constant wherever one is used, and V8 makes it anew there: three instructions on
-/// x86, through a general register. A number in memory is one load. For that the compiler must not know what is there: the
-/// address is read from a place that it has to take for changeable.
-macro_rules! constants {
-    ($($x:expr),+ $(,)?) => {{
-        const DATA: &[f32; [$($x),+].len()] = &[$($x),+];
-        #[cfg(not(target_arch = "wasm32"))]
-        {
-            DATA
-        }
-        #[cfg(target_arch = "wasm32")]
-        {
-            use core::sync::atomic::AtomicPtr;
-            #[used]
-            static ADDRESS: AtomicPtr<[f32; [$($x),+].len()]> = AtomicPtr::new(core::ptr::from_ref(DATA).cast_mut());
-            // SAFETY: nobody writes the address.
-            unsafe { &*ADDRESS.as_ptr().read() }
-        }
-    }};
-}
+use crate::simd::{Simd, constants};
 
 /// `c[0] * x^(n-1) + ... + c[n-1]` by Horner's rule.
 #[inline(always)]

@@ -14,7 +14,7 @@ pub(crate) struct Context {
     shell: Shell,
 }
 
-/// What a cold set-up, build and test write to the disk.
+/// What a cold set-up, build and test may write to the disk: `target/` had 8.3 GiB after them.
 const COLD_BYTES: u64 = 11 << 30;
 /// What a build over an earlier one may need.
 const WARM_BYTES: u64 = 2 << 30;

@@ -107,6 +107,30 @@ mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
+/// Numbers in memory, as a reference to an array of them.
+///
+/// LLVM gives code for WebAssembly a vector constant wherever one is used, and V8 makes it anew there: three instructions on
+/// x86, through a general register. A number in memory is one load. For that the compiler must not know what is there: the
+/// address is read from a place that it has to take for changeable.
+macro_rules! constants {
+    ($($x:expr),+ $(,)?) => {{
+        const DATA: &[f32; [$($x),+].len()] = &[$($x),+];
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            DATA
+        }
+        #[cfg(target_arch = "wasm32")]
+        {
+            use core::sync::atomic::AtomicPtr;
+            #[used]
+            static ADDRESS: AtomicPtr<[f32; [$($x),+].len()]> = AtomicPtr::new(core::ptr::from_ref(DATA).cast_mut());
+            // SAFETY: nobody writes the address.
+            unsafe { &*ADDRESS.as_ptr().read() }
+        }
+    }};
+}
+pub(crate) use constants;
+
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod wasm;
 #[cfg(target_arch = "x86_64")]
