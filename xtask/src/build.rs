@@ -148,7 +148,7 @@ fn wasm(ctx: &Context, variants: &[Variant]) -> Result<()> {
     // The crates are downloaded before two builds want the same registry lock.
     ctx.run(ctx.cmd("cargo").args(["fetch", "--quiet"]))?;
 
-    // Link-time optimisation leaves one core busy at the end of each build, so two run side by side.
+    // Crates that are one unit of code each leave a core idle at the end of a build, so two run side by side.
     let next = AtomicUsize::new(0);
     let work = |ctx: &Context| -> Result<()> {
         while let Some(variant) = variants.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -176,6 +176,16 @@ fn one_variant(ctx: &Context, variant: Variant, toolchain: &Toolchain, tools: &W
     let note = if fresh { "unchanged" } else { "built" };
     println!("   {name}: {note}, {:.1} s", start.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Builds the native program as the workspace's tests do, with debug assertions, and says where it is. The whole workspace
+/// decides the features of dependencies: by `-p weblane-cli` they would differ, and kernels and engine be compiled once more.
+pub(crate) fn native_program(ctx: &Context) -> Result<PathBuf> {
+    let target = ctx.path("target");
+    let build =
+        ctx.cmd("cargo").args(["build", "--quiet", "--workspace", "--bin", "weblane", "--target-dir"]).arg(&target);
+    ctx.run(build)?;
+    Ok(target.join("debug").join(format!("weblane{}", std::env::consts::EXE_SUFFIX)))
 }
 
 /// Builds the kernels' bench with the flags of `relaxed_mt` into `target/bench-kernels`.
@@ -219,7 +229,8 @@ impl Module<'_> {
             .args(["--profile", "wasm", "--out-name", glue, "--out-dir"])
             .arg(directory)
             .arg(ctx.path(source))
-            .args(["--", "--quiet", "-Zbuild-std=std,panic_abort"]);
+            // Without std's default features: what prints backtraces, which a page has no symbols for.
+            .args(["--", "--quiet", "-Zbuild-std=std,panic_abort", "-Zbuild-std-features="]);
         if variant.threads() {
             command = command.args(["--features", "threads"]);
         }

@@ -105,10 +105,7 @@ pub(crate) fn run(ctx: &Context, args: &ConformanceArgs) -> Result<String> {
 
 fn native(ctx: &Context, args: &ConformanceArgs, title: &str, optimize: bool) -> Result<Column> {
     let out = ctx.path(format!("target/conformance-native{}.json", if optimize { "" } else { "-plain" }));
-    let mut command = ctx
-        .cmd("cargo")
-        .args(["run", "--quiet", "--release", "-p", "weblane-cli", "--", "conformance", "--cases", CASES, "--json"])
-        .arg(&out);
+    let mut command = ctx.cmd(build::native_program(ctx)?).args(["conformance", "--cases", CASES, "--json"]).arg(&out);
     if !optimize {
         command = command.arg("--no-optimize");
     }

@@ -1,7 +1,7 @@
 //! Models that tests, benches and the demo use, made or fetched by the recipes under `models/`.
 
 use crate::context::{Context, heading};
-use crate::python;
+use crate::{build, python};
 use anyhow::{Context as _, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,14 +32,14 @@ const WITHOUT_GOLDEN: &str = "efficientnet_lite0_int8";
 const DEMO: [&str; 2] = ["all_minilm_l6_v2", "digits"];
 
 /// Runs `models/build.py` for these names; models that are up to date cost nothing.
-fn build(ctx: &Context, names: &[&str]) -> Result<()> {
+fn make(ctx: &Context, names: &[&str]) -> Result<()> {
     let python = python::ensure(ctx)?;
     ctx.run(ctx.cmd(python).args(["models/build.py", "--out", "target/models"]).args(names))
 }
 
 /// Builds the six workloads and the two small models.
 pub(crate) fn ensure_workloads(ctx: &Context) -> Result<()> {
-    build(ctx, &WORKLOADS)
+    make(ctx, &WORKLOADS)
 }
 
 /// Builds the twins that LiteRT.js runs. Only its bench needs them, so no other command does this.
@@ -54,19 +54,18 @@ const INT8: &str = "model_int8.onnx";
 /// Writes the dynamic 8-bit form of a model.
 fn quantise(ctx: &Context, name: &str) -> Result<()> {
     let folder = ctx.path("target/models").join(name);
-    let weblane = ["run", "--quiet", "-p", "weblane-cli", "--", "quantize", "--quiet", "--mode", "dynamic"];
-    let command = ctx.cmd("cargo").args(weblane).arg(folder.join("model.onnx")).arg("-o").arg(folder.join(INT8));
-    ctx.run(command)
+    let weblane = ctx.cmd(build::native_program(ctx)?).args(["quantize", "--quiet", "--mode", "dynamic"]);
+    ctx.run(weblane.arg(folder.join("model.onnx")).arg("-o").arg(folder.join(INT8)))
 }
 
 /// Builds the models of the demo.
 pub(crate) fn ensure_demo_models(ctx: &Context) -> Result<()> {
-    build(ctx, &DEMO)
+    make(ctx, &DEMO)
 }
 
 /// Builds the models of the demo and copies them to where the site is built from.
 pub(crate) fn ensure_for_demo(ctx: &Context) -> Result<()> {
-    build(ctx, &DEMO)?;
+    make(ctx, &DEMO)?;
     quantise(ctx, DEMO[0])?;
     for name in DEMO {
         let target = ctx.path("demo-site/public/models").join(name);
