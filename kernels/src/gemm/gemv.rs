@@ -97,7 +97,9 @@ fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, 
     let nr = nrv * S::LANES;
     let mut j = columns.start;
     while j < columns.end {
-        let group = VECTORS * S::LANES;
+        // Whole panels.
+        let vectors = const { VECTORS / table::tile(S::ISA).nrv * table::tile(S::ISA).nrv };
+        let group = vectors * S::LANES;
         let at = j - columns.start;
         if j + group <= columns.end {
             let mut acc = [s.splat(0.0); VECTORS];
@@ -105,14 +107,14 @@ fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, 
             let panels = &b[j * k..][..group * k];
             for (p, &x) in a.iter().enumerate() {
                 let x = s.splat(x);
-                for (v, acc) in acc.iter_mut().enumerate() {
+                for (v, acc) in acc.iter_mut().enumerate().take(vectors) {
                     // SAFETY: (v / nrv) * nr * k + p * nr + (v % nrv) * LANES + LANES <= group * k.
                     let y =
                         unsafe { s.load_ptr(panels.as_ptr().add((v / nrv) * nr * k + p * nr + (v % nrv) * S::LANES)) };
                     *acc = s.mul_add(x, y, *acc);
                 }
             }
-            for (v, acc) in acc.into_iter().enumerate() {
+            for (v, acc) in acc.into_iter().enumerate().take(vectors) {
                 s.store(&mut out[at + v * S::LANES..], acc);
             }
             j += group;

@@ -650,11 +650,18 @@ struct Pass<'a> {
 impl Pass<'_> {
     fn run(self, isa: Isa) {
         let Self { a, lda, b, ldc, grid, n, k, pc, depth, .. } = self;
+        let t = table::tile(isa);
         let nr = table::panel_width(isa);
         let rows = grid.row(self.tiles.start)..grid.row(self.tiles.end);
-        // Tall tiles come first: at most two strips of one height each.
+        // First row, tiles, and their height. Tall tiles come first: at most two strips of one height each.
         let border = grid.tall.clamp(self.tiles.start, self.tiles.end);
-        let strips = [(self.tiles.start..border, grid.height + 1), (border..self.tiles.end, grid.height)];
+        let full = [
+            (rows.start, border - self.tiles.start, grid.height + 1),
+            (grid.row(border), self.tiles.end - border, grid.height),
+        ];
+        let tiles = rows.len().div_ceil(t.narrow_mr).max(1);
+        let (height, tall) = (rows.len() / tiles, rows.len() % tiles);
+        let narrow = [(rows.start, tall, height + 1), (rows.start + tall * (height + 1), tiles - tall, height)];
         for panel in self.panels {
             let j = panel * nr;
             let cols = nr.min(n - j);
@@ -662,14 +669,14 @@ impl Pass<'_> {
             // All panels before this one are of full width.
             let b = &b[(panel - self.b_first) * nr * k + pc * width..][..depth * width];
             let bias = self.bias.map_or(core::ptr::null(), |bias| bias[j..j + cols].as_ptr());
-            for (tiles, height) in &strips {
-                if tiles.is_empty() {
+            let strips = if width == nr { &full } else { &narrow };
+            for &(i, tiles, height) in strips {
+                if tiles == 0 {
                     continue;
                 }
-                let i = grid.row(tiles.start);
                 let strip = Strip {
-                    height: *height,
-                    tiles: tiles.len(),
+                    height,
+                    tiles,
                     cols,
                     operands: Operands {
                         k: depth,

@@ -7,6 +7,8 @@ use crate::simd::Isa;
 pub struct Tile {
     /// Most rows of A (and C) that one call of the microkernel takes; it exists for every smaller height too.
     pub mr: usize,
+    /// The same for panels of fewer than `nrv` vectors, the last ones of a row of panels.
+    pub narrow_mr: usize,
     /// Vectors of B (and C) per row of the tile. A panel of packed B is this wide.
     pub nrv: usize,
     /// Rows of B per pass: `kc` x `nrv` vectors of B and `mr` x `kc` of A stay in the first-level cache. In Chromium 512
@@ -21,28 +23,42 @@ pub struct Tile {
     pub unroll: usize,
 }
 
+impl Tile {
+    /// Most rows of a tile of some vectors.
+    pub const fn rows(&self, vectors: usize) -> usize {
+        if vectors == self.nrv { self.mr } else { self.narrow_mr }
+    }
+}
+
 /// Highest tile of any row of the table.
 pub const MAX_MR: usize = 14;
 /// Widest tile of any row of the table, in vectors.
-pub const MAX_NRV: usize = 2;
+pub const MAX_NRV: usize = 3;
 
 /// The row of the table for `isa`.
 ///
 /// 16 vector registers hold 6 x 2 accumulators, a row of B and a broadcast of A: 15, which is what V8 gives to a function
 /// on x86, too. It takes the operations in the order of the source, for which the build has to ask LLVM (see
 /// `xtask/src/build.rs`; in LLVM's own order of before, 4 x 2 was the largest tile that did not spill). In that order,
-/// operands in the first two caches, 4 x 2 reached at best 97.8% of the best peak, 5 x 2 97.5%, 6 x 2 99.1% (medians were 83 to 98%, unsteady); eight accumulators are just
-/// what two multiply-adds a cycle of latency four need. Tiles of three vectors reached 47%. Without fused multiply-add a
-/// product takes one more register: 4 x 2 there. AVX-512 has room for 12 x 2 and more of 32, NEON (32 registers) for 8 x 2.
+/// operands in the first two caches, 4 x 2 reached at best 97.8% of the best peak, 5 x 2 97.5%, 6 x 2 99.1% (medians were
+/// 83 to 98%, unsteady); eight accumulators are just what two multiply-adds a cycle of latency four need. Tiles of 4 x 3 reached 47%. AVX-512 has room for 12 x 2 and more
+/// of 32, NEON (32 registers) for 8 x 2.
+///
+/// Without relaxed SIMD a product takes one more register. WebKit, the browser without it, makes three instructions of a
+/// broadcast (it adds the row, then the base of memory, as its vector load with a splat takes a plain address) and one of
+/// a vector of B: of a step of 4 x 2 sums 35 instructions for 16 products and additions, of 3 x 3 sums 35 for 18, of 5 x 2
+/// sums 42 for 20, of 6 x 2 sums 49 for 24 (`JSC_dumpOMGDisassembly=1`). On a core that takes up six per cycle they had
+/// 70, 83, 73 and 76% of the peak as medians; in Chromium, without relaxed SIMD, 87, 87, 91 and, with sums in memory, 60%.
+/// So 3 x 3, and 5 x 2 for a last panel. The scalar tile has the same shape for the sake of its tests.
 pub const fn tile(isa: Isa) -> Tile {
     match isa {
-        Isa::Scalar => Tile { mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 },
-        Isa::WasmSimd128 => Tile { mr: 4, nrv: 2, kc: 512, mc: 128, unroll: 1 },
-        Isa::WasmRelaxedSimd => Tile { mr: 6, nrv: 2, kc: 512, mc: 128, unroll: 1 },
-        Isa::Sse41 | Isa::Fma128 => Tile { mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 },
-        Isa::Neon => Tile { mr: 8, nrv: 2, kc: 256, mc: 128, unroll: 4 },
-        Isa::Avx2 => Tile { mr: 6, nrv: 2, kc: 256, mc: 144, unroll: 4 },
-        Isa::Avx512 => Tile { mr: 12, nrv: 2, kc: 256, mc: 192, unroll: 1 },
+        Isa::Scalar => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 256, mc: 128, unroll: 4 },
+        Isa::WasmSimd128 => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 384, mc: 128, unroll: 1 },
+        Isa::WasmRelaxedSimd => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 512, mc: 128, unroll: 1 },
+        Isa::Sse41 | Isa::Fma128 => Tile { mr: 4, narrow_mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 },
+        Isa::Neon => Tile { mr: 8, narrow_mr: 8, nrv: 2, kc: 256, mc: 128, unroll: 4 },
+        Isa::Avx2 => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 256, mc: 144, unroll: 4 },
+        Isa::Avx512 => Tile { mr: 12, narrow_mr: 12, nrv: 2, kc: 256, mc: 192, unroll: 1 },
     }
 }
 

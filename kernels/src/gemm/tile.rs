@@ -181,10 +181,11 @@ impl Strip {
                 }
             };
         }
-        const { assert!(MAX_MR == 14 && MAX_NRV == 2) };
+        const { assert!(MAX_MR == 14 && MAX_NRV == 3) };
         match vectors {
             1 => heights!(1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
             2 => heights!(2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+            3 => heights!(3: 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
             vectors => unreachable!("tile width {vectors}"),
         }
     }
@@ -199,7 +200,7 @@ impl<const H: usize, const NV: usize> Kernel for Tiles<H, NV> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         // Constant: tiles that the table does not use leave no code.
-        if const { H <= table::tile(S::ISA).mr && NV <= table::tile(S::ISA).nrv } {
+        if const { NV <= table::tile(S::ISA).nrv && H <= table::tile(S::ISA).rows(NV) } {
             // SAFETY: the contract of `Strip::run`.
             unsafe { strip::<S, H, NV>(s, &self.0) }
         } else {
