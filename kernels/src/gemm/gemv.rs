@@ -15,7 +15,7 @@ use super::{Activate, Matrix, OutPtr, Rhs, clamp, part, split_activation, table}
 use crate::epilogue::Epilogue;
 use crate::nbits;
 use crate::par::Cx;
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
 
 /// Vectors of columns that are summed side by side: enough chains to hide the latency of a multiply-add.
@@ -35,6 +35,12 @@ pub(super) fn supports(b: &Rhs<'_>) -> bool {
     }
 }
 
+/// Vectors of the panels of packed B that are multiplied together: as many whole panels as `VECTORS` hold.
+const fn whole_panels(isa: Isa) -> usize {
+    let nrv = table::tile(isa).nrv;
+    VECTORS / nrv * nrv
+}
+
 /// `c = activation(a b + bias + residual)` for one row `a`; shapes were checked. For weights of few bits it is a row that
 /// [`NBits::with_ready`](crate::nbits::NBits::with_ready) made.
 pub(super) fn gemv(cx: &Cx<'_>, a: &[f32], b: Rhs<'_>, epilogue: &Epilogue<'_>, c: &mut [f32]) {
@@ -46,7 +52,7 @@ pub(super) fn gemv(cx: &Cx<'_>, a: &[f32], b: Rhs<'_>, epilogue: &Epilogue<'_>, 
     };
     // Units of whole groups: which columns share a group does not depend on the cut.
     let unit = match b {
-        Rhs::Packed(_) => (VECTORS / table::tile(isa).nrv) * table::panel_width(isa),
+        Rhs::Packed(_) => whole_panels(isa) * isa.lanes(),
         Rhs::Plain(b) if b.col_stride == 1 => VECTORS * isa.lanes(),
         Rhs::Plain(_) => COLUMNS,
         Rhs::Bits(_) => nbits::STRIPS * isa.lanes(),
@@ -97,8 +103,7 @@ fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, 
     let nr = nrv * S::LANES;
     let mut j = columns.start;
     while j < columns.end {
-        // Whole panels.
-        let vectors = const { VECTORS / table::tile(S::ISA).nrv * table::tile(S::ISA).nrv };
+        let vectors = const { whole_panels(S::ISA) };
         let group = vectors * S::LANES;
         let at = j - columns.start;
         if j + group <= columns.end {

@@ -41,15 +41,16 @@ pub const MAX_NRV: usize = 3;
 /// on x86, too. It takes the operations in the order of the source, for which the build has to ask LLVM (see
 /// `xtask/src/build.rs`; in LLVM's own order of before, 4 x 2 was the largest tile that did not spill). In that order,
 /// operands in the first two caches, 4 x 2 reached at best 97.8% of the best peak, 5 x 2 97.5%, 6 x 2 99.1% (medians were
-/// 83 to 98%, unsteady); eight accumulators are just what two multiply-adds a cycle of latency four need. Tiles of 4 x 3 reached 47%. AVX-512 has room for 12 x 2 and more
-/// of 32, NEON (32 registers) for 8 x 2.
+/// 83 to 98%, unsteady); eight accumulators are just what two multiply-adds a cycle of latency four need. Tiles of 4 x 3
+/// reached 47%. AVX-512 has room for 12 x 2 and more of 32, NEON (32 registers) for 8 x 2.
 ///
 /// Without relaxed SIMD a product takes one more register. WebKit, the browser without it, makes three instructions of a
 /// broadcast (it adds the row, then the base of memory, as its vector load with a splat takes a plain address) and one of
 /// a vector of B: of a step of 4 x 2 sums 35 instructions for 16 products and additions, of 3 x 3 sums 35 for 18, of 5 x 2
-/// sums 42 for 20, of 6 x 2 sums 49 for 24 (`JSC_dumpOMGDisassembly=1`). On a core that takes up six per cycle they had
-/// 70, 83, 73 and 76% of the peak as medians; in Chromium, without relaxed SIMD, 87, 87, 91 and, with sums in memory, 60%.
-/// So 3 x 3, and 5 x 2 for a last panel. The scalar tile has the same shape for the sake of its tests.
+/// sums 42 for 20, of 6 x 2 sums 49 for 24 (`JSC_dumpOMGDisassembly=1`). The tiles alone, in a program outside of this tree
+/// (Zen 3, operands in the first two caches), had 70, 83, 73 and 76% of the peak there as medians; in Chromium, without
+/// relaxed SIMD, 87, 87, 91 and 60%. So 3 x 3, and 5 x 2 for a last panel; k per pass made no difference between 64 and
+/// 768, 384 is a panel of 18 KB. `cargo xtask bench peers --browser webkit` is the figure that counts. The scalar tile has the same shape for the sake of its tests.
 pub const fn tile(isa: Isa) -> Tile {
     match isa {
         Isa::Scalar => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 256, mc: 128, unroll: 4 },
