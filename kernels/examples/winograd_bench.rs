@@ -1,10 +1,11 @@
 //! Time of 3 x 3 convolutions by every algorithm: the measurements behind `Algorithm::choose`.
 //!
-//! `cargo run --release -p weblane-kernels --example winograd_bench [-- <instruction set> [<lanes>]]`
+//! `cargo run --release -p weblane-kernels --example winograd_bench [-- [int8] [<instruction set> [<lanes>]]]`
 
 use std::time::Instant;
 use weblane_kernels::conv::{Algorithm, Conv, ConvInput, ConvParams, Layout};
 use weblane_kernels::epilogue::Activation;
+use weblane_kernels::int8::{Bytes, BytesMut, Form, Output, QConv, Requantize};
 use weblane_kernels::par::Pool;
 use weblane_kernels::simd::Isa;
 use weblane_kernels::winograd::TileSize;
@@ -54,8 +55,50 @@ fn time(mut f: impl FnMut()) -> f64 {
     times[times.len() / 2]
 }
 
+const ALGORITHMS: [Algorithm; 3] =
+    [Algorithm::Direct, Algorithm::Winograd(TileSize::Two), Algorithm::Winograd(TileSize::Four)];
+
+/// Microseconds of each algorithm that there is for a convolution.
+fn floats(pool: &Pool, isa: Isa, params: &ConvParams, input: &ConvInput) -> [f64; 3] {
+    let weights = vec![0.25; params.in_channels * params.out_channels * 9];
+    let bias = vec![1.0; params.out_channels];
+    let pixels = input.spatial[1] * input.spatial[2];
+    let x = vec![0.5; pixels * params.in_channels];
+    let mut out = vec![0.0; pixels * params.out_channels];
+    ALGORITHMS.map(|algorithm| {
+        let conv = Conv::new(isa, params.clone(), algorithm, &weights, Some(&bias));
+        let Ok(conv) = conv else { return f64::INFINITY };
+        pool.run(isa, |cx| {
+            time(|| {
+                conv.run(cx, input, Layout::Nhwc, &x, None, Activation::Relu, &mut out).expect("sizes fit");
+            })
+        })
+    })
+}
+
+/// The same for bytes, quantised again.
+fn integers(pool: &Pool, isa: Isa, params: &ConvParams, input: &ConvInput) -> [f64; 3] {
+    let weights = vec![3; params.in_channels * params.out_channels * 9];
+    let (bias, multiplier) = (vec![100; params.out_channels], vec![1e-3; params.out_channels]);
+    let pixels = input.spatial[1] * input.spatial[2];
+    let x = vec![131; pixels * params.in_channels];
+    let mut out = vec![0; pixels * params.out_channels];
+    ALGORITHMS.map(|algorithm| {
+        let conv = QConv::new(isa, Form::Wide, params.clone(), algorithm, Bytes::I8(&weights), &[0]);
+        let Ok(conv) = conv else { return f64::INFINITY };
+        pool.run(isa, |cx| {
+            time(|| {
+                let requantize = Requantize { multiplier: &multiplier, zero: 3, lo: 0, hi: 255, add: None };
+                let output = Output::Quantized { requantize, y: BytesMut::U8(&mut out) };
+                conv.run(cx, input, Bytes::U8(&x), 128, Some(&bias), output).expect("sizes fit");
+            })
+        })
+    })
+}
+
 fn main() {
-    let mut args = std::env::args().skip(1);
+    let mut args = std::env::args().skip(1).peekable();
+    let int8 = args.next_if(|arg| arg == "int8").is_some();
     let isa = args.next().map_or(Isa::best(), |name| name.parse().expect("an instruction set"));
     let pool = Pool::new(args.next().map_or(1, |lanes| lanes.parse().expect("a number of lanes")));
     println!("{isa}, microseconds\n{:20} {:>9} {:>9} {:>9}   chosen", "", "direct", "M = 2", "M = 4");
@@ -63,22 +106,12 @@ fn main() {
         let (kernel, ones) = ([1, 3, 3], [1; 3]);
         let params = ConvParams { in_channels, out_channels, groups: 1, kernel, strides: ones, dilations: ones };
         let input = ConvInput { batch: 1, spatial: [1, size, size], pads_begin: [0, 1, 1], pads_end: [0, 1, 1] };
-        let weights = vec![0.25; in_channels * out_channels * 9];
-        let bias = vec![1.0; out_channels];
-        let x = vec![0.5; size * size * in_channels];
-        let mut out = vec![0.0; size * size * out_channels];
-        let algorithms = [Algorithm::Direct, Algorithm::Winograd(TileSize::Two), Algorithm::Winograd(TileSize::Four)];
-        let times = algorithms.map(|algorithm| {
-            let conv = Conv::new(isa, params.clone(), algorithm, &weights, Some(&bias));
-            let Ok(conv) = conv else { return f64::INFINITY };
-            pool.run(isa, |cx| {
-                time(|| {
-                    conv.run(cx, &input, Layout::Nhwc, &x, None, Activation::Relu, &mut out).expect("sizes fit");
-                })
-            })
-        });
-        let chosen = Algorithm::choose(isa, &params, &input);
-        let chosen = algorithms.iter().position(|algorithm| *algorithm == chosen).expect("one of them");
+        let (times, chosen) = if int8 {
+            (integers(&pool, isa, &params, &input), QConv::choose(isa, Form::Wide, &params, &input))
+        } else {
+            (floats(&pool, isa, &params, &input), Algorithm::choose(isa, &params, &input))
+        };
+        let chosen = ALGORITHMS.iter().position(|algorithm| *algorithm == chosen).expect("one of them");
         println!(
             "{:20} {:9.0} {:9.0} {:9.0}   {}{}",
             format!("{size}^2 {in_channels} > {out_channels}"),

@@ -124,7 +124,12 @@ impl Algorithm {
     /// The fastest for a convolution and an input that is worth its memory. The number of images does not count, which
     /// often is known only when a model runs.
     pub fn choose(isa: Isa, params: &ConvParams, input: &ConvInput) -> Self {
-        let size = params.output_spatial(input).ok().and_then(|out| winograd::choose(isa, params, out));
+        if Self::depends_on_input(isa, params) { Self::by_size(params, input) } else { Self::Direct }
+    }
+
+    /// [`choose`](Self::choose) for a convolution that may be of either kind.
+    pub(crate) fn by_size(params: &ConvParams, input: &ConvInput) -> Self {
+        let size = params.output_spatial(input).ok().and_then(|out| winograd::choose(params, out));
         size.map_or(Self::Direct, Self::Winograd)
     }
 
@@ -307,7 +312,7 @@ impl Conv {
                 return Ok(());
             }
             Weights::Winograd(winograd) => {
-                return winograd.run(cx, input, out_spatial, x, residual, activation, out);
+                return winograd.run(cx, &self.params, input, out_spatial, x, residual, activation, out);
             }
         };
         let (ipg, opg) = (in_channels / groups, out_channels / groups);

@@ -32,11 +32,15 @@
 //! regions of their own over a part of the image. Smaller ones stay in the cache, and each task takes a block of tiles
 //! through all three steps.
 
+mod steps;
+
+pub(crate) use steps::{Geometry, Rows, Steps, run};
+
 use crate::conv::{ConvInput, ConvParams};
 use crate::epilogue::Activation;
-use crate::error::{Error, Result};
-use crate::gemm::{self, Activate, Aligned, Matrix, OutPtr, PackedB, clamp, part, split_activation};
-use crate::par::{Cx, DisjointMut};
+use crate::error::Result;
+use crate::gemm::{self, Activate, Aligned, Matrix, OutPtr, PackedB, clamp, split_activation};
+use crate::par::Cx;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::mem::MaybeUninit;
 use core::ops::Range;
@@ -111,10 +115,9 @@ const ANY_OUTPUTS: usize = 5 << 19;
 /// | 10 x 10, 128 > 128 | 568 | 280 | 262 | 4 |
 /// | 7 x 7, 128 > 128 | 289 | 167 | 104 | 4 |
 /// | 7 x 7, 512 > 512 | 5585 | 4067 | 4972 | 2 |
-pub(crate) fn choose(isa: Isa, params: &ConvParams, [d, h, w]: [usize; 3]) -> Option<TileSize> {
-    if !Winograd::supports(isa, params) {
-        return None;
-    }
+///
+/// Integers choose alike: their vectors, like their weights, have half the size of those of numbers of 32 bits.
+pub(crate) fn choose(params: &ConvParams, [d, h, w]: [usize; 3]) -> Option<TileSize> {
     let outputs = d.saturating_mul(h).saturating_mul(w);
     let weights = params.in_channels.saturating_mul(params.out_channels);
     let worth = |size: TileSize| match size {
@@ -136,15 +139,6 @@ pub(crate) fn choose(isa: Isa, params: &ConvParams, [d, h, w]: [usize; 3]) -> Op
 /// one after the other. (With a power of two of channels the pixels of a tile share few places of the cache.)
 const LINE: usize = 16;
 
-/// Bytes of packed weights up to which every block of tiles reads all of them.
-const SMALL_WEIGHTS: usize = 1 << 20;
-/// Elements of transformed inputs and products of a block of tiles, if the weights are small.
-const BLOCK: usize = 1 << 17;
-/// Elements of transformed inputs and products of a part of the image, if they are not.
-const PART: usize = 1 << 20;
-/// Tasks of each step of a part.
-const STEP_TASKS: usize = 16;
-
 /// The weights of a convolution, transformed.
 #[derive(Clone, Debug)]
 pub(crate) struct Winograd {
@@ -157,15 +151,20 @@ pub(crate) struct Winograd {
     zeros: Aligned,
 }
 
+/// Whether a convolution is of the kind that is computed here, with at least a vector of channels on both sides.
+pub(crate) fn fits(params: &ConvParams, vector: usize) -> bool {
+    let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = params;
+    *kernel == [1, 3, 3]
+        && *strides == [1; 3]
+        && *dilations == [1; 3]
+        && *groups == 1
+        && (*in_channels).min(*out_channels) >= vector.max(MIN_CHANNELS)
+}
+
 impl Winograd {
     /// Whether a convolution can run here.
     pub(crate) fn supports(isa: Isa, params: &ConvParams) -> bool {
-        let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = params;
-        *kernel == [1, 3, 3]
-            && *strides == [1; 3]
-            && *dilations == [1; 3]
-            && *groups == 1
-            && (*in_channels).min(*out_channels) >= isa.lanes().max(MIN_CHANNELS)
+        fits(params, isa.lanes())
     }
 
     /// Transforms and packs `weights` laid out `[out, in, 3, 3]`; lengths were checked.
@@ -214,6 +213,7 @@ impl Winograd {
     pub(crate) fn run(
         &self,
         cx: &Cx<'_>,
+        params: &ConvParams,
         input: &ConvInput,
         out_spatial: [usize; 3],
         x: &[f32],
@@ -221,151 +221,61 @@ impl Winograd {
         activation: Activation,
         out: &mut [f32],
     ) -> Result<()> {
-        let isa = cx.isa();
-        let m = self.size.outputs();
-        let points = self.weights.len();
-        let (k, n) = (self.weights[0].k(), self.weights[0].n());
-        let [depth, oh, ow] = out_spatial;
-        let grid = [oh.div_ceil(m), ow.div_ceil(m)];
-        let planes = input.batch * depth;
-        let tiles = planes * grid[0] * grid[1];
+        let geometry = Geometry::new(self.size, params, input, out_spatial);
         let image = Image {
+            isa: cx.isa(),
+            winograd: self,
+            geometry: &geometry,
             x,
-            zeros: self.zeros.as_slice(),
-            bias: self.bias.as_slice(),
             residual,
             out: OutPtr(out.as_mut_ptr()),
             activation,
-            channels: [k, n],
-            height: [input.spatial[1], oh],
-            width: [input.spatial[2], ow],
-            depth: [input.spatial[0], depth],
-            pads: input.pads_begin,
-            grid,
         };
-        let (lda, ldc) = (gemm::leading_dimension(k), gemm::leading_dimension(n));
-        let per_tile = points * (lda + ldc);
-        let flops = |tiles: usize| (2 * tiles as u64).saturating_mul((points * k) as u64).saturating_mul(n as u64);
-        if self.bytes() <= SMALL_WEIGHTS {
-            let blocks = tiles.div_ceil((BLOCK / per_tile).max(4));
-            let most = tiles.div_ceil(blocks);
-            cx.for_each_scratch(blocks, flops(tiles), most * per_tile, &|block, scratch| {
-                let tiles = part(tiles, blocks, block);
-                let (v, r) = scratch.split_at_mut(most * points * lda);
-                let v = Rows { start: OutPtr(v.as_mut_ptr()), ld: lda, point: most * lda, first: tiles.start };
-                let r = Rows { start: OutPtr(r.as_mut_ptr()), ld: ldc, point: most * ldc, first: tiles.start };
-                image.forward(isa, self.size, tiles.clone(), v);
-                for (p, weights) in self.weights.iter().enumerate() {
-                    let panels = 0..weights.panels();
-                    // SAFETY: the scratch has `most` rows for each point, of which these are `tiles.len()`.
-                    unsafe { gemm::multiply(isa, tiles.len(), v.at(p), lda, weights, panels, r.out(p), ldc) };
-                }
-                image.backward(isa, self.size, tiles, r);
-            });
-            return Ok(());
-        }
-        let parts = tiles.div_ceil((PART / per_tile).max(32));
-        let most = tiles.div_ceil(parts);
-        let len = most.checked_mul(per_tile).ok_or_else(|| Error::new("too many channels for the address space"))?;
-        cx.with_workspace(len, |workspace| {
-            let workspace = DisjointMut::new(workspace);
-            let start = OutPtr(workspace.as_mut_ptr());
-            for index in 0..parts {
-                let tiles = part(tiles, parts, index);
-                let v = Rows { start, ld: lda, point: most * lda, first: tiles.start };
-                let r = Rows { start: start.offset(most * points * lda), ld: ldc, point: most * ldc, ..v };
-                let cost = flops(tiles.len());
-                let steps = STEP_TASKS.min(tiles.len());
-                let some = |task: usize| {
-                    let some = part(tiles.len(), steps, task);
-                    tiles.start + some.start..tiles.start + some.end
-                };
-                cx.for_each(steps, cost / 8, &|task| image.forward(isa, self.size, some(task), v));
-                cx.for_each(points, cost, &|p| {
-                    let panels = 0..self.weights[p].panels();
-                    // SAFETY: the workspace has `most` rows for each point, of which these are `tiles.len()`; each task
-                    // has its own point.
-                    unsafe { gemm::multiply(isa, tiles.len(), v.at(p), lda, &self.weights[p], panels, r.out(p), ldc) };
-                });
-                cx.for_each(steps, cost / 8, &|task| image.backward(isa, self.size, some(task), r));
-            }
-        });
-        Ok(())
+        run(cx, &geometry, self.weights.len(), geometry.channels, self.bytes(), &image)
     }
 }
 
-/// A matrix per point with a row per tile.
-#[derive(Clone, Copy)]
-struct Rows {
-    start: OutPtr,
-    /// Elements between tiles.
-    ld: usize,
-    /// Elements between points.
-    point: usize,
-    /// The tile of the first row.
-    first: usize,
-}
-
-impl Rows {
-    fn out(&self, point: usize) -> OutPtr {
-        self.start.offset(point * self.point)
-    }
-
-    fn at(&self, point: usize) -> *const f32 {
-        self.start.at(point * self.point)
-    }
-}
-
-/// One convolution. Pairs are `[input, output]`.
+/// One convolution.
 struct Image<'a> {
+    isa: Isa,
+    winograd: &'a Winograd,
+    geometry: &'a Geometry,
     x: &'a [f32],
-    zeros: &'a [f32],
-    bias: &'a [f32],
     residual: Option<&'a [f32]>,
     out: OutPtr,
     activation: Activation,
-    channels: [usize; 2],
-    depth: [usize; 2],
-    height: [usize; 2],
-    width: [usize; 2],
-    pads: [usize; 3],
-    /// Tiles of a plane: rows, columns.
-    grid: [usize; 2],
 }
 
-impl Image<'_> {
-    /// Transforms the inputs of `tiles` into `rows`, which has them all and which nobody else uses there.
-    fn forward(&self, isa: Isa, size: TileSize, tiles: Range<usize>, rows: Rows) {
+impl Steps for Image<'_> {
+    fn forward(&self, tiles: Range<usize>, rows: Rows) {
         let (image, constants) = (self, &CONSTANTS);
-        match size {
-            TileSize::Two => dispatch(isa, Forward::<4> { image, tiles, rows, constants }),
-            TileSize::Four => dispatch(isa, Forward::<6> { image, tiles, rows, constants }),
+        match self.winograd.size {
+            TileSize::Two => dispatch(self.isa, Forward::<4> { image, tiles, rows, constants }),
+            TileSize::Four => dispatch(self.isa, Forward::<6> { image, tiles, rows, constants }),
         }
     }
 
-    /// Computes the outputs of `tiles` from `rows`.
-    fn backward(&self, isa: Isa, size: TileSize, tiles: Range<usize>, rows: Rows) {
-        let (image, constants) = (self, &CONSTANTS);
+    fn multiply(&self, point: usize, m: usize, v: Rows, r: Rows) {
+        let weights = &self.winograd.weights[point];
+        let (panels, c) = (0..weights.panels(), OutPtr(r.at(point)));
+        // SAFETY: both have `m` rows for each point, which nobody else uses.
+        unsafe { gemm::multiply(self.isa, m, v.at(point), v.ld, weights, panels, c, r.ld) };
+    }
+
+    fn backward(&self, tiles: Range<usize>, rows: Rows) {
+        let (image, constants, size) = (self, &CONSTANTS, self.winograd.size);
         match size {
-            TileSize::Two => dispatch(isa, Backward::<4, 2> { image, tiles: tiles.clone(), rows, constants }),
-            TileSize::Four => dispatch(isa, Backward::<6, 4> { image, tiles: tiles.clone(), rows, constants }),
+            TileSize::Two => dispatch(self.isa, Backward::<4, 2> { image, tiles: tiles.clone(), rows, constants }),
+            TileSize::Four => dispatch(self.isa, Backward::<6, 4> { image, tiles: tiles.clone(), rows, constants }),
         }
         let Some(activation) = split_activation(self.activation).1 else { return };
-        let n = self.channels[1];
+        let Geometry { channels: [_, n], height: [_, oh], width: [_, ow], .. } = *self.geometry;
         for tile in tiles {
-            let [plane, top, left] = self.place(tile, size.outputs());
-            let rows = size.outputs().min(self.height[1] - top);
-            let cols = size.outputs().min(self.width[1] - left);
-            let c = self.out.at(((plane * self.height[1] + top) * self.width[1] + left) * n);
-            dispatch(isa, Activate { activation, c, rows, cols: cols * n, ld: self.width[1] * n });
+            let [plane, top, left] = self.geometry.place(tile, size.outputs());
+            let (rows, cols) = (size.outputs().min(oh - top), size.outputs().min(ow - left));
+            let c = self.out.at(((plane * oh + top) * ow + left) * n);
+            dispatch(self.isa, Activate { activation, c, rows, cols: cols * n, ld: ow * n });
         }
-    }
-
-    /// Plane, first row and first column of the outputs of a tile.
-    #[inline(always)]
-    fn place(&self, tile: usize, outputs: usize) -> [usize; 3] {
-        let [rows, columns] = self.grid;
-        [tile / columns / rows, tile / columns % rows * outputs, tile % columns * outputs]
     }
 }
 
@@ -440,7 +350,7 @@ fn channel<S: Simd>(index: usize, channels: usize) -> usize {
     (index * S::LANES).min(channels - S::LANES)
 }
 
-/// See [`Image::forward`].
+/// See [`Steps::forward`].
 struct Forward<'a, const N: usize> {
     image: &'a Image<'a>,
     tiles: Range<usize>,
@@ -463,13 +373,14 @@ impl<const N: usize> Kernel for Forward<'_, N> {
             }
             c
         };
-        let channels = image.channels[0];
+        let channels = image.geometry.channels[0];
         let vectors = channels.div_ceil(S::LANES);
         let mut between = MaybeUninit::<Between>::uninit();
         let between = between.as_mut_ptr().cast::<f32>();
         for tile in tiles {
-            let pixels = image.pixels::<N>(tile);
-            let to = rows.start.at((tile - rows.first) * rows.ld);
+            let zeros = image.winograd.zeros.as_slice();
+            let pixels = image.geometry.pixels::<f32, N>(tile, image.x.as_ptr(), zeros.as_ptr());
+            let to = rows.tile(tile);
             let mut v = 0;
             while v < vectors {
                 let end = (v + LINE / S::LANES).min(vectors);
@@ -509,36 +420,7 @@ impl<const N: usize> Kernel for Forward<'_, N> {
     }
 }
 
-impl Image<'_> {
-    /// Where the inputs of a tile lie, row by row: in the image, or the pixel of zeros.
-    #[inline(always)]
-    fn pixels<const N: usize>(&self, tile: usize) -> [*const f32; 36] {
-        let mut pixels = [self.zeros.as_ptr(); 36];
-        let [plane, top, left] = self.place(tile, N - 2);
-        let (b, z) = (plane / self.depth[1], (plane % self.depth[1]).wrapping_sub(self.pads[0]));
-        if z >= self.depth[0] {
-            return pixels;
-        }
-        let plane = b * self.depth[0] + z;
-        // Before the image they wrap around and are not less than its size.
-        for i in 0..N {
-            let y = (top + i).wrapping_sub(self.pads[1]);
-            if y >= self.height[0] {
-                continue;
-            }
-            let line = (plane * self.height[0] + y) * self.width[0];
-            for j in 0..N {
-                let x = (left + j).wrapping_sub(self.pads[2]);
-                if x < self.width[0] {
-                    pixels[i * N + j] = self.x.as_ptr().wrapping_add((line + x) * self.channels[0]);
-                }
-            }
-        }
-        pixels
-    }
-}
-
-/// See [`Image::backward`].
+/// See [`Steps::backward`].
 struct Backward<'a, const N: usize, const M: usize> {
     image: &'a Image<'a>,
     tiles: Range<usize>,
@@ -561,16 +443,17 @@ impl<const N: usize, const M: usize> Kernel for Backward<'_, N, M> {
             }
             c
         };
-        let channels = image.channels[1];
+        let Geometry { channels: [_, channels], height: [_, oh], width: [_, ow], .. } = *image.geometry;
+        let bias = image.winograd.bias.as_slice();
         let vectors = channels.div_ceil(S::LANES);
         let bounds = split_activation(image.activation).0;
         let mut between = MaybeUninit::<Between>::uninit();
         let between = between.as_mut_ptr().cast::<f32>();
         for tile in tiles {
-            let [plane, top, left] = image.place(tile, M);
-            let (height, width) = (M.min(image.height[1] - top), M.min(image.width[1] - left));
-            let first = ((plane * image.height[1] + top) * image.width[1] + left) * channels;
-            let from = rows.start.at((tile - rows.first) * rows.ld);
+            let [plane, top, left] = image.geometry.place(tile, M);
+            let (height, width) = (M.min(oh - top), M.min(ow - left));
+            let first = ((plane * oh + top) * ow + left) * channels;
+            let from = rows.tile(tile);
             let mut v = 0;
             while v < vectors {
                 let end = (v + LINE / S::LANES).min(vectors);
@@ -598,8 +481,8 @@ impl<const N: usize, const M: usize> Kernel for Backward<'_, N, M> {
                                 *r = s.load_ptr(between.add((i * N + j) * LINE + (u - v) * S::LANES));
                             }
                             let y = output_transform::<S, N, M>(s, &c, &r);
-                            let bias = s.load_ptr(image.bias.as_ptr().add(at));
-                            let at = first + i * image.width[1] * channels + at;
+                            let bias = s.load_ptr(bias.as_ptr().add(at));
+                            let at = first + i * ow * channels + at;
                             for (j, y) in y.iter().enumerate() {
                                 if j < width {
                                     let at = at + j * channels;

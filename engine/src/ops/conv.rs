@@ -206,7 +206,7 @@ impl Operator for Conv {
 
 impl Conv {
     /// The input for one image, if the sizes of images are known.
-    fn input_if_known(&self, cx: &Prepare, w: &[usize]) -> Result<Option<ConvInput>> {
+    pub(super) fn input_if_known(&self, cx: &Prepare, w: &[usize]) -> Result<Option<ConvInput>> {
         let Some(x) = cx.inputs.first().and_then(Option::as_ref) else { return Ok(None) };
         let Some((_, _, spatial)) = split_fact(x, self.layout)? else { return Ok(None) };
         let Some(spatial) = spatial.iter().map(Dim::known).collect::<Option<Vec<_>>>() else { return Ok(None) };

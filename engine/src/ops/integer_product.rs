@@ -9,11 +9,12 @@ use crate::error::{Error, Result};
 use crate::fact::Fact;
 use crate::tensor::{DType, Dims, Tensor, TensorMut, TensorView, element_count};
 use std::sync::Arc;
-use weblane_kernels::conv::{ConvInput, Layout};
+use weblane_kernels::conv::{Algorithm, ConvInput, Layout};
 use weblane_kernels::epilogue::Activation;
 use weblane_kernels::int8::{Addend, Bytes, BytesMut, Form, Output, PackedQ, QConv, QMatrix, Requantize, qgemm};
 use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
+use weblane_kernels::winograd::TileSize;
 
 /// No model has these operators by name.
 pub const OPERATORS: &[Registration] = &[];
@@ -159,7 +160,8 @@ impl IntegerProduct {
         }
     }
 
-    fn pack(&self, isa: Isa, b: TensorView) -> Result<Packed> {
+    /// `algorithm` is that of a convolution.
+    fn pack(&self, isa: Isa, algorithm: Algorithm, b: TensorView) -> Result<Packed> {
         let form = Form::best(isa);
         match &self.kind {
             Kind::MatMul(m) => {
@@ -169,20 +171,32 @@ impl IntegerProduct {
                 Ok(Packed::MatMul(PackedQ::new(isa, form, b, &self.b_zero)?))
             }
             Kind::Conv(c) => {
-                Ok(Packed::Conv(QConv::new(isa, form, c.params(b.dims)?, bytes_of(b)?, &self.b_zero)?))
+                let params = c.params(b.dims)?;
+                Ok(Packed::Conv(QConv::new(isa, form, params, algorithm, bytes_of(b)?, &self.b_zero)?))
             }
         }
     }
 
     /// The packed form of a constant B.
-    fn packed(&self, cx: &Prepare, b: &Arc<Tensor>) -> Result<Arc<Packed>> {
+    fn packed(&self, cx: &Prepare, algorithm: Algorithm, b: &Arc<Tensor>) -> Result<Arc<Packed>> {
         let geometry = match &self.kind {
             Kind::MatMul(m) => format!("transposed {}", m.trans_b),
-            Kind::Conv(c) => format!("{:?}", c.params(b.dims())?),
+            Kind::Conv(c) => format!("{algorithm:?} {:?}", c.params(b.dims())?),
         };
         let (isa, zeros): (Isa, &[i32]) = (cx.isa, &self.b_zero);
         let kind = format!("int8 {isa} {geometry} {zeros:?}");
-        cx.cache.get(b, &kind, |b| self.pack(isa, b.view()))
+        cx.cache.get(b, &kind, |b| self.pack(isa, algorithm, b.view()))
+    }
+
+    /// How a convolution is computed, by any precision, since integers are exact; `None` if that depends on the input,
+    /// and it is not known yet.
+    fn algorithm(&self, isa: Isa, b: &[usize], image: Option<&ConvInput>) -> Result<Option<Algorithm>> {
+        let Kind::Conv(c) = &self.kind else { return Ok(Some(Algorithm::Direct)) };
+        let (form, params) = (Form::best(isa), c.params(b)?);
+        if !QConv::depends_on_input(isa, form, &params) {
+            return Ok(Some(Algorithm::Direct));
+        }
+        Ok(image.map(|image| QConv::choose(isa, form, &params, image)))
     }
 
     /// The image of a convolution.
@@ -362,15 +376,17 @@ impl Operator for IntegerProduct {
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (a, b) = (io.input(0)?, io.input(1)?);
-        let packed = self.pack(cx.isa(), b)?;
+        // Transforming weights for one run is not worth it.
+        let packed = self.pack(cx.isa(), Algorithm::Direct, b)?;
         let image = self.image(a.dims, b.dims)?;
         self.run_any(cx, io, &packed, image.as_ref())
     }
 
     fn prepare(&self, cx: &Prepare) -> Result<Option<Arc<dyn Compute>>> {
         let Some(b) = cx.constant(1) else { return Ok(None) };
-        let packed = self.packed(cx, b)?;
         let image = self.image(&cx.dims(0)?, b.dims())?;
+        let algorithm = self.algorithm(cx.isa, b.dims(), image.as_ref())?.unwrap_or(Algorithm::Direct);
+        let packed = self.packed(cx, algorithm, b)?;
         let results = element_count(&cx.output_dims(0)?)?;
         let flops = 2 * results.saturating_mul(self.columns(b.dims())?.0) as u64;
         Ok(Some(Arc::new(Prepared { op: self.clone(), packed, image, flops })))
@@ -378,7 +394,12 @@ impl Operator for IntegerProduct {
 
     fn prepack(&self, cx: &Prepare) -> Result<&'static [usize]> {
         let Some(b) = cx.constant(1) else { return Ok(&[]) };
-        self.packed(cx, b)?;
+        let image = match &self.kind {
+            Kind::Conv(c) => c.input_if_known(cx, b.dims())?,
+            Kind::MatMul(_) => None,
+        };
+        let Some(algorithm) = self.algorithm(cx.isa, b.dims(), image.as_ref())? else { return Ok(&[]) };
+        self.packed(cx, algorithm, b)?;
         Ok(&[1])
     }
 
@@ -413,7 +434,11 @@ impl Compute for Prepared {
     fn kernel(&self) -> &str {
         match &*self.packed {
             Packed::MatMul(_) => "int8 gemm",
-            Packed::Conv(_) => "int8 conv",
+            Packed::Conv(conv) => match conv.algorithm() {
+                Algorithm::Direct => "int8 conv",
+                Algorithm::Winograd(TileSize::Two) => "int8 conv winograd 2x2",
+                Algorithm::Winograd(TileSize::Four) => "int8 conv winograd 4x4",
+            },
         }
     }
 
@@ -423,5 +448,55 @@ impl Compute for Prepared {
 
     fn flops(&self) -> u64 {
         self.flops
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::PackCache;
+    use super::super::spatial::{AutoPad, Window};
+    use super::*;
+    use crate::fact::Dim;
+    use weblane_kernels::par::Pool;
+
+    #[test]
+    fn the_size_of_the_image_decides_the_algorithm() {
+        let weights = Arc::new(Tensor::from_slice(&[64, 64, 3, 3], &[1i8; 64 * 64 * 9]).unwrap());
+        let axes = |sizes: &[usize]| sizes.iter().copied().collect();
+        let window = Window {
+            kernel: None,
+            strides: axes(&[]),
+            dilations: axes(&[]),
+            pads: axes(&[1; 4]),
+            auto_pad: AutoPad::NotSet,
+            ceil: false,
+        };
+        let (layout, activation) = (Layout::Nhwc, Activation::Identity);
+        let op = IntegerProduct {
+            kind: Kind::Conv(Conv { window, groups: 1, layout, activation, residual: false }),
+            a_zero: Some(0),
+            b_zero: Table::shortest(vec![0]),
+            bias: None,
+            target: Target::Sums,
+        };
+        let image = |size: Dim| {
+            let dims = [Dim::Known(1), size.clone(), size, Dim::Known(64)];
+            Fact::with_shape(DType::U8, dims.into_iter().collect())
+        };
+        let outputs = [Fact::new(DType::I32, &[1, 12, 12, 64])];
+        Pool::new(1).run(Isa::best(), |cx| {
+            let (cache, isa) = (PackCache::default(), cx.isa());
+            let prepare = |size: Dim, run: &dyn Fn(&Prepare) -> String| {
+                let inputs = [Some(image(size)), Some(Fact::constant(weights.clone()))];
+                run(&Prepare { isa, cx, inputs: &inputs, outputs: &outputs, cache: &cache })
+            };
+            let early = |p: &Prepare| format!("{:?}", op.prepack(p).unwrap());
+            let wide = Form::best(isa) == Form::Wide;
+            assert_eq!(prepare(Dim::Unknown, &early), if wide { "[]" } else { "[1]" });
+            assert_eq!(prepare(Dim::Known(12), &early), "[1]");
+            let kernel = prepare(Dim::Known(12), &|p| op.prepare(p).unwrap().unwrap().kernel().to_owned());
+            assert_eq!(kernel, if wide { "int8 conv winograd 4x4" } else { "int8 conv" });
+            assert_eq!(cache.len(), 1, "what was packed early is what a plan asks for");
+        });
     }
 }

@@ -175,7 +175,8 @@ fn convolution_int8(shape: [usize; 6]) -> Work {
         prepare: Box::new(move |isa| {
             let weights = vec![3; out_channels * per_output];
             let (bias, multiplier) = (vec![100; out_channels], vec![1e-3; out_channels]);
-            let conv = QConv::new(isa, Form::best(isa), params.clone(), Bytes::I8(&weights), &[0]).expect("sizes fit");
+            let (form, params) = (Form::best(isa), params.clone());
+            let conv = QConv::new(isa, form, params, Algorithm::Direct, Bytes::I8(&weights), &[0]).expect("sizes fit");
             let x = vec![131; size * size * in_channels];
             let mut out = vec![0; side * side * out_channels];
             let input = input.clone();

@@ -18,6 +18,7 @@ mod pack;
 mod pointwise;
 mod table;
 mod tile;
+mod winograd;
 
 pub use digest::{DIGEST, digest};
 pub use form::Form;
@@ -25,15 +26,17 @@ pub(crate) use output::{load_bytes, store_bytes};
 pub use pack::PackedQ;
 pub use pointwise::{Binary, Function, Mean, binary, lookup, lookup_in_place, max_pool, mean};
 
-use crate::conv::{ConvInput, ConvParams, volume};
+use crate::conv::{Algorithm, ConvInput, ConvParams, volume};
 use crate::epilogue::Activation;
 use crate::error::{Error, Result};
 use crate::par::Cx;
 use crate::simd::Isa;
+use crate::winograd::TileSize;
 use depthwise::QDepthwise;
 use gather::{Lhs, Matrix, Patches};
 use nest::Problem;
 use output::Sink;
+use winograd::QWinograd;
 
 /// 8-bit elements.
 #[derive(Clone, Copy, Debug)]
@@ -351,22 +354,47 @@ enum Weights {
     Products(Vec<PackedQ>),
     /// One channel per group.
     Depthwise(QDepthwise),
+    Winograd(QWinograd),
 }
 
 impl QConv {
+    /// The fastest algorithm for a convolution and an input that is worth its memory. All give the same sums.
+    pub fn choose(isa: Isa, form: Form, params: &ConvParams, input: &ConvInput) -> Algorithm {
+        if Self::depends_on_input(isa, form, params) { Algorithm::by_size(params, input) } else { Algorithm::Direct }
+    }
+
+    /// Whether [`choose`](Self::choose) looks at the input.
+    pub fn depends_on_input(isa: Isa, form: Form, params: &ConvParams) -> bool {
+        QWinograd::supports(isa, form, params)
+    }
+
     /// Packs `weights`, laid out `[out, in / groups, kd, kh, kw]` as in ONNX, with zero points `zero`: one for all, or
-    /// one for each output channel.
+    /// one for each output channel. Weights that are too large for the algorithm get one with smaller tiles or without.
     ///
     /// # Errors
-    /// If sizes are zero, groups do not divide the channels, `weights` or `zero` have the wrong length, or the form is
-    /// not of this instruction set.
-    pub fn new(isa: Isa, form: Form, params: ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
+    /// If sizes are zero, groups do not divide the channels, `weights` or `zero` have the wrong length, the form is not
+    /// of this instruction set, or the algorithm not for these parameters ([`QConv::choose`] names one that is).
+    pub fn new(
+        isa: Isa,
+        form: Form,
+        params: ConvParams,
+        algorithm: Algorithm,
+        weights: Bytes<'_>,
+        zero: &[i32],
+    ) -> Result<Self> {
         form.check(isa)?;
-        Self::pack(isa, form, params, weights, zero)
+        Self::pack(isa, form, params, algorithm, weights, zero)
     }
 
     /// [`QConv::new`] for any form.
-    fn pack(isa: Isa, form: Form, params: ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
+    fn pack(
+        isa: Isa,
+        form: Form,
+        params: ConvParams,
+        algorithm: Algorithm,
+        weights: Bytes<'_>,
+        zero: &[i32],
+    ) -> Result<Self> {
         params.check()?;
         let ConvParams { in_channels, out_channels, groups, kernel, .. } = params;
         let (ipg, opg, taps) = (in_channels / groups, out_channels / groups, volume(&kernel)?);
@@ -376,6 +404,16 @@ impl QConv {
             return Err(Error::new(format!("{} zero points for {out_channels} output channels", zero.len())));
         }
         zero.iter().try_for_each(|&zero| weights.check_zero("the weights", zero))?;
+        if let Algorithm::Winograd(size) = algorithm {
+            if !QWinograd::supports(isa, form, &params) {
+                return Err(Error::new(format!("Winograd's algorithm is not for {params:?} with {isa} and {form}")));
+            }
+            for smaller in [TileSize::Four, TileSize::Two].into_iter().filter(|s| s.outputs() <= size.outputs()) {
+                if let Some(winograd) = QWinograd::new(isa, smaller, &params, weights, zero)? {
+                    return Ok(Self { isa, params, weights: Weights::Winograd(winograd) });
+                }
+            }
+        }
         if QDepthwise::supports(isa, &params) {
             let weights = Weights::Depthwise(QDepthwise::new(&params, weights, zero)?);
             return Ok(Self { isa, params, weights });
@@ -406,9 +444,18 @@ impl QConv {
         &self.params
     }
 
+    /// How it is computed.
+    pub fn algorithm(&self) -> Algorithm {
+        match &self.weights {
+            Weights::Products(_) | Weights::Depthwise(_) => Algorithm::Direct,
+            Weights::Winograd(winograd) => Algorithm::Winograd(winograd.size()),
+        }
+    }
+
     /// Memory the packed weights hold.
     pub fn bytes(&self) -> usize {
         match &self.weights {
+            Weights::Winograd(winograd) => winograd.bytes(),
             Weights::Products(groups) => groups.iter().map(PackedQ::bytes).sum(),
             Weights::Depthwise(depthwise) => depthwise.bytes(),
         }
@@ -452,6 +499,11 @@ impl QConv {
                 // SAFETY: the input and the output were checked to have the sizes that the parameters say.
                 unsafe { depthwise.run(cx, &self.params, input, out_spatial, x, x_zero, bias, &sink) };
                 return Ok(());
+            }
+            Weights::Winograd(winograd) => {
+                let sink = Sink::new(out_channels, output);
+                // SAFETY: as above.
+                return unsafe { winograd.run(cx, &self.params, input, out_spatial, x, x_zero, bias, &sink) };
             }
         };
         let (ipg, opg) = (in_channels / groups, out_channels / groups);

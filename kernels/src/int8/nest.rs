@@ -99,6 +99,113 @@ impl Grid {
     fn row(&self, tile: usize) -> usize {
         tile * self.height + tile.min(self.tall)
     }
+
+    /// Some tiles as strips of one height, of which the first may be none; rows count from the first tile.
+    fn strips(&self, tiles: Range<usize>) -> [Tall; 2] {
+        // Tall tiles come first.
+        let border = self.tall.clamp(tiles.start, tiles.end);
+        let row = self.row(border) - self.row(tiles.start);
+        [
+            Tall { row: 0, tiles: border - tiles.start, height: self.height + 1 },
+            Tall { row, tiles: tiles.end - border, height: self.height },
+        ]
+    }
+}
+
+/// Tiles of one height, one below the other.
+#[derive(Clone, Copy)]
+struct Tall {
+    row: usize,
+    tiles: usize,
+    height: usize,
+}
+
+/// Rows of A times panels of B, to sums: the inner loops of the nest.
+struct Sweep<'a> {
+    form: Form,
+    strips: [Tall; 2],
+    /// First row of A.
+    a: *const i32,
+    lda: usize,
+    /// All panels of the right-hand side, of `groups` along k and `n` columns.
+    b: &'a [i32],
+    groups: usize,
+    n: usize,
+    panels: Range<usize>,
+    /// What the sums begin with, for all columns of the panels filled up to whole vectors.
+    start: &'a [i32],
+    /// First sum.
+    sums: *mut i32,
+    ld: usize,
+}
+
+impl Sweep<'_> {
+    /// # Safety
+    /// A has the rows of the strips, `lda` of at least `groups` each, and so have the sums, `ld` of at least the width of
+    /// the panels each, which nobody else uses.
+    unsafe fn run(&self, isa: Isa) {
+        let Self { form, groups, n, lda, ld, .. } = *self;
+        let (nr, kc) = (table::panel_width(isa, form), table::tile(isa, form).kc);
+        let mut pc = 0;
+        loop {
+            let depth = kc.min(groups - pc);
+            for panel in self.panels.clone() {
+                let width = nr.min(n - panel * nr).next_multiple_of(isa.lanes());
+                // All panels before this one are of full width.
+                let b = &self.b[panel * nr * groups + pc * width..][..depth * width];
+                let column = (panel - self.panels.start) * nr;
+                let start = if pc == 0 { self.start[column..][..width].as_ptr() } else { core::ptr::null() };
+                for Tall { row, tiles, height } in self.strips {
+                    if tiles == 0 {
+                        continue;
+                    }
+                    let strip = Strip {
+                        height,
+                        tiles,
+                        vectors: width / isa.lanes(),
+                        k: depth,
+                        a: self.a.wrapping_add(row * lda + pc),
+                        lda,
+                        b: b.as_ptr(),
+                        sums: self.sums.wrapping_add(row * ld + column),
+                        ld,
+                        start,
+                    };
+                    // SAFETY: the caller's contract.
+                    unsafe { strip.run(isa, form) };
+                }
+            }
+            pc += depth;
+            if pc == groups {
+                break;
+            }
+        }
+    }
+}
+
+/// Sums of `m` rows of A and all columns of a right-hand side in [`Form::Wide`], whose packed panels are `b`: `groups`
+/// pairs along k, `n` columns. `zeros` are as many as a row of sums has.
+///
+/// # Safety
+/// A has the rows, `lda` of at least `groups` each, and so have the sums, `ld` of at least `n` filled up to whole vectors
+/// each, which nobody else uses.
+pub(super) unsafe fn multiply(
+    isa: Isa,
+    m: usize,
+    [a, sums]: [*mut i32; 2],
+    [lda, ld]: [usize; 2],
+    b: &[i32],
+    [groups, n]: [usize; 2],
+    zeros: &[i32],
+) {
+    let form = Form::Wide;
+    let (mr, nr) = (table::tile(isa, form).mr, table::panel_width(isa, form));
+    let (tiles, panels) = (m.div_ceil(mr), n.div_ceil(nr));
+    let grid = Grid { tiles, height: m / tiles, tall: m % tiles, panels, row_blocks: 1, panel_blocks: 1 };
+    let strips = grid.strips(0..tiles);
+    let sweep = Sweep { form, strips, a, lda, b, groups, n, panels: 0..panels, start: zeros, sums, ld };
+    // SAFETY: the caller's contract.
+    unsafe { sweep.run(isa) };
 }
 
 /// Computes `problems` products of one shape, `m` rows with zero point `a_zero` and `b` like `first`, in parallel.
@@ -175,7 +282,7 @@ impl Block<'_> {
         let Self { problem: Problem { lhs, b, column, bias }, grid, a_zero, lda, together, .. } = *self;
         let (form, n, k) = (b.form(), b.n(), b.k());
         let groups = k.div_ceil(form.group());
-        let (nr, kc) = (table::panel_width(isa, form), table::tile(isa, form).kc);
+        let nr = table::panel_width(isa, form);
         let rows = grid.row(self.tiles.start)..grid.row(self.tiles.end);
         let first_column = self.panels.start * nr;
         let columns = first_column..(self.panels.end * nr).min(n);
@@ -200,52 +307,27 @@ impl Block<'_> {
         if zeros.is_some() {
             dispatch_dot(isa, form, RowSums { a, lda, groups, sums: &mut row_sums[..rows.len()] });
         }
-        // Tall tiles come first: at most two strips of one height each.
-        let border = grid.tall.clamp(self.tiles.start, self.tiles.end);
-        let strips = [(self.tiles.start..border, grid.height + 1), (border..self.tiles.end, grid.height)];
+        let strips = grid.strips(self.tiles.clone());
         let ld = together * nr;
         assert!(sums.len() >= rows.len() * ld);
         for first in self.panels.clone().step_by(together) {
             let panels = first..(first + together).min(self.panels.end);
             let cols = panels.start * nr..(panels.end * nr).min(n);
-            let mut pc = 0;
-            loop {
-                let depth = kc.min(groups - pc);
-                for panel in panels.clone() {
-                    let width = nr.min(n - panel * nr).next_multiple_of(isa.lanes());
-                    // All panels before this one are of full width.
-                    let b = &b.data()[panel * nr * groups + pc * width..][..depth * width];
-                    for (tiles, height) in &strips {
-                        if tiles.is_empty() {
-                            continue;
-                        }
-                        let i = grid.row(tiles.start) - rows.start;
-                        let strip = Strip {
-                            height: *height,
-                            tiles: tiles.len(),
-                            vectors: width / isa.lanes(),
-                            k: depth,
-                            a: a.as_ptr().wrapping_add(i * lda + pc),
-                            lda,
-                            b: b.as_ptr(),
-                            sums: sums.as_mut_ptr().wrapping_add(i * ld + (panel - first) * nr),
-                            ld,
-                            start: if pc == 0 {
-                                start[panel * nr - first_column..].as_ptr()
-                            } else {
-                                core::ptr::null()
-                            },
-                        };
-                        // SAFETY: A has the rows of the block, `lda` of at least `groups` each, and so have the sums,
-                        // `ld` each.
-                        unsafe { strip.run(isa, form) };
-                    }
-                }
-                pc += depth;
-                if pc == groups {
-                    break;
-                }
-            }
+            let sweep = Sweep {
+                form,
+                strips,
+                a: a.as_ptr(),
+                lda,
+                b: b.data(),
+                groups,
+                n,
+                panels,
+                start: &start[cols.start - first_column..],
+                sums: sums.as_mut_ptr(),
+                ld,
+            };
+            // SAFETY: A has the rows of the block, `lda` of at least `groups` each, and so have the sums, `ld` each.
+            unsafe { sweep.run(isa) };
             if let Some(zeros) = zeros {
                 let row_sums = &row_sums[..rows.len()];
                 dispatch(isa, TakeBack { zeros: &zeros[cols.clone()], sums, ld, row_sums });

@@ -203,6 +203,81 @@ fn sums_wrap_and_tasks_do_not_change_them() {
     });
 }
 
+/// Those that can compute a convolution.
+fn algorithms(isa: Isa, form: Form, params: &ConvParams) -> Vec<Algorithm> {
+    let all = [Algorithm::Direct, Algorithm::Winograd(TileSize::Two), Algorithm::Winograd(TileSize::Four)];
+    all[..if QWinograd::supports(isa, form, params) { 3 } else { 1 }].to_vec()
+}
+
+/// A convolution of 3 x 3 whose operands all are as large as they can be, and where tiles of 4 x 4 would overflow.
+#[test]
+fn the_largest_sums_fit_the_tiles_that_are_taken() {
+    each_context(|cx| {
+        let isa = cx.isa();
+        // 9 * 255 * 255 * 64 times 57 is just below 2^31.
+        for (channels, size) in [(57, TileSize::Four), (58, TileSize::Two)] {
+            let params = ConvParams {
+                in_channels: channels,
+                out_channels: 32,
+                groups: 1,
+                kernel: [1, 3, 3],
+                strides: [1; 3],
+                dilations: [1; 3],
+            };
+            let input = ConvInput { batch: 1, spatial: [1, 6, 6], pads_begin: [0; 3], pads_end: [0; 3] };
+            let x = vec![255; channels * 36];
+            for (weights, zero, sign) in [(vec![255; 32 * channels * 9], 0, 1), (vec![0; 32 * channels * 9], 255, -1)] {
+                let algorithm = Algorithm::Winograd(TileSize::Four);
+                let conv =
+                    QConv::new(isa, Form::Wide, params.clone(), algorithm, Bytes::U8(&weights), &[zero]).unwrap();
+                assert_eq!(conv.algorithm(), Algorithm::Winograd(size));
+                let mut sums = vec![0; 16 * 32];
+                conv.run(cx, &input, Bytes::U8(&x), 0, None, Output::Sums(&mut sums)).unwrap();
+                let want = sign * 255 * 255 * 9 * channels as i32;
+                assert!(sums.iter().all(|&sum| sum == want), "{isa} {channels}: {want} {sums:?}");
+            }
+        }
+        let params = ConvParams {
+            in_channels: 2,
+            out_channels: 32,
+            groups: 1,
+            kernel: [1, 3, 3],
+            strides: [1; 3],
+            dilations: [1; 3],
+        };
+        let algorithm = Algorithm::Winograd(TileSize::Two);
+        let refused = QConv::new(isa, Form::Wide, params, algorithm, Bytes::U8(&[0; 2 * 32 * 9]), &[0]);
+        assert!(refused.is_err(), "too few channels");
+    });
+}
+
+/// As large as the first test's inputs are, and enough weights that the three steps run one after the other.
+#[test]
+fn weights_beyond_the_cache_give_the_same_sums() {
+    let params = ConvParams {
+        in_channels: 96,
+        out_channels: 160,
+        groups: 1,
+        kernel: [1, 3, 3],
+        strides: [1; 3],
+        dilations: [1; 3],
+    };
+    let input = ConvInput { batch: 2, spatial: [1, 13, 17], pads_begin: [0, 1, 1], pads_end: [0, 1, 1] };
+    let mut r = Random(9);
+    let (x, w) = (r.bytes(2 * 13 * 17 * 96), r.bytes(160 * 96 * 9));
+    let centred: Vec<i32> = (0..w.bytes.len()).map(|i| w.get().get(i)).collect();
+    let sums = crate::reference::int8::conv(&params, &input, [1, 13, 17], x.get(), 3, &centred, None).unwrap();
+    each_context(|cx| {
+        let isa = cx.isa();
+        for algorithm in algorithms(isa, Form::Wide, &params) {
+            let conv = QConv::new(isa, Form::Wide, params.clone(), algorithm, w.get(), &[0]).unwrap();
+            let mut got = vec![0; sums.len()];
+            conv.run(cx, &input, x.get(), 3, None, Output::Sums(&mut got)).unwrap();
+            assert!(got == sums, "{isa} {algorithm:?}");
+        }
+    });
+}
+
 #[test]
 fn convolutions_match_the_oracle() {
     let mut r = Random(2);
@@ -231,6 +306,11 @@ fn convolutions_match_the_oracle() {
         (conv(16, 16, 16, [2, 1, 4], one, [1, 1, 2]), [3, 4, 9], [1, 0, 2]),
         (conv(8, 8, 8, [1, 1, 1], one, one), [1, 4, 4], [0; 3]),
         (conv(1, 4, 1, [1, 1, 7], one, one), [1, 1, 3], [0, 0, 6]),
+        // Also by Winograd's algorithm.
+        (conv(16, 17, 1, [1, 3, 3], one, one), [2, 5, 11], [0, 1, 1]),
+        (conv(35, 32, 1, [1, 3, 3], one, one), [1, 8, 9], [0, 1, 1]),
+        (conv(33, 70, 1, [1, 3, 3], one, one), [1, 4, 3], [0, 2, 0]),
+        (conv(70, 90, 1, [1, 3, 3], one, one), [3, 10, 10], [1, 1, 1]),
     ];
     each_context(|cx| {
         for form in Form::ALL {
@@ -255,11 +335,14 @@ fn convolutions_match_the_oracle() {
                 let bias = r.integers(params.out_channels);
                 let bias = (r.below(2) == 0).then_some(&bias[..]);
                 let sums = crate::reference::int8::conv(params, &input, out, x.get(), x_zero, &centred, bias).unwrap();
-                let conv = QConv::pack(cx.isa(), form, params.clone(), w.get(), &w_zero).unwrap();
-                let what = format!("{} {form} {params:?} {input:?}", cx.isa());
-                compare(&what, &mut r, &sums, params.out_channels, |output| {
-                    conv.run(cx, &input, x.get(), x_zero, bias, output)
-                });
+                for algorithm in algorithms(cx.isa(), form, params) {
+                    let conv = QConv::pack(cx.isa(), form, params.clone(), algorithm, w.get(), &w_zero).unwrap();
+                    assert_eq!(conv.algorithm(), algorithm);
+                    let what = format!("{} {form} {algorithm:?} {params:?} {input:?}", cx.isa());
+                    compare(&what, &mut r, &sums, params.out_channels, |output| {
+                        conv.run(cx, &input, x.get(), x_zero, bias, output)
+                    });
+                }
             }
         }
     });

@@ -307,6 +307,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_i32_ptr(self, p: *mut i32, v: Self::I32);
     /// Two `i16` in each lane, all `x`.
     fn splat_i16(self, x: i16) -> Self::I32;
+    /// `a + b` of two `i16` in each lane, wrapping.
+    fn add_i16(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a - b` of two `i16` in each lane, wrapping.
     fn sub_i16(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a0 b0 + a1 b1` of the two `i16` in each lane, wrapping.

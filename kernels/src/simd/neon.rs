@@ -160,6 +160,8 @@ impl Simd for Neon {
         mask_or(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vorrq_u32(a, b);
         mask_any(m: uint32x4_t) -> bool = vmaxvq_u32(m) != 0;
         splat_i16(x: i16) -> int32x4_t = vreinterpretq_s32_s16(vdupq_n_s16(x));
+        add_i16(a: int32x4_t, b: int32x4_t) -> int32x4_t =
+            vreinterpretq_s32_s16(vaddq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
         sub_i16(a: int32x4_t, b: int32x4_t) -> int32x4_t =
             vreinterpretq_s32_s16(vsubq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
         dot_i16(a: int32x4_t, b: int32x4_t) -> int32x4_t = {

@@ -255,6 +255,10 @@ impl Simd for Scalar {
         pair(x, x)
     }
     #[inline(always)]
+    fn add_i16(self, a: i32, b: i32) -> i32 {
+        pair((a as i16).wrapping_add(b as i16), ((a >> 16) as i16).wrapping_add((b >> 16) as i16))
+    }
+    #[inline(always)]
     fn sub_i16(self, a: i32, b: i32) -> i32 {
         pair((a as i16).wrapping_sub(b as i16), ((a >> 16) as i16).wrapping_sub((b >> 16) as i16))
     }

@@ -279,6 +279,8 @@ impl Kernel for Shorts {
 
                 let (a, b) = (s.load_i32_ptr(p.cast()), s.load_i32_ptr(q.cast()));
                 let both = || shorts(a).into_iter().zip(shorts(b));
+                let plus: Vec<i16> = both().map(|(a, b)| a.wrapping_add(b)).collect();
+                assert_eq!(shorts(s.add_i16(a, b)), plus, "{name} add_i16");
                 let minus: Vec<i16> = both().map(|(a, b)| a.wrapping_sub(b)).collect();
                 assert_eq!(shorts(s.sub_i16(a, b)), minus, "{name} sub_i16");
                 let products: Vec<i32> = both().map(|(a, b)| i32::from(a) * i32::from(b)).collect();

@@ -154,6 +154,7 @@ macro_rules! implement {
                 mask_or(a: v128, b: v128) -> v128 = v128_or(a, b);
                 mask_any(m: v128) -> bool = v128_any_true(m);
                 splat_i16(x: i16) -> v128 = i16x8_splat(x);
+                add_i16(a: v128, b: v128) -> v128 = i16x8_add(a, b);
                 sub_i16(a: v128, b: v128) -> v128 = i16x8_sub(a, b);
                 dot_i16(a: v128, b: v128) -> v128 = i32x4_dot_i16x8(a, b);
                 splat_i32(x: i32) -> v128 = i32x4_splat(x);

@@ -196,6 +196,7 @@ macro_rules! impl_128 {
                 mask_or(a: __m128, b: __m128) -> __m128 = _mm_or_ps(a, b);
                 mask_any(m: __m128) -> bool = _mm_movemask_ps(m) != 0;
                 splat_i16(x: i16) -> __m128i = _mm_set1_epi16(x);
+                add_i16(a: __m128i, b: __m128i) -> __m128i = _mm_add_epi16(a, b);
                 sub_i16(a: __m128i, b: __m128i) -> __m128i = _mm_sub_epi16(a, b);
                 dot_i16(a: __m128i, b: __m128i) -> __m128i = _mm_madd_epi16(a, b);
                 splat_i32(x: i32) -> __m128i = _mm_set1_epi32(x);
@@ -406,6 +407,7 @@ impl Simd for Avx2 {
         mask_or(a: __m256, b: __m256) -> __m256 = _mm256_or_ps(a, b);
         mask_any(m: __m256) -> bool = _mm256_movemask_ps(m) != 0;
         splat_i16(x: i16) -> __m256i = _mm256_set1_epi16(x);
+        add_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi16(a, b);
         sub_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_sub_epi16(a, b);
         dot_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_madd_epi16(a, b);
         splat_i32(x: i32) -> __m256i = _mm256_set1_epi32(x);
@@ -600,6 +602,7 @@ impl Simd for Avx512 {
         mask_or(a: __mmask16, b: __mmask16) -> __mmask16 = a | b;
         mask_any(m: __mmask16) -> bool = m != 0;
         splat_i16(x: i16) -> __m512i = _mm512_set1_epi16(x);
+        add_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi16(a, b);
         sub_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi16(a, b);
         dot_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_madd_epi16(a, b);
         splat_i32(x: i32) -> __m512i = _mm512_set1_epi32(x);

@@ -101,7 +101,7 @@ fn weights_beyond_the_cache_run_step_by_step() {
     let (params, input) = (params(130, 140), input(1, [30, 31], [1; 4]));
     let w = vec![0.0; params.in_channels * params.out_channels * 9];
     let conv = Winograd::new(Isa::Scalar, TileSize::Two, &params, &w, None).unwrap();
-    assert!(conv.bytes() > SMALL_WEIGHTS);
+    assert!(conv.bytes() > steps::SMALL_WEIGHTS);
     check(&params, &input);
 }
 
