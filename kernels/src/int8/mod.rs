@@ -35,7 +35,7 @@ use crate::winograd::TileSize;
 use depthwise::QDepthwise;
 use gather::{Lhs, Matrix, Patches};
 use nest::Problem;
-use output::Sink;
+use output::{Sink, largest_sum};
 use winograd::QWinograd;
 
 /// 8-bit elements.
@@ -334,7 +334,7 @@ pub fn qgemm(
         crate::conv::check_len("the bias", bias.len(), b.n())?;
     }
     output.check(a.rows, b.n())?;
-    let sink = Sink::new(b.n(), output);
+    let sink = Sink::new(b.n(), output, largest_sum(a.cols, bias));
     let lhs = Lhs::Matrix(Matrix { data: a.data, row_stride: a.row_stride, col_stride: a.col_stride });
     // SAFETY: A was checked to have its rows, the output to have all of `m` x `n`.
     unsafe { nest::run(cx, 1, a.rows, a_zero, b, &|_| Problem { lhs, b, column: 0, bias }, &sink) }
@@ -492,22 +492,21 @@ impl QConv {
         if m == 0 || out_channels == 0 {
             return Ok(());
         }
+        let taps = volume(&kernel)?;
+        let sink = Sink::new(out_channels, output, largest_sum(in_channels / groups * taps, bias));
         let weights = match &self.weights {
             Weights::Products(weights) => weights,
             Weights::Depthwise(depthwise) => {
-                let sink = Sink::new(out_channels, output);
                 // SAFETY: the input and the output were checked to have the sizes that the parameters say.
                 unsafe { depthwise.run(cx, &self.params, input, out_spatial, x, x_zero, bias, &sink) };
                 return Ok(());
             }
             Weights::Winograd(winograd) => {
-                let sink = Sink::new(out_channels, output);
                 // SAFETY: as above.
                 return unsafe { winograd.run(cx, &self.params, input, out_spatial, x, x_zero, bias, &sink) };
             }
         };
         let (ipg, opg) = (in_channels / groups, out_channels / groups);
-        let sink = Sink::new(out_channels, output);
         let direct = kernel == [1; 3] && strides == [1; 3] && out_spatial == input.spatial;
         let problem = |group: usize| {
             let lhs = if direct {

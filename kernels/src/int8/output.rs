@@ -9,8 +9,9 @@
 //! ```
 //!
 //! Clamping comes before rounding, which gives the same since the bounds are integers; then adding `1.5 * 2^23`, whose
-//! neighbours are 1 apart, rounds half to even and leaves the integer in the low bits. Nothing here may fuse a product
-//! with a sum: the same bits everywhere.
+//! neighbours are 1 apart, rounds half to even and leaves the integer in the low bits. That is so for all numbers up to
+//! `2^22`: where no sum can be larger and the bounds are those of the type of the result, which packing to bytes
+//! saturates to, nothing is clamped. Nothing here may fuse a product with a sum: the same bits everywhere.
 
 use super::{Addend, Bytes, BytesMut, Output, Requantize};
 use crate::epilogue::Activation;
@@ -28,25 +29,47 @@ pub(super) struct Sink<'a> {
 enum Kind<'a> {
     Sums(*mut i32),
     Real { scale: &'a [f32], bias: Option<&'a [f32]>, residual: Option<&'a [f32]>, activation: Activation, y: *mut f32 },
-    Quantized { requantize: Requantize<'a>, signed: bool, y: *mut u8 },
+    Quantized {
+        requantize: Requantize<'a>,
+        signed: bool,
+        /// Packing to bytes clamps.
+        packs: bool,
+        y: *mut u8,
+    },
 }
+
+/// The largest sum of `k` products of bytes less their zero points, and a bias; none is of more than 32 bits.
+pub(super) fn largest_sum(k: usize, bias: Option<&[i32]>) -> f32 {
+    let bias = bias.into_iter().flatten().fold(0, |most, x| x.unsigned_abs().max(most));
+    (k as f32 * (255.0 * 255.0) + bias as f32).min(2_147_483_648.0)
+}
+
+/// Numbers of which rounding as above is exact, with room for the error of what is compared.
+const EXACT: f32 = 4e6;
 
 // SAFETY: tasks write disjoint parts, which `finish` demands.
 unsafe impl Sync for Sink<'_> {}
 
 impl<'a> Sink<'a> {
-    /// For sums with rows of `n`.
-    pub(super) fn new(n: usize, output: Output<'a>) -> Self {
+    /// For sums with rows of `n`, none larger than `largest`.
+    pub(super) fn new(n: usize, output: Output<'a>, largest: f32) -> Self {
+        let packs = |q: &Requantize<'_>, [lo, hi]: [i32; 2]| {
+            q.add.is_none()
+                && [q.lo, q.hi] == [lo, hi]
+                && q.multiplier.iter().all(|multiplier| multiplier.abs() * largest <= EXACT)
+        };
         let kind = match output {
             Output::Sums(y) => Kind::Sums(y.as_mut_ptr()),
             Output::Real { scale, bias, residual, activation, y } => {
                 Kind::Real { scale, bias, residual, activation, y: y.as_mut_ptr() }
             }
             Output::Quantized { requantize, y: BytesMut::U8(y) } => {
-                Kind::Quantized { requantize, signed: false, y: y.as_mut_ptr() }
+                let packs = packs(&requantize, [0, 255]);
+                Kind::Quantized { requantize, signed: false, packs, y: y.as_mut_ptr() }
             }
             Output::Quantized { requantize, y: BytesMut::I8(y) } => {
-                Kind::Quantized { requantize, signed: true, y: y.as_mut_ptr().cast() }
+                let packs = packs(&requantize, [-128, 127]);
+                Kind::Quantized { requantize, signed: true, packs, y: y.as_mut_ptr().cast() }
             }
         };
         Self { n, kind }
@@ -290,17 +313,19 @@ impl Kernel for Quantize<'_> {
     #[cfg_attr(target_arch = "wasm32", inline(never))]
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
-        let Kind::Quantized { requantize, signed, .. } = &self.0.sink.kind else {
+        let Kind::Quantized { requantize, signed, packs, .. } = &self.0.sink.kind else {
             unreachable!("not an output of quantised numbers")
         };
         // Constant in the loops: what they branch over takes as long as what they compute.
         // SAFETY: the contract of the type.
         unsafe {
-            match (requantize.add.is_some(), signed) {
-                (false, false) => self.part::<S, false, false>(s),
-                (false, true) => self.part::<S, false, true>(s),
-                (true, false) => self.part::<S, true, false>(s),
-                (true, true) => self.part::<S, true, true>(s),
+            match (requantize.add.is_some(), signed, packs) {
+                (false, false, false) => self.part::<S, false, false, false>(s),
+                (false, false, true) => self.part::<S, false, false, true>(s),
+                (false, true, false) => self.part::<S, false, true, false>(s),
+                (false, true, true) => self.part::<S, false, true, true>(s),
+                (true, false, _) => self.part::<S, true, false, false>(s),
+                (true, true, _) => self.part::<S, true, true, false>(s),
             }
         }
     }
@@ -310,7 +335,7 @@ impl Quantize<'_> {
     /// # Safety
     /// The contract of the type; the parameters are what the sink says.
     #[inline(always)]
-    unsafe fn part<S: Simd, const ADD: bool, const SIGNED: bool>(&self, s: S) {
+    unsafe fn part<S: Simd, const ADD: bool, const SIGNED: bool, const PACKS: bool>(&self, s: S) {
         let sink = self.0.sink;
         let Kind::Quantized { requantize: q, y, .. } = &sink.kind else {
             unreachable!("not an output of quantised numbers")
@@ -319,9 +344,9 @@ impl Quantize<'_> {
             // SAFETY: the caller's contract.
             unsafe {
                 if u.cols == 2 * S::LANES {
-                    quantize::<S, ADD, SIGNED>(s, q, &u, 2 * S::LANES, *y);
+                    quantize::<S, ADD, SIGNED, PACKS>(s, q, &u, 2 * S::LANES, *y);
                 } else {
-                    quantize::<S, ADD, SIGNED>(s, q, &u, u.cols, *y);
+                    quantize::<S, ADD, SIGNED, PACKS>(s, q, &u, u.cols, *y);
                 }
             }
         }
@@ -333,7 +358,7 @@ impl Quantize<'_> {
 /// # Safety
 /// The unit lies inside the output `y`; the parameters are what `q` and the type of `y` say.
 #[inline(always)]
-unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool>(
+unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool, const PACKS: bool>(
     s: S,
     q: &Requantize<'_>,
     u: &Unit,
@@ -350,7 +375,10 @@ unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool>(
             let v = sums(s, u.sums.add(i * u.ld));
             let mut x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
             for x in &mut x {
-                *x = s.add(s.at_most(s.at_least(*x, lo), hi), round);
+                if !PACKS {
+                    *x = s.at_most(s.at_least(*x, lo), hi);
+                }
+                *x = s.add(*x, round);
             }
             let at = u.at + i * u.n;
             let v = match &q.add {

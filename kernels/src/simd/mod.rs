@@ -323,7 +323,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p..p+LANES` must be readable.
     unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> Self::I32;
-    /// Writes `2 LANES` numbers as bytes. They lie in `-128..=127` if signed, else in `0..=255`.
+    /// Writes `2 LANES` numbers as bytes, clamped to `-128..=127` if signed, else to `0..=255`.
     ///
     /// # Safety
     /// `p..p+2*LANES` must be writable.

@@ -118,8 +118,15 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [int32x4_t; 2]) {
-        // SAFETY: the caller's contract. The low bytes are the same for both kinds.
-        unsafe { vst1_s8(p.cast(), vmovn_s16(vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1])))) }
+        // SAFETY: the caller's contract.
+        unsafe {
+            let x = vcombine_s16(vqmovn_s32(v[0]), vqmovn_s32(v[1]));
+            if SIGNED {
+                vst1_s8(p.cast(), vqmovn_s16(x));
+            } else {
+                vst1_u8(p, vqmovun_s16(x));
+            }
+        }
     }
     #[inline(always)]
     unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [int32x4_t; 2] {

@@ -280,8 +280,9 @@ impl Simd for Scalar {
     unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [i32; 2]) {
         // SAFETY: the caller's contract.
         unsafe {
-            *p = v[0] as u8;
-            *p.add(1) = v[1] as u8;
+            for (i, v) in v.into_iter().enumerate() {
+                *p.add(i) = if SIGNED { v.clamp(-128, 127) as u8 } else { v.clamp(0, 255) as u8 };
+            }
         }
     }
     #[inline(always)]

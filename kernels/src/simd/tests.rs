@@ -277,6 +277,14 @@ impl Kernel for Shorts {
                 s.store_bytes::<true>(out.as_mut_ptr(), [s.load_bytes::<true>(q), s.load_bytes::<true>(q.add(n))]);
                 assert!(out[..2 * n] == bytes[at + 50..at + 50 + 2 * n], "{name} store_bytes, signed");
 
+                for x in [i32::MIN, -40_000, -129, -128, -1, 0, 127, 128, 255, 256, 40_000, i32::MAX] {
+                    s.store_bytes::<false>(out.as_mut_ptr(), [s.splat_i32(x); 2]);
+                    assert!(out[..2 * n].iter().all(|&y| i32::from(y) == x.clamp(0, 255)), "{name} store_bytes {x}");
+                    s.store_bytes::<true>(out.as_mut_ptr(), [s.splat_i32(x); 2]);
+                    let signed = out[..2 * n].iter().all(|&y| i32::from(y as i8) == x.clamp(-128, 127));
+                    assert!(signed, "{name} store_bytes, signed {x}");
+                }
+
                 let (a, b) = (s.load_i32_ptr(p.cast()), s.load_i32_ptr(q.cast()));
                 let both = || shorts(a).into_iter().zip(shorts(b));
                 let plus: Vec<i16> = both().map(|(a, b)| a.wrapping_add(b)).collect();

@@ -555,8 +555,15 @@ impl Simd for Avx512 {
     unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [__m512i; 2]) {
         // SAFETY: the caller's contract; `self` proves the features.
         unsafe {
-            _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v[0]));
-            _mm_storeu_si128(p.add(16).cast(), _mm512_cvtepi32_epi8(v[1]));
+            for (i, v) in v.into_iter().enumerate() {
+                let x = if SIGNED {
+                    _mm512_cvtsepi32_epi8(v)
+                } else {
+                    // It takes what it narrows for unsigned.
+                    _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512()))
+                };
+                _mm_storeu_si128(p.add(16 * i).cast(), x);
+            }
         }
     }
     #[inline(always)]
