@@ -152,7 +152,7 @@ fn products_match_the_oracle() {
             let (mr, nr, lanes) = (table::tile(isa, form).mr, table::panel_width(isa, form), isa.lanes());
             let kc = table::tile(isa, form).kc * form.group();
             let ms = [1, 2, mr - 1, mr, mr + 1, 2 * mr + 1, 0, 5 * mr + 2];
-            let ns = [1, lanes, lanes + 1, nr - 1, nr, nr + 1, 2 * nr + lanes, 3 * nr + 5, 0, 150];
+            let ns = [1, lanes, lanes + 1, nr - 1, nr, 3 * nr, nr + 1, 2 * nr + lanes, 3 * nr + 5, 0, 150];
             let ks = [1, 2, 3, 4, 5, 7, 8, 31, 64, kc - 1, kc, kc + 1, 2 * kc + 3, 0];
             for case in 0..60 {
                 let (m, n, k) = match ks.get(case) {
