@@ -9,12 +9,16 @@
 //!                 for pairs of rows of taps (r, r + 1)
 //!                     for the inputs x of these rows, each loaded once
 //!                         acc += dot([x_r, x_r+1], [w_r, w_r+1])   bytes side by side, widened to pairs of i16
+//!                 for the row that is left of an odd number
+//!                     for pairs of its inputs
+//!                         acc += dot([x[j], x[j+1]], weights that meet them)
 //!     output(acc)                                         output.rs
 //! ```
 //!
 //! One product of pairs does two taps, so that it costs half of what one of floats does. That is for widths 3 and 5 with
 //! strides 1 and 2, away from the sides; other pixels and kernels have a list of places, two for each product, and load
-//! each input for each tap. Channels that do not fill the last vectors are computed with vectors that end with them and
+//! each input for each tap. Pairs of inputs side by side begin at even places, so that a pixel at an odd one meets them with
+//! its weights moved by one: `(w0, w1), (w2, 0)` or `(0, w0), (w1, w2)`. Channels that do not fill the last vectors are computed with vectors that end with them and
 //! overlap the ones before.
 
 use super::Bytes;
@@ -29,7 +33,9 @@ use core::ops::Range;
 /// The weights of a depthwise convolution.
 #[derive(Clone, Debug)]
 pub(super) struct QDepthwise {
-    /// `[pairs of rows][kw][channels]`, two `i16` each, less their zero points; zeros for the partner of an odd row.
+    /// `[pairs of rows][kw][channels]`, two `i16` each, less their zero points; zeros for the partner of an odd row. Then,
+    /// for an odd number of rows, the last of them twice as `[kw / 2 + 1][channels]`, pairs of its own: from its first
+    /// weight on, and behind a zero.
     weights: Aligned,
     /// Their sum for each channel.
     sums: Vec<i32>,
@@ -63,15 +69,28 @@ impl QDepthwise {
     pub(super) fn new(params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
         let (channels, taps) = (params.out_channels, params.kernel.iter().product::<usize>());
         let kw = params.kernel[2];
-        let mut packed = Aligned::zeros(taps.div_ceil(2 * kw) * kw * channels)?;
+        let (pairs, side_by_side) = (taps.div_ceil(2 * kw) * kw, kw / 2 + 1);
+        let odd = taps / kw % 2 == 1;
+        let mut packed = Aligned::zeros((pairs + if odd { 2 * side_by_side } else { 0 }) * channels)?;
         let centred = |c: usize, tap: usize| {
             if tap < taps { weights.get(c * taps + tap) - zero[if zero.len() == 1 { 0 } else { c }] } else { 0 }
         };
-        let pairs: &mut [i32] = bytemuck::cast_slice_mut(packed.as_mut_slice());
-        for (pair, row) in pairs.chunks_exact_mut(channels).enumerate() {
+        let (rows, last) = bytemuck::cast_slice_mut::<f32, i32>(packed.as_mut_slice()).split_at_mut(pairs * channels);
+        for (pair, row) in rows.chunks_exact_mut(channels).enumerate() {
             let first = pair / kw * 2 * kw + pair % kw;
             for (c, x) in row.iter_mut().enumerate() {
                 *x = bytemuck::cast([first, first + kw].map(|tap| centred(c, tap) as i16));
+            }
+        }
+        for (pair, row) in last.chunks_exact_mut(channels).enumerate() {
+            let shift = pair / side_by_side;
+            let place = 2 * (pair % side_by_side);
+            let weight = |c: usize, place: usize| match place.checked_sub(shift) {
+                Some(tap) if tap < kw => centred(c, taps - kw + tap) as i16,
+                _ => 0,
+            };
+            for (c, x) in row.iter_mut().enumerate() {
+                *x = bytemuck::cast([weight(c, place), weight(c, place + 1)]);
             }
         }
         let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
@@ -306,14 +325,23 @@ impl<const KW: usize, const STRIDE: usize, const SIGNED: bool> Kernel for Tiles<
                             y = y.wrapping_add(lower.step);
                         }
                     }
-                    // The high half of a lane, which is the sign, meets a weight of zero.
                     for row in odd {
-                        let weights = weights::<S, KW>(s, w, channels);
+                        // Behind the pairs of an odd row and the one that it has not.
+                        let w = w.add(KW * channels);
                         let mut x = row.x.wrapping_add(tile * 2 * STRIDE * row.step + c);
-                        for j in 0..STRIDE + KW {
-                            let bytes = [s.load_bytes::<SIGNED>(x), s.load_bytes::<SIGNED>(x.add(lanes))];
-                            add::<S, KW, STRIDE>(s, &mut acc, j, bytes, &weights);
-                            x = x.wrapping_add(row.step);
+                        for p in 0..(STRIDE + KW).div_ceil(2) {
+                            // The last input may have no neighbour; then its weight is zero.
+                            let next = if 2 * p + 1 < STRIDE + KW { x.wrapping_add(row.step) } else { x };
+                            let pair = s.pair_bytes::<SIGNED>(x, next);
+                            for (t, acc) in acc.iter_mut().enumerate() {
+                                let (shift, before) = (t * STRIDE % 2, t * STRIDE / 2);
+                                if p >= before && p - before <= KW / 2 {
+                                    let w = w.add((shift * (KW / 2 + 1) + p - before) * channels);
+                                    acc[0] = s.add_i32(acc[0], s.dot_i16(pair[0], s.load_i32_ptr(w)));
+                                    acc[1] = s.add_i32(acc[1], s.dot_i16(pair[1], s.load_i32_ptr(w.add(lanes))));
+                                }
+                            }
+                            x = x.wrapping_add(2 * row.step);
                         }
                     }
                     for (t, acc) in acc.iter().enumerate() {
