@@ -18,8 +18,8 @@
 //! One product of pairs does two taps, so that it costs half of what one of floats does. That is for widths 3 and 5 with
 //! strides 1 and 2, away from the sides; other pixels and kernels have a list of places, two for each product, and load
 //! each input for each tap. Pairs of inputs side by side begin at even places, so that a pixel at an odd one meets them with
-//! its weights moved by one: `(w0, w1), (w2, 0)` or `(0, w0), (w1, w2)`. Channels that do not fill the last vectors are computed with vectors that end with them and
-//! overlap the ones before.
+//! its weights moved by one: `(w0, w1), (w2, 0)` or `(0, w0), (w1, w2)`. Channels that do not fill the last vectors are
+//! computed with vectors that end with them and overlap the ones before.
 
 use super::Bytes;
 use super::output::Sink;

@@ -28,7 +28,13 @@ pub(super) struct Sink<'a> {
 
 enum Kind<'a> {
     Sums(*mut i32),
-    Real { scale: &'a [f32], bias: Option<&'a [f32]>, residual: Option<&'a [f32]>, activation: Activation, y: *mut f32 },
+    Real {
+        scale: &'a [f32],
+        bias: Option<&'a [f32]>,
+        residual: Option<&'a [f32]>,
+        activation: Activation,
+        y: *mut f32,
+    },
     Quantized {
         requantize: Requantize<'a>,
         signed: bool,

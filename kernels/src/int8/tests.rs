@@ -209,6 +209,11 @@ fn algorithms(isa: Isa, form: Form, params: &ConvParams) -> Vec<Algorithm> {
     all[..if QWinograd::supports(isa, form, params) { 3 } else { 1 }].to_vec()
 }
 
+fn three_by_three(in_channels: usize, out_channels: usize) -> ConvParams {
+    let (kernel, ones) = ([1, 3, 3], [1; 3]);
+    ConvParams { in_channels, out_channels, groups: 1, kernel, strides: ones, dilations: ones }
+}
+
 /// A convolution of 3 x 3 whose operands all are as large as they can be, and where tiles of 4 x 4 would overflow.
 #[test]
 fn the_largest_sums_fit_the_tiles_that_are_taken() {
@@ -216,14 +221,7 @@ fn the_largest_sums_fit_the_tiles_that_are_taken() {
         let isa = cx.isa();
         // 9 * 255 * 255 * 64 times 57 is just below 2^31.
         for (channels, size) in [(57, TileSize::Four), (58, TileSize::Two)] {
-            let params = ConvParams {
-                in_channels: channels,
-                out_channels: 32,
-                groups: 1,
-                kernel: [1, 3, 3],
-                strides: [1; 3],
-                dilations: [1; 3],
-            };
+            let params = three_by_three(channels, 32);
             let input = ConvInput { batch: 1, spatial: [1, 6, 6], pads_begin: [0; 3], pads_end: [0; 3] };
             let x = vec![255; channels * 36];
             for (weights, zero, sign) in [(vec![255; 32 * channels * 9], 0, 1), (vec![0; 32 * channels * 9], 255, -1)] {
@@ -237,31 +235,17 @@ fn the_largest_sums_fit_the_tiles_that_are_taken() {
                 assert!(sums.iter().all(|&sum| sum == want), "{isa} {channels}: {want} {sums:?}");
             }
         }
-        let params = ConvParams {
-            in_channels: 2,
-            out_channels: 32,
-            groups: 1,
-            kernel: [1, 3, 3],
-            strides: [1; 3],
-            dilations: [1; 3],
-        };
+        let params = three_by_three(2, 32);
         let algorithm = Algorithm::Winograd(TileSize::Two);
         let refused = QConv::new(isa, Form::Wide, params, algorithm, Bytes::U8(&[0; 2 * 32 * 9]), &[0]);
         assert!(refused.is_err(), "too few channels");
     });
 }
 
-/// As large as the first test's inputs are, and enough weights that the three steps run one after the other.
+/// Enough weights that the three steps run one after the other, for all tiles.
 #[test]
 fn weights_beyond_the_cache_give_the_same_sums() {
-    let params = ConvParams {
-        in_channels: 96,
-        out_channels: 160,
-        groups: 1,
-        kernel: [1, 3, 3],
-        strides: [1; 3],
-        dilations: [1; 3],
-    };
+    let params = three_by_three(96, 160);
     let input = ConvInput { batch: 2, spatial: [1, 13, 17], pads_begin: [0, 1, 1], pads_end: [0, 1, 1] };
     let mut r = Random(9);
     let (x, w) = (r.bytes(2 * 13 * 17 * 96), r.bytes(160 * 96 * 9));
