@@ -246,11 +246,11 @@ fn the_largest_sums_fit_the_tiles_that_are_taken() {
 #[test]
 fn weights_beyond_the_cache_give_the_same_sums() {
     let params = three_by_three(96, 160);
-    let input = ConvInput { batch: 2, spatial: [1, 13, 17], pads_begin: [0, 1, 1], pads_end: [0, 1, 1] };
+    let input = ConvInput { batch: 2, spatial: [1, 5, 9], pads_begin: [0, 1, 1], pads_end: [0, 1, 1] };
     let mut r = Random(9);
-    let (x, w) = (r.bytes(2 * 13 * 17 * 96), r.bytes(160 * 96 * 9));
+    let (x, w) = (r.bytes(2 * 5 * 9 * 96), r.bytes(160 * 96 * 9));
     let centred: Vec<i32> = (0..w.bytes.len()).map(|i| w.get().get(i)).collect();
-    let sums = crate::reference::int8::conv(&params, &input, [1, 13, 17], x.get(), 3, &centred, None).unwrap();
+    let sums = crate::reference::int8::conv(&params, &input, [1, 5, 9], x.get(), 3, &centred, None).unwrap();
     each_context(|cx| {
         let isa = cx.isa();
         for algorithm in algorithms(isa, Form::Wide, &params) {
@@ -294,7 +294,7 @@ fn convolutions_match_the_oracle() {
         (conv(16, 17, 1, [1, 3, 3], one, one), [2, 5, 11], [0, 1, 1]),
         (conv(35, 32, 1, [1, 3, 3], one, one), [1, 8, 9], [0, 1, 1]),
         (conv(33, 70, 1, [1, 3, 3], one, one), [1, 4, 3], [0, 2, 0]),
-        (conv(70, 90, 1, [1, 3, 3], one, one), [3, 10, 10], [1, 1, 1]),
+        (conv(70, 90, 1, [1, 3, 3], one, one), [2, 6, 7], [1, 1, 1]),
     ];
     each_context(|cx| {
         for form in Form::ALL {
