@@ -116,7 +116,7 @@ const ANY_OUTPUTS: usize = 5 << 19;
 /// | 7 x 7, 128 > 128 | 289 | 167 | 104 | 4 |
 /// | 7 x 7, 512 > 512 | 5585 | 4067 | 4972 | 2 |
 ///
-/// Integers choose alike: their vectors, like their weights, have half the size of those of numbers of 32 bits.
+/// Integers of 16 bits choose alike: the memory of their weights grows in the same proportion.
 pub(crate) fn choose(params: &ConvParams, [d, h, w]: [usize; 3]) -> Option<TileSize> {
     let outputs = d.saturating_mul(h).saturating_mul(w);
     let weights = params.in_channels.saturating_mul(params.out_channels);

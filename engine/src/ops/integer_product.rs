@@ -385,7 +385,8 @@ impl Operator for IntegerProduct {
     fn prepare(&self, cx: &Prepare) -> Result<Option<Arc<dyn Compute>>> {
         let Some(b) = cx.constant(1) else { return Ok(None) };
         let image = self.image(&cx.dims(0)?, b.dims())?;
-        let algorithm = self.algorithm(cx.isa, b.dims(), image.as_ref())?.unwrap_or(Algorithm::Direct);
+        let algorithm = self.algorithm(cx.isa, b.dims(), image.as_ref())?;
+        let algorithm = algorithm.ok_or_else(|| Error::internal("a convolution without an image"))?;
         let packed = self.packed(cx, algorithm, b)?;
         let results = element_count(&cx.output_dims(0)?)?;
         let flops = 2 * results.saturating_mul(self.columns(b.dims())?.0) as u64;

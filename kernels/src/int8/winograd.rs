@@ -20,8 +20,8 @@
 //!                                                            0 -1  1  2 -2  6         6
 //! ```
 //!
-//! **Exact.** A row of `B^T` has absolute values that add up to 10 at most, one of `G'` to 7: `V` is less than
-//! `10^2 * 255` and `U` than `7^2 * 255`, so that both fit 16 bits. All that comes after is computed modulo `2^32`, up to
+//! **Exact.** A row of `B^T` has absolute values that add up to 10 at most, one of `G'` to 7: `V` is at most
+//! `10^2 * 255` and `U` at most `7^2 * 255`, so that both fit 16 bits. All that comes after is computed modulo `2^32`, up to
 //! a result that is `D = d_i d_j` times the sum: an odd part, which is 9, is divided by with its inverse modulo `2^32`,
 //! and a power of two, at most 64, by a shift. The shift wants that the product with it fits 32 bits, which the weights of
 //! each output channel tell at packing ([`QWinograd::new`]).
@@ -94,8 +94,8 @@ impl QWinograd {
         for j in 0..n {
             let zero = zero[if zero.len() == 1 { 0 } else { j }];
             let kernel = |c: usize| [0, 1, 2, 3, 4, 5, 6, 7, 8].map(|tap| weights.get((j * k + c) * 9 + tap) - zero);
-            // Inputs less their zero point have one sign at most where they are largest: a sum is between those of the
-            // positive and of the negative weights.
+            // Inputs less their zero point z lie in -z ..= 255 - z (of unsigned ones): a sum is at most (255 - z) times that
+            // of the positive weights and z times that of the negative ones, which is no more than 255 times the larger.
             let (mut positive, mut negative) = (0i64, 0i64);
             // Where the column of panels is.
             let panel = j / nr * nr;
@@ -182,7 +182,7 @@ fn filter<const N: usize>(w: &[i32; 9]) -> [i16; 36] {
     for i in 0..N {
         let row = line([0, 1, 2].map(|x| columns[x][i]));
         for j in 0..N {
-            // Less than 7 * 7 * 255.
+            // At most 7 * 7 * 255.
             u[i * N + j] = row[j] as i16;
         }
     }
@@ -403,6 +403,7 @@ impl<const N: usize, const M: usize> Kernel for Backward<'_, N, M> {
         let Geometry { channels: [_, n], height: [_, oh], width: [_, ow], .. } = *image.geometry;
         // SAFETY: a reference.
         let ninth = unsafe { s.splat_i32_ptr(core::hint::black_box(&NINTH)) };
+        // The output reads whole vectors, also where the last columns do not fill two.
         let mut memory = MaybeUninit::<Sums>::zeroed();
         let between = memory.as_mut_ptr().cast::<i32>();
         let sums = between.wrapping_add(24 * COLUMNS);
