@@ -55,7 +55,15 @@ impl AlignedBytes {
         if len > self.len {
             self.reserve_exact(len - self.len)?;
             let old = self.len;
-            self.lines.resize(len.div_ceil(ALIGN), Line([0; ALIGN]));
+            let lines = len.div_ceil(ALIGN);
+            // Not `Vec::resize`: built for size it is a loop over lines, which in a browser's first compiler took
+            // milliseconds for a model.
+            // SAFETY: there is room for `lines`, and zeros are a line.
+            unsafe {
+                let more = lines - self.lines.len();
+                self.lines.as_mut_ptr().add(self.lines.len()).write_bytes(0, more);
+                self.lines.set_len(lines);
+            }
             self.len = len;
             // The tail of the last old line may hold bytes of an earlier, longer content.
             let stale = (old.div_ceil(ALIGN) * ALIGN).min(len);
@@ -73,9 +81,14 @@ impl AlignedBytes {
         let len = old.checked_add(bytes.len()).ok_or_else(|| no_memory(usize::MAX))?;
         let lines = len.div_ceil(ALIGN);
         self.lines.try_reserve(lines.saturating_sub(self.lines.len())).map_err(|_| no_memory(len))?;
-        self.lines.resize(lines, Line([0; ALIGN]));
+        // SAFETY: there is room for `lines`. All bytes of those that are new are written: the given ones, and zeros.
+        unsafe {
+            let own = self.lines.as_mut_ptr().cast::<u8>();
+            own.add(old).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            own.add(len).write_bytes(0, lines * ALIGN - len);
+            self.lines.set_len(lines);
+        }
         self.len = len;
-        self.as_mut()[old..].copy_from_slice(bytes);
         Ok(())
     }
 

@@ -18,6 +18,9 @@ const EARLY_BYTES = 32 << 20;
 /** A file of which so much is still to come leaves time for the warm-up. */
 const WARM_UP_BYTES = 4 << 20;
 
+/** A download is reported so often, in milliseconds: a message for each chunk takes longer than the chunk. */
+const REPORT_MS = 50;
+
 /** How long a piece of the warm-up keeps the worker from the next bytes, in milliseconds. */
 const WARM_UP_MS = 1;
 
@@ -206,7 +209,11 @@ export class Host {
         throw error;
       });
       let loaded = 0;
-      const report = () => progress({ phase: "download", loaded, total: loaded > total ? 0 : total });
+      let reported = 0;
+      const report = () => {
+        reported = performance.now();
+        progress({ phase: "download", loaded, total: loaded > total ? 0 : total });
+      };
       report();
       const early: Uint8Array[] = [];
       const flush = async () => {
@@ -223,10 +230,11 @@ export class Host {
             this.#push(session, file, bytes);
           }
           loaded += bytes.byteLength;
-          report();
+          if (performance.now() - reported >= REPORT_MS) report();
           if (total - loaded > WARM_UP_BYTES) this.#warmUp();
         }
         await flush();
+        report();
       } catch (error) {
         if (error instanceof WeblaneError && error.code === "not_onnx" && isHtml) {
           throw new WeblaneError("not_onnx", `${url} is an HTML page, not a model`, { cause: error });
