@@ -4,6 +4,7 @@
 //! for (jc, ic) in blocks of C                   in parallel; cut by sizes alone
 //!     for pc in 0..k step kc
 //!         gather A[ic.., pc..] into rows        only if A is not contiguous along k (patches, transposed)
+//!         interleave the rows of each tile      only where it pays, see tile.rs
 //!         for jr in panels of the block         panel of B: kc x NR, stays in L1
 //!             for ir in tiles of the block      rows of A: MR x kc, from L2
 //!                 C[ir, jr] += A[ir, pc..] B[pc.., jr]         microkernel, see tile.rs
@@ -28,6 +29,7 @@ pub use pack::PackedB;
 
 use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
+use crate::interleave::interleave;
 use crate::math;
 use crate::nbits::NBits;
 use crate::par::Cx;
@@ -414,6 +416,9 @@ const LARGE_B: usize = 1 << 16;
 /// 7 x 7 outputs of ResNet-50, 9 MB of weights, ran at 30 GFLOP/s where others reach 44.
 const MIN_LARGE_ROWS: usize = 48;
 
+/// Elements of A that are gathered at once before they are interleaved: what stays in the first-level cache.
+const GATHERED: usize = 4096;
+
 /// How the C of each product is cut.
 struct Grid {
     /// Tiles along m: `tall` of `height + 1` rows, then the others of `height`.
@@ -498,21 +503,27 @@ pub(crate) fn run<'a, A: Lhs>(
     let passes = k.div_ceil(t.kc).max(1);
     let kc = k.div_ceil(passes);
     let lda = leading_dimension(kc);
-    let a_len = if gather_a { grid.tiles.div_ceil(grid.row_blocks) * (grid.height + 1) * lda } else { 0 };
+    let block_tiles = grid.tiles.div_ceil(grid.row_blocks);
+    let interleave_a = t.interleaves(grid.height, n, k);
+    // Rows are gathered a few tiles at a time if they are interleaved then.
+    let gather_tiles = if interleave_a { (GATHERED / (t.mr * lda)).clamp(1, block_tiles) } else { block_tiles };
+    let rows_len = if gather_a { gather_tiles * (grid.height + 1) * lda } else { 0 };
+    let a_len = if interleave_a { (block_tiles * (grid.height + 1) * kc).next_multiple_of(16) } else { 0 };
     // Whole cache lines, so that the rows of A start at one too.
     let b_len = if pack_b { (grid.panels.div_ceil(grid.panel_blocks) * nr * k).next_multiple_of(16) } else { 0 };
     let per_problem = grid.row_blocks * grid.panel_blocks;
     let tasks =
         per_problem.checked_mul(problems).ok_or_else(|| Error::new("too many products for the address space"))?;
     let cost = (2 * m as u64).saturating_mul(n as u64).saturating_mul(k as u64).saturating_mul(problems as u64);
-    cx.for_each_scratch(tasks, cost, b_len + a_len, &|task, scratch| {
+    cx.for_each_scratch(tasks, cost, b_len + a_len + rows_len, &|task, scratch| {
         let problem = problem(task / per_problem);
         let block = task % per_problem;
         // Rows first: a lane has its own rows from layer to layer, see `par`.
         let (row_block, panel_block) = (block / grid.panel_blocks, block % grid.panel_blocks);
         let tiles = part(grid.tiles, grid.row_blocks, row_block);
         let panels = part(grid.panels, grid.panel_blocks, panel_block);
-        let (b_scratch, a_scratch) = scratch.split_at_mut(b_len);
+        let (b_scratch, scratch) = scratch.split_at_mut(b_len);
+        let (a_scratch, rows_scratch) = scratch.split_at_mut(a_len);
         let first_panel = panels.start;
         let (b, b_first) = match &problem.b {
             Rhs::Packed(packed) => (packed.data(), 0),
@@ -531,16 +542,43 @@ pub(crate) fn run<'a, A: Lhs>(
         loop {
             let depth = kc.min(k - pc);
             let last = pc + depth == k;
+            let columns = pc..pc + depth;
+            let from = |a: *const f32, lda: usize, row: usize| a.wrapping_add(row * lda + pc);
             let (a, lda) = match problem.a.direct() {
-                Some((a, lda)) => (a.wrapping_add(rows.start * lda + pc), lda),
-                None => {
-                    problem.a.gather(isa, rows.clone(), pc..pc + depth, a_scratch, lda);
-                    (a_scratch.as_ptr(), lda)
+                Some((a, lda)) if !interleave_a => (from(a, lda, rows.start), lda),
+                None if !interleave_a => {
+                    problem.a.gather(isa, rows.clone(), columns, rows_scratch, lda);
+                    (rows_scratch.as_ptr(), lda)
+                }
+                direct => {
+                    for first in tiles.clone().step_by(gather_tiles) {
+                        let some = first..(first + gather_tiles).min(tiles.end);
+                        let first_row = grid.row(some.start);
+                        let (a, lda) = match direct {
+                            Some((a, lda)) => (from(a, lda, first_row), lda),
+                            None => {
+                                let rows = first_row..grid.row(some.end);
+                                problem.a.gather(isa, rows, columns.clone(), rows_scratch, lda);
+                                (rows_scratch.as_ptr(), lda)
+                            }
+                        };
+                        for tile in some {
+                            let (row, height) = (grid.row(tile), grid.row(tile + 1) - grid.row(tile));
+                            let to = &mut a_scratch[(row - rows.start) * depth..][..height * depth];
+                            // SAFETY: A has these rows and columns, and the scratch memory is not a part of it.
+                            unsafe {
+                                let a = a.wrapping_add((row - first_row) * lda);
+                                interleave(a.cast(), lda, height, depth, to.as_mut_ptr().cast());
+                            }
+                        }
+                    }
+                    (a_scratch.as_ptr(), depth)
                 }
             };
             Pass {
                 a,
                 lda,
+                interleaved: interleave_a,
                 b,
                 b_first,
                 c: problem.c,
@@ -593,6 +631,7 @@ pub(crate) unsafe fn multiply(
         let pass = Pass {
             a: a.wrapping_add(pc),
             lda,
+            interleaved: false,
             b: b.data(),
             b_first: 0,
             c,
@@ -626,9 +665,10 @@ pub(crate) fn leading_dimension(kc: usize) -> usize {
 
 /// One pass over a block of C.
 struct Pass<'a> {
-    /// First row of the block, first column of the pass.
+    /// First row of the block, first column of the pass; or all interleaved, tile by tile.
     a: *const f32,
     lda: usize,
+    interleaved: bool,
     /// Packed panels, from panel `b_first` on.
     b: &'a [f32],
     b_first: usize,
@@ -649,7 +689,7 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     fn run(self, isa: Isa) {
-        let Self { a, lda, b, ldc, grid, n, k, pc, depth, .. } = self;
+        let Self { a, lda, interleaved, b, ldc, grid, n, k, pc, depth, .. } = self;
         let t = table::tile(isa);
         let nr = table::panel_width(isa);
         let rows = grid.row(self.tiles.start)..grid.row(self.tiles.end);
@@ -669,7 +709,7 @@ impl Pass<'_> {
             // All panels before this one are of full width.
             let b = &b[(panel - self.b_first) * nr * k + pc * width..][..depth * width];
             let bias = self.bias.map_or(core::ptr::null(), |bias| bias[j..j + cols].as_ptr());
-            let strips = if width == nr { &full } else { &narrow };
+            let strips = if width == nr || interleaved { &full } else { &narrow };
             for &(i, tiles, height) in strips {
                 if tiles == 0 {
                     continue;
@@ -677,6 +717,7 @@ impl Pass<'_> {
                 let strip = Strip {
                     height,
                     tiles,
+                    interleaved,
                     cols,
                     operands: Operands {
                         k: depth,

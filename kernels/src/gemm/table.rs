@@ -1,4 +1,4 @@
-//! Tile shapes and block sizes as data: one row per instruction set, chosen with `examples/gemm_bench.rs`.
+//! Tile shapes and block sizes as data: one row per instruction set, chosen with `examples/gemm_bench`.
 
 use crate::simd::Isa;
 
@@ -21,6 +21,8 @@ pub struct Tile {
     /// GFLOP/s), and for wasm it nests the steps of each accumulator in one expression (in Chromium, relaxed SIMD,
     /// k = 512, operands in the first two caches: 4 x 2 tiles reached 98% of the peak with 1 step, 58% with 4).
     pub unroll: usize,
+    /// Whether there are tiles for rows of A that were interleaved, see [`interleave`](mod@crate::interleave).
+    pub interleaves: bool,
 }
 
 impl Tile {
@@ -28,7 +30,22 @@ impl Tile {
     pub const fn rows(&self, vectors: usize) -> usize {
         if vectors == self.nrv { self.mr } else { self.narrow_mr }
     }
+
+    /// Whether there is a tile for interleaved rows of A. Lower ones are rare, and left out.
+    pub(super) const fn has_interleaved(&self, height: usize) -> bool {
+        self.interleaves && height + 2 >= self.mr && height <= self.mr
+    }
+
+    /// Whether rows of A are worth interleaving for tiles of at least `height` rows.
+    pub(super) const fn interleaves(&self, height: usize, n: usize, k: usize) -> bool {
+        self.has_interleaved(height) && n >= INTERLEAVE_COLUMNS && k >= INTERLEAVE_DEPTH
+    }
 }
+
+/// Fewest columns of C and rows of B for which A is interleaved, which takes about as long as four columns of a product.
+const INTERLEAVE_COLUMNS: usize = 64;
+/// See [`INTERLEAVE_COLUMNS`].
+const INTERLEAVE_DEPTH: usize = 32;
 
 /// Highest tile of any row of the table.
 pub const MAX_MR: usize = 14;
@@ -53,13 +70,15 @@ pub const MAX_NRV: usize = 3;
 /// 768, 384 is a panel of 18 KB. `cargo xtask bench peers --browser webkit` is the figure that counts. The scalar tile has the same shape for the sake of its tests.
 pub const fn tile(isa: Isa) -> Tile {
     match isa {
-        Isa::Scalar => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 256, mc: 128, unroll: 4 },
-        Isa::WasmSimd128 => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 384, mc: 128, unroll: 1 },
-        Isa::WasmRelaxedSimd => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 512, mc: 128, unroll: 1 },
-        Isa::Sse41 | Isa::Fma128 => Tile { mr: 4, narrow_mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4 },
-        Isa::Neon => Tile { mr: 8, narrow_mr: 8, nrv: 2, kc: 256, mc: 128, unroll: 4 },
-        Isa::Avx2 => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 256, mc: 144, unroll: 4 },
-        Isa::Avx512 => Tile { mr: 12, narrow_mr: 12, nrv: 2, kc: 256, mc: 192, unroll: 1 },
+        Isa::Scalar => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 256, mc: 128, unroll: 4, interleaves: true },
+        Isa::WasmSimd128 => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 384, mc: 128, unroll: 1, interleaves: false },
+        Isa::WasmRelaxedSimd => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 512, mc: 128, unroll: 1, interleaves: true },
+        Isa::Sse41 | Isa::Fma128 => {
+            Tile { mr: 4, narrow_mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4, interleaves: false }
+        }
+        Isa::Neon => Tile { mr: 8, narrow_mr: 8, nrv: 2, kc: 256, mc: 128, unroll: 4, interleaves: false },
+        Isa::Avx2 => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 256, mc: 144, unroll: 4, interleaves: false },
+        Isa::Avx512 => Tile { mr: 12, narrow_mr: 12, nrv: 2, kc: 256, mc: 192, unroll: 1, interleaves: false },
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for (ic, jc) in blocks of the output            in parallel
-//!     gather A[ic..] into rows, all of k          stays in L2
+//!     gather A[ic..] into rows, all of k          stays in L2; interleaved where it pays
 //!     start = bias, less what A's zero point adds
 //!     for groups of panels of the block           their sums stay in L1
 //!         for pc in 0..k step kc
@@ -22,6 +22,7 @@ use super::tile::Strip;
 use super::{Form, PackedQ, table};
 use crate::error::{Error, Result};
 use crate::gemm::{leading_dimension, part};
+use crate::interleave::interleave;
 use crate::par::Cx;
 use crate::simd::{Dot, DotKernel, Isa, Kernel, Simd, dispatch, dispatch_dot};
 use core::ops::Range;
@@ -44,6 +45,8 @@ const MAX_TASKS: u64 = 32;
 const MIN_COLUMNS: usize = 128;
 /// Groups of A that a block gathers at most; 192 KiB.
 const MAX_GATHER: usize = 48 * 1024;
+/// Groups of A that are gathered at once before they are interleaved: what stays in the first-level cache.
+const GATHERED: usize = 4096;
 /// Most rows of a block.
 const MAX_ROWS: usize = 128;
 /// Sums of a group of panels, if there are several; 8 KiB.
@@ -124,9 +127,10 @@ struct Tall {
 struct Sweep<'a> {
     form: Form,
     strips: [Tall; 2],
-    /// First row of A.
+    /// First row of A; or all interleaved, tile by tile.
     a: *const i32,
     lda: usize,
+    interleaved: bool,
     /// All panels of the right-hand side, of `groups` along k and `n` columns.
     b: &'a [i32],
     groups: usize,
@@ -144,7 +148,7 @@ impl Sweep<'_> {
     /// A has the rows of the strips, `lda` of at least `groups` each, and so have the sums, `ld` of at least the width of
     /// the panels each, which nobody else uses.
     unsafe fn run(&self, isa: Isa) {
-        let Self { form, groups, n, lda, ld, .. } = *self;
+        let Self { form, groups, n, lda, interleaved, ld, .. } = *self;
         let (nr, kc) = (table::panel_width(isa, form), table::tile(isa, form).kc);
         let mut pc = 0;
         loop {
@@ -164,7 +168,8 @@ impl Sweep<'_> {
                         tiles,
                         vectors: width / isa.lanes(),
                         k: depth,
-                        a: self.a.wrapping_add(row * lda + pc),
+                        interleaved,
+                        a: self.a.wrapping_add(row * lda + if interleaved { pc * height } else { pc }),
                         lda,
                         b: b.as_ptr(),
                         sums: self.sums.wrapping_add(row * ld + column),
@@ -203,7 +208,8 @@ pub(super) unsafe fn multiply(
     let (tiles, panels) = (m.div_ceil(mr), n.div_ceil(nr));
     let grid = Grid { tiles, height: m / tiles, tall: m % tiles, panels, row_blocks: 1, panel_blocks: 1 };
     let strips = grid.strips(0..tiles);
-    let sweep = Sweep { form, strips, a, lda, b, groups, n, panels: 0..panels, start: zeros, sums, ld };
+    let interleaved = false;
+    let sweep = Sweep { form, strips, a, lda, interleaved, b, groups, n, panels: 0..panels, start: zeros, sums, ld };
     // SAFETY: the caller's contract.
     unsafe { sweep.run(isa) };
 }
@@ -230,7 +236,13 @@ pub(super) unsafe fn run<'a>(
     let nr = table::panel_width(isa, form);
     let groups = k.div_ceil(form.group());
     let lda = leading_dimension(groups);
-    let rows = grid.tiles.div_ceil(grid.row_blocks) * (grid.height + 1);
+    let block_tiles = grid.tiles.div_ceil(grid.row_blocks);
+    let rows = block_tiles * (grid.height + 1);
+    let interleaved = table::tile(isa, form).interleaves(grid.height, n, groups);
+    // Rows are gathered a few tiles at a time if they are interleaved then.
+    let gather_tiles =
+        if interleaved { (GATHERED / ((grid.height + 1) * lda)).clamp(1, block_tiles) } else { block_tiles };
+    let gathered_len = if interleaved { gather_tiles * (grid.height + 1) * lda } else { 0 };
     // Even numbers of panels: the output takes two vectors at a time.
     let together = (GROUP_SUMS / (rows * nr)).next_multiple_of(2).max(2);
     let together = together.min(grid.panels.div_ceil(grid.panel_blocks).next_multiple_of(2));
@@ -242,10 +254,11 @@ pub(super) unsafe fn run<'a>(
     let tasks = per_problem.checked_mul(problems).ok_or_else(too_many)?;
     let cost = (m as u64).saturating_mul(n as u64).saturating_mul(k as u64).saturating_mul(problems as u64);
     let start_len = grid.panels.div_ceil(grid.panel_blocks) * nr;
-    cx.for_each_scratch(tasks, cost, sums_len + a_len + start_len + rows, &|task, scratch| {
+    cx.for_each_scratch(tasks, cost, sums_len + a_len + gathered_len + start_len + rows, &|task, scratch| {
         let scratch: &mut [i32] = bytemuck::cast_slice_mut(scratch);
         let (sums, rest) = scratch.split_at_mut(sums_len);
         let (a, rest) = rest.split_at_mut(a_len);
+        let (gathered, rest) = rest.split_at_mut(gathered_len);
         let (start, row_sums) = rest.split_at_mut(start_len);
         let block = task % per_problem;
         let block = Block {
@@ -256,10 +269,12 @@ pub(super) unsafe fn run<'a>(
             panels: part(grid.panels, grid.panel_blocks, block % grid.panel_blocks),
             a_zero,
             lda,
+            interleaved,
+            gather_tiles,
             together,
         };
         // SAFETY: the caller's contract; blocks are disjoint.
-        unsafe { block.run(isa, [sums, a, start, row_sums], sink) };
+        unsafe { block.run(isa, [sums, a, gathered, start, row_sums], sink) };
     });
     Ok(())
 }
@@ -271,14 +286,18 @@ struct Block<'a> {
     tiles: Range<usize>,
     panels: Range<usize>,
     a_zero: i32,
+    /// Groups between rows that were gathered.
     lda: usize,
+    interleaved: bool,
+    /// Tiles whose rows are gathered at once.
+    gather_tiles: usize,
     together: usize,
 }
 
 impl Block<'_> {
     /// # Safety
     /// The block lies inside the output and nobody else uses it.
-    unsafe fn run(&self, isa: Isa, [sums, a, start, row_sums]: [&mut [i32]; 4], sink: &Sink<'_>) {
+    unsafe fn run(&self, isa: Isa, [sums, a, gathered, start, row_sums]: [&mut [i32]; 5], sink: &Sink<'_>) {
         let Self { problem: Problem { lhs, b, column, bias }, grid, a_zero, lda, together, .. } = *self;
         let (form, n, k) = (b.form(), b.n(), b.k());
         let groups = k.div_ceil(form.group());
@@ -299,13 +318,29 @@ impl Block<'_> {
                 *start = start.wrapping_sub(a_zero.wrapping_mul(*column));
             }
         }
-        if zeros.is_some() && groups > 0 {
-            // Elements that are added up must be zero if they are not there.
-            a.chunks_mut(lda).take(rows.len()).for_each(|row| row[groups - 1] = 0);
-        }
-        lhs.gather(isa, form, a_zero, rows.clone(), k, a, lda);
-        if zeros.is_some() {
-            dispatch_dot(isa, form, RowSums { a, lda, groups, sums: &mut row_sums[..rows.len()] });
+        for first in self.tiles.clone().step_by(self.gather_tiles) {
+            let tiles = first..(first + self.gather_tiles).min(self.tiles.end);
+            let some = grid.row(tiles.start)..grid.row(tiles.end);
+            let to = if self.interleaved { &mut *gathered } else { &mut *a };
+            if zeros.is_some() && groups > 0 {
+                // Elements that are added up must be zero if they are not there.
+                to.chunks_mut(lda).take(some.len()).for_each(|row| row[groups - 1] = 0);
+            }
+            lhs.gather(isa, form, a_zero, some.clone(), k, to, lda);
+            if zeros.is_some() {
+                let sums = &mut row_sums[some.start - rows.start..][..some.len()];
+                dispatch_dot(isa, form, RowSums { a: to, lda, groups, sums });
+            }
+            if !self.interleaved {
+                continue;
+            }
+            for tile in tiles {
+                let (row, height) = (grid.row(tile), grid.row(tile + 1) - grid.row(tile));
+                let from = &gathered[(row - some.start) * lda..][..(height - 1) * lda + groups];
+                let to = &mut a[(row - rows.start) * groups..][..height * groups];
+                // SAFETY: two slices of these lengths.
+                unsafe { interleave(from.as_ptr().cast(), lda, height, groups, to.as_mut_ptr().cast()) };
+            }
         }
         let strips = grid.strips(self.tiles.clone());
         let ld = together * nr;
@@ -317,7 +352,8 @@ impl Block<'_> {
                 form,
                 strips,
                 a: a.as_ptr(),
-                lda,
+                lda: if self.interleaved { groups } else { lda },
+                interleaved: self.interleaved,
                 b: b.data(),
                 groups,
                 n,

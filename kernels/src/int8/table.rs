@@ -12,7 +12,26 @@ pub(crate) struct Tile {
     pub(crate) nrv: usize,
     /// Groups along k per pass: `kc` x `nrv` vectors of B stay in the first-level cache.
     pub(crate) kc: usize,
+    /// Whether there are tiles for interleaved rows of A, as for floats.
+    pub(crate) interleaves: bool,
 }
+
+impl Tile {
+    /// Whether there is a tile for interleaved rows of A. Lower ones are rare, and left out.
+    pub(super) const fn has_interleaved(&self, height: usize) -> bool {
+        self.interleaves && height + 1 >= self.mr && height <= self.mr
+    }
+
+    /// Whether rows of A are worth interleaving for tiles of at least `height` rows.
+    pub(super) const fn interleaves(&self, height: usize, n: usize, groups: usize) -> bool {
+        self.has_interleaved(height) && n >= INTERLEAVE_COLUMNS && groups >= INTERLEAVE_GROUPS
+    }
+}
+
+/// Fewest columns and groups along k for which A is interleaved, which takes about as long as four columns of a product.
+const INTERLEAVE_COLUMNS: usize = 64;
+/// See [`INTERLEAVE_COLUMNS`].
+const INTERLEAVE_GROUPS: usize = 16;
 
 /// Highest tile of any row of the table.
 pub(crate) const MAX_MR: usize = 12;
@@ -27,12 +46,12 @@ pub(crate) const MAX_NRV: usize = 2;
 /// 74.5 as best ones; products with k = 64 were up to 8% slower.
 pub(crate) const fn tile(isa: Isa, form: Form) -> Tile {
     match (isa, form) {
-        (Isa::Scalar, _) => Tile { mr: 4, nrv: 2, kc: 512 },
-        (Isa::WasmSimd128 | Isa::WasmRelaxedSimd, _) => Tile { mr: 5, nrv: 2, kc: 512 },
-        (Isa::Sse41 | Isa::Fma128, _) => Tile { mr: 4, nrv: 2, kc: 512 },
-        (Isa::Neon, _) => Tile { mr: 8, nrv: 2, kc: 512 },
-        (Isa::Avx2, _) => Tile { mr: 6, nrv: 2, kc: 256 },
-        (Isa::Avx512, _) => Tile { mr: 12, nrv: 2, kc: 256 },
+        (Isa::Scalar, _) => Tile { mr: 4, nrv: 2, kc: 512, interleaves: true },
+        (Isa::WasmSimd128 | Isa::WasmRelaxedSimd, _) => Tile { mr: 5, nrv: 2, kc: 512, interleaves: true },
+        (Isa::Sse41 | Isa::Fma128, _) => Tile { mr: 4, nrv: 2, kc: 512, interleaves: false },
+        (Isa::Neon, _) => Tile { mr: 8, nrv: 2, kc: 512, interleaves: false },
+        (Isa::Avx2, _) => Tile { mr: 6, nrv: 2, kc: 256, interleaves: false },
+        (Isa::Avx512, _) => Tile { mr: 12, nrv: 2, kc: 256, interleaves: false },
     }
 }
 

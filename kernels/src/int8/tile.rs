@@ -14,7 +14,7 @@
 
 use super::Form;
 use super::table::{self, MAX_MR, MAX_NRV};
-use crate::simd::{Dot, DotKernel, Isa, Simd, dispatch_dot};
+use crate::simd::{Dot, DotKernel, Isa, Simd, dispatch_dot, opaque};
 
 /// Tiles of one height, one below the other, times one panel of B.
 #[derive(Clone, Copy)]
@@ -23,13 +23,15 @@ pub(super) struct Strip {
     pub(super) height: usize,
     /// Number of tiles.
     pub(super) tiles: usize,
+    /// Whether the rows of A are.
+    pub(super) interleaved: bool,
     /// Vectors of the panel.
     pub(super) vectors: usize,
     /// Groups along k.
     pub(super) k: usize,
-    /// First row of A.
+    /// First row of A, or the first tile's interleaved rows.
     pub(super) a: *const i32,
-    /// Groups between rows of A.
+    /// Groups between rows of A; the first ones of tiles if interleaved.
     pub(super) lda: usize,
     /// First row of the panel of B; rows are as wide as the tile, without gaps.
     pub(super) b: *const i32,
@@ -51,7 +53,8 @@ impl Strip {
         macro_rules! heights {
             ($nv:literal: $($h:literal)*) => {
                 match self.height {
-                    $($h => dispatch_dot(isa, form, Tiles::<$h, $nv>(self)),)*
+                    $($h if self.interleaved => dispatch_dot(isa, form, Tiles::<$h, $nv, true>(self)),)*
+                    $($h => dispatch_dot(isa, form, Tiles::<$h, $nv, false>(self)),)*
                     height => unreachable!("tile height {height}"),
                 }
             };
@@ -66,9 +69,9 @@ impl Strip {
 }
 
 /// A [`Strip`] of tiles of `H` rows and `NV` vectors; [`Strip::run`]'s contract holds for whoever makes one.
-struct Tiles<const H: usize, const NV: usize>(Strip);
+struct Tiles<const H: usize, const NV: usize, const INTERLEAVED: bool>(Strip);
 
-impl<const H: usize, const NV: usize> DotKernel for Tiles<H, NV> {
+impl<const H: usize, const NV: usize, const INTERLEAVED: bool> DotKernel for Tiles<H, NV, INTERLEAVED> {
     type Output = ();
 
     #[inline(always)]
@@ -76,10 +79,10 @@ impl<const H: usize, const NV: usize> DotKernel for Tiles<H, NV> {
         // Constant: tiles that the table does not use leave no code.
         if const {
             let tile = table::tile(D::S::ISA, D::FORM);
-            H <= tile.mr && NV <= tile.nrv
+            H <= tile.mr && NV <= tile.nrv && (!INTERLEAVED || tile.has_interleaved(H))
         } {
             // SAFETY: the contract of `Strip::run`.
-            unsafe { strip::<D, H, NV>(d, &self.0) }
+            unsafe { strip::<D, H, NV, INTERLEAVED>(d, &self.0) }
         } else {
             unreachable!("no microkernel of {H} rows and {NV} vectors for {:?}", D::S::ISA)
         }
@@ -93,7 +96,7 @@ impl<const H: usize, const NV: usize> DotKernel for Tiles<H, NV> {
 /// As [`Strip::run`].
 #[cfg_attr(target_arch = "wasm32", inline(never))]
 #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-unsafe fn strip<D: Dot, const H: usize, const NV: usize>(d: D, strip: &Strip) {
+unsafe fn strip<D: Dot, const H: usize, const NV: usize, const INTERLEAVED: bool>(d: D, strip: &Strip) {
     let s = d.simd();
     let lanes = D::S::LANES;
     let Strip { tiles, k, lda, ld, start, .. } = *strip;
@@ -103,34 +106,90 @@ unsafe fn strip<D: Dot, const H: usize, const NV: usize>(d: D, strip: &Strip) {
             let sums = strip.sums.add(tile * H * ld);
             let mut acc = [[s.splat_i32(0); NV]; H];
             // The first row again and again, or each.
-            let (from, step) = if start.is_null() { (sums.cast_const(), ld) } else { (start, 0) };
+            let (from, next) = if start.is_null() { (sums.cast_const(), ld) } else { (start, 0) };
             for (i, row) in acc.iter_mut().enumerate() {
                 for (v, x) in row.iter_mut().enumerate() {
-                    *x = s.load_i32_ptr(from.add(i * step + v * lanes));
+                    *x = s.load_i32_ptr(from.add(i * next + v * lanes));
                 }
             }
-            let mut rows = [strip.a; H];
-            for (i, row) in rows.iter_mut().enumerate() {
-                *row = strip.a.add((tile * H + i) * lda);
-            }
-            let mut b = strip.b;
-            for p in 0..k {
-                let mut bv = [s.splat_i32(0); NV];
-                for (v, x) in bv.iter_mut().enumerate() {
-                    *x = s.load_i32_ptr(b.add(v * lanes));
+            let a = strip.a.add(tile * H * lda);
+            if INTERLEAVED {
+                interleaved_rows(d, &mut acc, a, strip.b, k);
+            } else {
+                let mut b = strip.b;
+                for p in 0..k {
+                    step(d, &mut acc, core::array::from_fn(|i| a.add(i * lda + p)), b);
+                    b = b.add(NV * lanes);
                 }
-                for i in 0..H {
-                    let a = s.splat_i32_ptr(rows[i].add(p));
-                    for v in 0..NV {
-                        acc[i][v] = d.dot(acc[i][v], a, bv[v]);
-                    }
-                }
-                b = b.add(NV * lanes);
             }
             for (i, row) in acc.iter().enumerate() {
                 for (v, x) in row.iter().enumerate() {
                     s.store_i32_ptr(sums.add(i * ld + v * lanes), *x);
                 }
+            }
+        }
+    }
+}
+
+/// All steps along k with interleaved rows of A; for its shape see the same for floats, in `gemm/tile.rs`.
+///
+/// # Safety
+/// As [`Strip::run`].
+#[inline(always)]
+unsafe fn interleaved_rows<D: Dot, const H: usize, const NV: usize>(
+    d: D,
+    acc: &mut [[<D::S as Simd>::I32; NV]; H],
+    mut a: *const i32,
+    mut b: *const i32,
+    k: usize,
+) {
+    let ldb = NV * D::S::LANES;
+    let next = H * size_of::<i32>();
+    // SAFETY: promised by the caller.
+    unsafe {
+        let end = b.add(k * ldb);
+        macro_rules! step {
+            ($next:ident) => {
+                step(d, acc, core::array::from_fn(|i| a.add(i)), b);
+                b = b.add(ldb);
+                a = a.byte_add($next);
+                if b == end {
+                    break;
+                }
+            };
+        }
+        while b != end {
+            let next = opaque(&next);
+            step!(next);
+            step!(next);
+            step!(next);
+            step!(next);
+        }
+    }
+}
+
+/// One step along k.
+///
+/// # Safety
+/// A group at each of `rows` and `NV` vectors at `b` must be readable.
+#[inline(always)]
+unsafe fn step<D: Dot, const H: usize, const NV: usize>(
+    d: D,
+    acc: &mut [[<D::S as Simd>::I32; NV]; H],
+    rows: [*const i32; H],
+    b: *const i32,
+) {
+    let s = d.simd();
+    let mut bv = [s.splat_i32(0); NV];
+    // SAFETY: promised by the caller.
+    unsafe {
+        for (v, x) in bv.iter_mut().enumerate() {
+            *x = s.load_i32_ptr(b.add(v * D::S::LANES));
+        }
+        for i in 0..H {
+            let a = s.splat_i32_ptr(rows[i]);
+            for v in 0..NV {
+                acc[i][v] = d.dot(acc[i][v], a, bv[v]);
             }
         }
     }

@@ -67,6 +67,13 @@ macro_rules! slice_methods {
     };
 }
 
+/// A value of which the compiler knows nothing, each time anew.
+#[inline(always)]
+pub(crate) fn opaque<T: Copy>(value: &T) -> T {
+    // SAFETY: a reference.
+    unsafe { core::ptr::read_volatile(value) }
+}
+
 /// [`Simd::load_partial`] and [`Simd::store_partial`] through a buffer.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", all(target_arch = "wasm32", target_feature = "simd128")))]
 macro_rules! partial_methods {
