@@ -18,26 +18,46 @@ const COLUMNS: usize = 4;
 /// # Safety
 /// `src` has the rows, and `dst` is writable for `height * k` elements that do not overlap them.
 pub(crate) unsafe fn interleave(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32) {
-    let whole = k - k % COLUMNS;
+    // SAFETY: promised by the caller.
+    unsafe {
+        // Known heights of tiles, so that places in `dst` are constants of its addresses.
+        match height {
+            4 => all_rows(src, ld, 4, k, dst),
+            5 => all_rows(src, ld, 5, k, dst),
+            6 => all_rows(src, ld, 6, k, dst),
+            height => all_rows(src, ld, height, k, dst),
+        }
+    }
+}
+
+/// See [`interleave`].
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn all_rows(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32) {
     // SAFETY: all rows and columns below are less than `height` and `k`.
     unsafe {
         let mut row = 0;
         while row < height {
-            let (src, dst) = (src.add(row * ld), dst.add(row));
             let rows = match height - row {
                 4.. => 4,
                 2.. => 2,
                 rows => rows,
             };
-            for p in (0..whole).step_by(COLUMNS) {
-                let (src, dst) = (src.add(p), dst.add(p * height));
+            let (mut from, mut to) = (src.add(row * ld), dst.add(row));
+            let mut left = k;
+            while left >= COLUMNS {
                 match rows {
-                    4 => four(src, ld, dst, height),
-                    2 => two(src, ld, dst, height),
-                    _ => elements(src, ld, dst, height, 1, COLUMNS),
+                    4 => four(from, ld, to, height),
+                    2 => two(from, ld, to, height),
+                    _ => elements(from, ld, to, height, 1, COLUMNS),
                 }
+                from = from.add(COLUMNS);
+                to = to.add(COLUMNS * height);
+                left -= COLUMNS;
             }
-            elements(src.add(whole), ld, dst.add(whole * height), height, rows, k - whole);
+            elements(from, ld, to, height, rows, left);
             row += rows;
         }
     }

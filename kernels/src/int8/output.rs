@@ -16,7 +16,7 @@
 use super::{Addend, Bytes, BytesMut, Output, Requantize};
 use crate::epilogue::Activation;
 use crate::gemm::Activate;
-use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::simd::{Isa, Kernel, Simd, dispatch, opaque};
 use core::ops::Range;
 
 /// The output of a product, in parts that tasks write independently. Lengths were checked by `Output::check`.
@@ -311,6 +311,12 @@ impl Kernel for Convert<'_> {
 /// `1.5 * 2^23`.
 pub(super) const ROUND: f32 = 12_582_912.0;
 
+/// [`ROUND`] in every lane. Not as a constant: V8 would make it anew for each vector, three instructions of about ten.
+#[inline(always)]
+pub(super) fn round<S: Simd>(s: S) -> S::F32 {
+    s.splat(opaque(&ROUND))
+}
+
 struct Quantize<'a>(Part<'a>);
 
 impl Kernel for Quantize<'_> {
@@ -371,7 +377,7 @@ unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool, const PACKS: bo
     cols: usize,
     y: *mut u8,
 ) {
-    let round = s.splat(ROUND);
+    let round = self::round(s);
     let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
     let back = s.splat_i32(ROUND.to_bits() as i32 - q.zero);
     // SAFETY: promised by the caller.
@@ -402,7 +408,7 @@ unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool, const PACKS: bo
 /// `clamp(round(x * first + (other - other_zero) * second) + zero)` for x a number less its zero point.
 #[inline(always)]
 fn add_other<S: Simd>(s: S, add: &Addend<'_>, x: [S::F32; 2], other: [S::I32; 2]) -> [S::I32; 2] {
-    let round = s.splat(ROUND);
+    let round = self::round(s);
     let (lo, hi) = (s.splat((add.lo - add.zero) as f32), s.splat((add.hi - add.zero) as f32));
     let back = s.splat_i32(ROUND.to_bits() as i32 - add.zero);
     let mut y = other;

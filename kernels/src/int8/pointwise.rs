@@ -8,7 +8,7 @@
 //!
 //! Real numbers are `f32`, every operation rounded, halves to even: the same bits everywhere.
 
-use super::output::{ROUND, load_bytes, store_bytes};
+use super::output::{ROUND, load_bytes, round, store_bytes};
 use super::{Bytes, BytesMut};
 use crate::conv::check_len;
 use crate::error::{Error, Result};
@@ -199,7 +199,7 @@ impl<S: Simd> End<S> {
         Self {
             lo: s.splat((lo - zero) as f32),
             hi: s.splat((hi - zero) as f32),
-            round: s.splat(ROUND),
+            round: round(s),
             back: s.splat_i32(ROUND.to_bits() as i32 - zero),
         }
     }

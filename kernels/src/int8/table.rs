@@ -28,10 +28,10 @@ impl Tile {
     }
 }
 
-/// Fewest columns and groups along k for which A is interleaved, which takes about as long as four columns of a product.
-const INTERLEAVE_COLUMNS: usize = 64;
+/// Fewest columns and groups along k for which A is interleaved, as for floats.
+const INTERLEAVE_COLUMNS: usize = 128;
 /// See [`INTERLEAVE_COLUMNS`].
-const INTERLEAVE_GROUPS: usize = 16;
+const INTERLEAVE_GROUPS: usize = 8;
 
 /// Highest tile of any row of the table.
 pub(crate) const MAX_MR: usize = 12;
