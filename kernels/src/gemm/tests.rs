@@ -88,6 +88,7 @@ fn many_blocks() {
     check(49, 1000, 64);
     check(300, 130, 70);
     check(131, 48, 520);
+    check(14, 131, 600);
 }
 
 #[test]

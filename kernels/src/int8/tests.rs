@@ -158,6 +158,9 @@ fn products_match_the_oracle() {
                 let (m, n, k) = match ks.get(case) {
                     Some(&k) => (mr + 1, nr + 1, k),
                     None if case == ks.len() => (4 * mr + 3, 3 * nr + 1, 40),
+                    // Wide enough to interleave rows, where tiles read those; one pass and several.
+                    None if case == ks.len() + 1 => (3 * mr - 1, 150, 70),
+                    None if case == ks.len() + 2 => (2 * mr, 131, 2 * kc + 3),
                     None => (r.pick(&ms), r.pick(&ns), r.pick(&ks[..9])),
                 };
                 let (a, b) = (r.bytes(m * k), r.bytes(k * n));
