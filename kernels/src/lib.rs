@@ -17,7 +17,6 @@ pub mod error;
 pub mod finish;
 pub mod gemm;
 pub mod int8;
-mod interleave;
 pub mod math;
 pub mod movement;
 pub mod naive;

@@ -29,10 +29,10 @@ pub use pack::PackedB;
 
 use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
-use crate::interleave::interleave;
 use crate::math;
 use crate::nbits::NBits;
 use crate::par::Cx;
+use crate::simd::interleave::{GATHERED, interleave_tiles};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
 use tile::{Finish, Operands, Strip};
@@ -416,9 +416,6 @@ const LARGE_B: usize = 1 << 16;
 /// 7 x 7 outputs of ResNet-50, 9 MB of weights, ran at 30 GFLOP/s where others reach 44.
 const MIN_LARGE_ROWS: usize = 48;
 
-/// Elements of A that are gathered at once before they are interleaved: what stays in the first-level cache.
-const GATHERED: usize = 4096;
-
 /// How the C of each product is cut.
 struct Grid {
     /// Tiles along m: `tall` of `height + 1` rows, then the others of `height`.
@@ -562,15 +559,9 @@ pub(crate) fn run<'a, A: Lhs>(
                                 (rows_scratch.as_ptr(), lda)
                             }
                         };
-                        for tile in some {
-                            let (row, height) = (grid.row(tile), grid.row(tile + 1) - grid.row(tile));
-                            let to = &mut a_scratch[(row - rows.start) * depth..][..height * depth];
-                            // SAFETY: A has these rows and columns, and the scratch memory is not a part of it.
-                            unsafe {
-                                let a = a.wrapping_add((row - first_row) * lda);
-                                interleave(a.cast(), lda, height, depth, to.as_mut_ptr().cast());
-                            }
-                        }
+                        let to = bytemuck::cast_slice_mut(&mut a_scratch[(first_row - rows.start) * depth..]);
+                        // SAFETY: A has these rows and columns, and the scratch memory is not a part of it.
+                        unsafe { interleave_tiles(some, |tile| grid.row(tile), a.cast(), lda, depth, to) };
                     }
                     (a_scratch.as_ptr(), depth)
                 }

@@ -1,6 +1,7 @@
 //! Tile shapes and block sizes as data: one row per instruction set, chosen with `examples/gemm_bench`.
 
 use crate::simd::Isa;
+use crate::simd::interleave::MIN_COLUMNS;
 
 /// How the loop nest cuts a product for one instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +22,7 @@ pub struct Tile {
     /// GFLOP/s), and for wasm it nests the steps of each accumulator in one expression (in Chromium, relaxed SIMD,
     /// k = 512, operands in the first two caches: 4 x 2 tiles reached 98% of the peak with 1 step, 58% with 4).
     pub unroll: usize,
-    /// Whether there are tiles for rows of A that were interleaved, see [`interleave`](mod@crate::interleave).
+    /// Whether there are tiles for rows of A that were interleaved, see [`interleave`](mod@crate::simd::interleave).
     pub interleaves: bool,
 }
 
@@ -38,15 +39,11 @@ impl Tile {
 
     /// Whether rows of A are worth interleaving for tiles of at least `height` rows.
     pub(super) const fn interleaves(&self, height: usize, n: usize, k: usize) -> bool {
-        self.has_interleaved(height) && n >= INTERLEAVE_COLUMNS && k >= INTERLEAVE_DEPTH
+        self.has_interleaved(height) && n >= MIN_COLUMNS && k >= INTERLEAVE_DEPTH
     }
 }
 
-/// Fewest columns of C and rows of B for which A is interleaved. In Chromium, builds in turns, interleaving took 8% of a
-/// product with 64 columns while the machine was quiet, when its tiles are hardly faster with rows in the second-level
-/// cache, and won 5 to 10% while another hyper-thread was at work.
-const INTERLEAVE_COLUMNS: usize = 128;
-/// See [`INTERLEAVE_COLUMNS`].
+/// Fewest rows of B for which A is interleaved.
 const INTERLEAVE_DEPTH: usize = 16;
 
 /// Highest tile of any row of the table.

@@ -16,8 +16,8 @@
 //! Where the table says so, and the product is large enough for it, the rows of a tile are interleaved first, and a second
 //! loop reads those. In V8 a broadcast is two instructions, the address (row plus k plus memory) and the load; with
 //! constant distances the addresses are shared by the four steps of a turn but for one register: of a step of 6 x 2 sums
-//! 26 instructions instead of 31, for 12 multiply-adds. And A, which comes from the second-level cache, is one stream. The
-//! tiles alone, outside of this tree, k = 384: 6% less time on a quiet machine, 26% less beside another hyper-thread.
+//! 26 instructions instead of 31, for 12 multiply-adds. And A, which comes from the second-level cache, is one stream.
+//! CONTRIBUTING.md says how to have V8 print its code.
 
 use super::table::{self, MAX_MR, MAX_NRV};
 use crate::simd::{Isa, Kernel, Simd, dispatch, opaque};
@@ -229,8 +229,9 @@ impl Strip {
     /// Computes it with the vectors of `isa`.
     ///
     /// # Safety
-    /// A: `tiles * height` rows of `k`, interleaved by tiles if it is said, which the table must have; B: `k` rows of `cols` rounded up to vectors; C and residual: `tiles * height`
-    /// rows of `cols`, which nobody else uses; bias: `cols`. `height` and `cols` are at most what the table says.
+    /// A: `tiles * height` rows of `k`, or the interleaved rows of as many tiles, for which the table must have tiles; B: `k`
+    /// rows of `cols` rounded up to vectors; C and residual: `tiles * height` rows of `cols`, which nobody else uses; bias:
+    /// `cols`. `height` and `cols` are at most what the table says.
     pub(super) unsafe fn run(self, isa: Isa) {
         let vectors = self.cols.div_ceil(isa.lanes());
         macro_rules! heights {

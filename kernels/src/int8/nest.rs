@@ -22,8 +22,8 @@ use super::tile::Strip;
 use super::{Form, PackedQ, table};
 use crate::error::{Error, Result};
 use crate::gemm::{leading_dimension, part};
-use crate::interleave::interleave;
 use crate::par::Cx;
+use crate::simd::interleave::{GATHERED, interleave_tiles};
 use crate::simd::{Dot, DotKernel, Isa, Kernel, Simd, dispatch, dispatch_dot};
 use core::ops::Range;
 
@@ -45,8 +45,6 @@ const MAX_TASKS: u64 = 32;
 const MIN_COLUMNS: usize = 128;
 /// Groups of A that a block gathers at most; 192 KiB.
 const MAX_GATHER: usize = 48 * 1024;
-/// Groups of A that are gathered at once before they are interleaved: what stays in the first-level cache.
-const GATHERED: usize = 4096;
 /// Most rows of a block.
 const MAX_ROWS: usize = 128;
 /// Sums of a group of panels, if there are several; 8 KiB.
@@ -334,13 +332,9 @@ impl Block<'_> {
             if !self.interleaved {
                 continue;
             }
-            for tile in tiles {
-                let (row, height) = (grid.row(tile), grid.row(tile + 1) - grid.row(tile));
-                let from = &gathered[(row - some.start) * lda..][..(height - 1) * lda + groups];
-                let to = &mut a[(row - rows.start) * groups..][..height * groups];
-                // SAFETY: two slices of these lengths.
-                unsafe { interleave(from.as_ptr().cast(), lda, height, groups, to.as_mut_ptr().cast()) };
-            }
+            let to = bytemuck::cast_slice_mut(&mut a[(some.start - rows.start) * groups..]);
+            // SAFETY: the rows were gathered, into memory of their own.
+            unsafe { interleave_tiles(tiles, |tile| grid.row(tile), gathered.as_ptr().cast(), lda, groups, to) };
         }
         let strips = grid.strips(self.tiles.clone());
         let ld = together * nr;

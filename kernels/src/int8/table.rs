@@ -2,6 +2,7 @@
 
 use super::Form;
 use crate::simd::Isa;
+use crate::simd::interleave::MIN_COLUMNS;
 
 /// How the loop nest cuts a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,13 +25,11 @@ impl Tile {
 
     /// Whether rows of A are worth interleaving for tiles of at least `height` rows.
     pub(super) const fn interleaves(&self, height: usize, n: usize, groups: usize) -> bool {
-        self.has_interleaved(height) && n >= INTERLEAVE_COLUMNS && groups >= INTERLEAVE_GROUPS
+        self.has_interleaved(height) && n >= MIN_COLUMNS && groups >= INTERLEAVE_GROUPS
     }
 }
 
-/// Fewest columns and groups along k for which A is interleaved, as for floats.
-const INTERLEAVE_COLUMNS: usize = 128;
-/// See [`INTERLEAVE_COLUMNS`].
+/// Fewest groups along k for which A is interleaved.
 const INTERLEAVE_GROUPS: usize = 8;
 
 /// Highest tile of any row of the table.

@@ -107,6 +107,7 @@ pub use dispatch::{Isa, IsaError, dispatch};
 mod dot;
 pub(crate) use dot::{Dot, DotKernel, available as dot_available, dispatch_dot};
 
+pub(crate) mod interleave;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 // A wasm module with vectors has no use for it.
