@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use xshell::{Cmd, Shell};
 
@@ -127,6 +128,9 @@ pub(crate) fn may_apt_install(ctx: &Context) -> bool {
     ctx.find_program("apt-get").is_some() && ctx.output(ctx.cmd("id").arg("-u")).as_deref() == Some("0")
 }
 
+/// apt has one lock for the system; two threads of set-up take turns.
+static APT: Mutex<()> = Mutex::new(());
+
 /// Installs Debian packages, or fails with the command to type.
 pub(crate) fn apt_install(ctx: &Context, packages: &[&str], why: &str) -> Result<()> {
     let list = packages.join(" ");
@@ -136,6 +140,8 @@ pub(crate) fn apt_install(ctx: &Context, packages: &[&str], why: &str) -> Result
              sudo apt-get update && sudo apt-get install --no-install-recommends {list}"
         );
     }
+    // What it guards is outside of this program, so a thread that panicked with it left nothing half done here.
+    let _turn = APT.lock().unwrap_or_else(PoisonError::into_inner);
     println!("   {why}: installing {list}");
     let apt = |args: &[&str]| ctx.cmd("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args(args);
     let install = ["install", "-y", "-qq", "--no-install-recommends"];

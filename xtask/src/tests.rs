@@ -4,6 +4,7 @@ use crate::browsers::{self, Browser};
 use crate::build::{self, BuildArgs};
 use crate::conformance::{self, ConformanceArgs};
 use crate::context::{Context, apt_install, heading, may_apt_install};
+use crate::setup::{self, Part};
 use crate::{demo, models, node, size, toolchain};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -40,35 +41,39 @@ struct Stage {
     name: &'static str,
     about: &'static str,
     run: fn(&Context) -> Result<Outcome>,
+    /// Needs what [`prepare`] installs.
+    tools: bool,
+}
+
+impl Stage {
+    const fn new(name: &'static str, about: &'static str, run: fn(&Context) -> Result<Outcome>) -> Self {
+        Self { name, about, run, tools: false }
+    }
+
+    const fn with_tools(name: &'static str, about: &'static str, run: fn(&Context) -> Result<Outcome>) -> Self {
+        Self { tools: true, ..Self::new(name, about, run) }
+    }
 }
 
 /// In order: what is quick and often wrong comes first.
 const STAGES: &[Stage] = &[
-    Stage { name: "fmt", about: "rustfmt", run: fmt },
-    Stage { name: "clippy", about: "clippy, warnings denied", run: clippy },
-    Stage { name: "npm", about: "types and lint of TypeScript and JavaScript", run: npm },
-    Stage { name: "models", about: "models and goldens that tests compare with", run: test_models },
-    Stage { name: "native", about: "tests of the Rust crates", run: native },
-    Stage { name: "doc", about: "rustdoc, warnings denied", run: doc },
-    Stage { name: "neon", about: "kernels for Arm: check, and tests under qemu-user", run: neon },
-    Stage { name: "build", about: "WebAssembly variants, npm package, demo site", run: build_all },
-    Stage { name: "npm-test", about: "unit tests of the npm package and what was built", run: npm_test },
-    Stage { name: "size", about: "size budget", run: size_budget },
-    Stage { name: "node", about: "the cases in Node", run: |ctx| browser(ctx, Browser::Node) },
-    Stage {
-        name: "chromium",
-        about: "the cases in Chromium, isolated and not",
-        run: |ctx| browser(ctx, Browser::Chromium),
-    },
-    Stage {
-        name: "firefox",
-        about: "the cases in Firefox, isolated and not",
-        run: |ctx| browser(ctx, Browser::Firefox),
-    },
-    Stage { name: "webkit", about: "the cases in WebKit", run: |ctx| browser(ctx, Browser::Webkit) },
-    Stage { name: "package", about: "the packed tarball in a scratch project", run: package },
-    Stage { name: "demo", about: "the demo site, used by headless Chromium", run: demo_check },
-    Stage { name: "conformance", about: "ONNX's own cases, native and Chromium", run: onnx_cases },
+    Stage::new("fmt", "rustfmt", fmt),
+    Stage::new("clippy", "clippy, warnings denied", clippy),
+    Stage::new("npm", "types and lint of TypeScript and JavaScript", npm),
+    Stage::new("models", "models and goldens that tests compare with", test_models),
+    Stage::new("native", "tests of the Rust crates", native),
+    Stage::new("doc", "rustdoc, warnings denied", doc),
+    Stage::with_tools("neon", "kernels for Arm: check, and tests under qemu-user", neon),
+    Stage::with_tools("build", "WebAssembly variants, npm package, demo site", build_all),
+    Stage::new("npm-test", "unit tests of the npm package and what was built", npm_test),
+    Stage::new("size", "size budget", size_budget),
+    Stage::with_tools("node", "the cases in Node", |ctx| browser(ctx, Browser::Node)),
+    Stage::with_tools("chromium", "the cases in Chromium, isolated and not", |ctx| browser(ctx, Browser::Chromium)),
+    Stage::with_tools("firefox", "the cases in Firefox, isolated and not", |ctx| browser(ctx, Browser::Firefox)),
+    Stage::with_tools("webkit", "the cases in WebKit", |ctx| browser(ctx, Browser::Webkit)),
+    Stage::with_tools("package", "the packed tarball in a scratch project", package),
+    Stage::with_tools("demo", "the demo site, used by headless Chromium", demo_check),
+    Stage::with_tools("conformance", "ONNX's own cases, native and Chromium", onnx_cases),
 ];
 
 /// Runs the stages; fails when one of them fails.
@@ -85,12 +90,23 @@ pub(crate) fn run(ctx: &Context, args: &TestArgs) -> Result<()> {
         bail!("no stage is called {unknown}; `cargo xtask test --list` names them");
     }
     let begin = Instant::now();
+    let left_out = |stage: &&Stage| {
+        args.skip.iter().any(|name| name == stage.name)
+            || !args.only.is_empty() && args.only.iter().all(|name| name != stage.name)
+    };
+    let stages: Vec<&Stage> = STAGES.iter().filter(|stage| !left_out(stage)).collect();
+    // Downloads and the unpacking of packages leave the cores to the compilers of the stages that need none of them.
+    let mut prepared =
+        (stages.len() > 1 && stages.iter().any(|stage| stage.tools)).then(|| std::thread::spawn(prepare));
     let mut rows = Vec::new();
-    for stage in STAGES {
-        let left_out = args.skip.iter().any(|name| name == stage.name)
-            || !args.only.is_empty() && args.only.iter().all(|name| name != stage.name);
-        if left_out {
-            continue;
+    for stage in stages {
+        if let Some(preparation) = stage.tools.then(|| prepared.take()).flatten() {
+            // A stage that misses something tries once more, and fails with what to type.
+            match preparation.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => println!("   set-up beside the stages: {error:#}"),
+                Err(_) => println!("   set-up beside the stages panicked"),
+            }
         }
         heading(&format!("stage {}: {}", stage.name, stage.about));
         let start = Instant::now();
@@ -119,6 +135,12 @@ pub(crate) fn run(ctx: &Context, args: &TestArgs) -> Result<()> {
     fs::write(ctx.path("target/test-report.json"), serde_json::to_string_pretty(&report)?)?;
     let failed: Vec<&str> = rows.iter().filter(|row| row.1 == "FAIL").map(|row| row.0).collect();
     if failed.is_empty() { Ok(()) } else { bail!("stages failed: {}", failed.join(", ")) }
+}
+
+/// Installs the WebAssembly toolchain and the browsers.
+fn prepare() -> Result<()> {
+    // A thread of its own has a shell of its own: a shell's working directory is not shared.
+    setup::run(&Context::new()?, &[Part::Rust, Part::Browsers])
 }
 
 fn fmt(ctx: &Context) -> Result<Outcome> {

@@ -148,8 +148,8 @@ pub(crate) fn ensure_cargo_tool(ctx: &Context, program: &str, wanted: Option<(&s
         .args(["install", "--quiet", package, "--root"])
         .arg(ctx.path("target/tools"))
         .env("CARGO_TARGET_DIR", ctx.path("target/setup/cargo-install"))
-        // These programs run for seconds; optimising them fully would cost minutes.
-        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
+        // These programs run for seconds; optimising them would cost minutes.
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0")
         .env("CARGO_PROFILE_RELEASE_LTO", "off")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
     if let Some((_, version)) = wanted {
