@@ -154,6 +154,19 @@ pub(super) fn batch_strides(dims: &[usize], batch: &[usize], unit: usize) -> Dim
     strides
 }
 
+/// Where the matrices of each product begin in A and B, of these dims, whose batches broadcast.
+pub(super) fn batch_offsets(a: &[usize], b: &[usize]) -> Result<Vec<[usize; 2]>> {
+    let cut = |dims: &'_ [usize]| -> Result<(Dims, usize)> {
+        let (lead, matrix) = dims.split_at(dims.len().saturating_sub(2));
+        Ok((lead.into(), element_count(matrix)?))
+    };
+    let ((a_batch, a_size), (b_batch, b_size)) = (cut(a)?, cut(b)?);
+    let batch = crate::fact::broadcast_dims(&a_batch, &b_batch)?;
+    let (a_steps, b_steps) = (batch_strides(&a_batch, &batch, a_size), batch_strides(&b_batch, &batch, b_size));
+    let at = |i: usize| [offset(i, &batch, &a_steps), offset(i, &batch, &b_steps)];
+    Ok((0..element_count(&batch)?).map(at).collect())
+}
+
 fn is_zero_fold(rank_a: usize, trans_a: bool, rank_b: usize) -> bool {
     rank_b <= 2 && (!trans_a || rank_a <= 1)
 }

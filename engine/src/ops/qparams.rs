@@ -47,6 +47,14 @@ pub(super) fn part(x: Bytes<'_>, from: usize, len: usize) -> Bytes<'_> {
     }
 }
 
+/// Some of the elements, for writing.
+pub(super) fn part_mut(y: BytesMut<'_>, from: usize, len: usize) -> BytesMut<'_> {
+    match y {
+        BytesMut::U8(y) => BytesMut::U8(&mut y[from..][..len]),
+        BytesMut::I8(y) => BytesMut::I8(&mut y[from..][..len]),
+    }
+}
+
 /// Least and largest value of an 8-bit type.
 pub(super) fn bounds(dtype: DType) -> [i32; 2] {
     if dtype == DType::I8 { [-128, 127] } else { [0, 255] }

@@ -1,15 +1,17 @@
 //! Quantisation: QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear, and products of quantised numbers:
 //! MatMulInteger, ConvInteger, QLinearMatMul, QLinearConv.
 
-use super::matmul::{MatMul, batch_strides};
-use super::spatial::{Window, split_dims};
+use super::matmul::{MatMul, batch_offsets};
+use super::qparams::{self, part, part_mut};
 use super::sizes::permuted_axis;
+use super::spatial::{Window, split_dims};
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, axis_index};
 use crate::for_dtype;
 use crate::tensor::{DType, Dims, Element, TensorView, element_count};
 use weblane_kernels::conv::{ConvInput, ConvParams, Layout};
+use weblane_kernels::int8::{Output, QMatrix, Requantize, qgemm};
 use weblane_kernels::naive::{self, Number};
 use weblane_kernels::par::Cx;
 use weblane_kernels::quant::{self, Grid, Sharing};
@@ -328,15 +330,6 @@ fn centred(v: TensorView, zero: Option<TensorView>, index: impl Fn(usize) -> usi
         Err(wrong_dtype("an operand of the product", v.dtype, "uint8 and int8")))
 }
 
-fn offset(mut i: usize, dims: &[usize], strides: &[usize]) -> usize {
-    let mut at = 0;
-    for (d, s) in dims.iter().zip(strides).rev() {
-        at += i % d * s;
-        i /= d;
-    }
-    at
-}
-
 impl QuantizedProduct {
     /// Sums of products, for a result of these dims.
     fn sums(&self, cx: &Cx, io: &Io, out: &[usize], y: &mut [i32]) -> Result<()> {
@@ -352,13 +345,8 @@ impl QuantizedProduct {
                 let av = centred(a, za, |i| i / k.max(1))?;
                 let per_batch = zb.is_some_and(|z| z.rank() > 1);
                 let bv = centred(b, zb, |i| if per_batch { i / (k * n).max(1) * n + i % n } else { i % n.max(1) })?;
-                let lead = |v: &[usize]| -> Dims { v[..v.len().saturating_sub(2)].into() };
-                let (a_batch, b_batch) = (lead(a.dims), lead(b.dims));
-                let batch = crate::fact::broadcast_dims(&a_batch, &b_batch)?;
-                let (sa, sb) = (batch_strides(&a_batch, &batch, m * k), batch_strides(&b_batch, &batch, k * n));
-                for (i, y) in y.chunks_exact_mut((m * n).max(1)).enumerate() {
-                    let (a, b) = (&av[offset(i, &batch, &sa)..], &bv[offset(i, &batch, &sb)..]);
-                    quant::matmul(cx, a, b, y, [m, n, k])?;
+                for (y, [a, b]) in y.chunks_exact_mut((m * n).max(1)).zip(batch_offsets(a.dims, b.dims)?) {
+                    quant::matmul(cx, &av[a..], &bv[b..], y, [m, n, k])?;
                 }
                 Ok(())
             }
@@ -383,6 +371,54 @@ impl QuantizedProduct {
                 Ok(())
             }
         }
+    }
+}
+
+impl QuantizedProduct {
+    /// Whether the kernel of products of matrices has this form: one zero point for A, one for B or for each column.
+    fn suits_kernel(&self, io: &Io) -> Result<bool> {
+        let places = self.places();
+        let (a_zero, b_zero) = (io.optional(places.zeros[0]), io.optional(places.zeros[1]));
+        let one = a_zero.is_none_or(|z| z.len() == 1);
+        let columns = b_zero.is_none_or(|z| z.len() == 1 || z.rank() == 1);
+        Ok(matches!(self.kind, Product::MatMul) && one && columns && io.input(0)?.len() > 0)
+    }
+
+    /// Products of matrices of which B is not known before; one that is becomes another operator.
+    fn multiply(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+        let places = self.places();
+        let (a, b) = (io.input(0)?, io.input(places.b)?);
+        let last = |dims: &[usize], i: usize| dims.len().checked_sub(i).map_or(1, |at| dims[at]);
+        let k = last(a.dims, 1);
+        let n = if b.rank() > 1 { last(b.dims, 1) } else { 1 };
+        // One matrix for all batches: their rows are those of one product.
+        let m = if b.rank() > 2 { last(a.dims, 2) } else { a.len() / k.max(1) };
+        let a_zero = qparams::zero(io.optional(places.zeros[0]), "the zero point of A")?;
+        let b_zero = qparams::zeros(io.optional(places.zeros[1]), "the zero points of B", n)?;
+        let (mut multiplier, mut zero) = (Vec::new(), 0);
+        if self.scaled {
+            let a_scale = qparams::scale(io.input(1)?, "the scale of A")?;
+            let y_scale = qparams::scale(io.input(6)?, "the scale of the result")?;
+            let b_scale = qparams::scales(io.input(4)?, "a scale of B", n)?;
+            multiplier.extend(b_scale.iter().map(|b| a_scale * b / y_scale));
+            zero = qparams::zero(Some(io.input(7)?), "the zero point of the result")?;
+        }
+        let offsets = if b.rank() > 2 { batch_offsets(a.dims, b.dims)? } else { vec![[0, 0]] };
+        let (a, b) = (qparams::bytes(a)?, qparams::bytes(b)?);
+        let (isa, y) = (cx.isa(), io.output(0)?);
+        let [lo, hi] = qparams::bounds(y.dtype);
+        for (i, [a_at, b_at]) in offsets.into_iter().enumerate() {
+            let packed = qparams::pack(isa, part(b, b_at, k * n), [k, n], false, &b_zero)?;
+            let output = match self.scaled {
+                true => {
+                    let requantize = Requantize { multiplier: &multiplier, zero, lo, hi, add: None };
+                    Output::Quantized { requantize, y: part_mut(qparams::bytes_mut(y)?, i * m * n, m * n) }
+                }
+                false => Output::Sums(&mut y.as_slice::<i32>()?[i * m * n..][..m * n]),
+            };
+            qgemm(cx, QMatrix::new(part(a, a_at, m * k), m, k), a_zero, &packed, None, output)?;
+        }
+        Ok(())
     }
 }
 
@@ -491,6 +527,9 @@ impl Operator for QuantizedProduct {
     }
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+        if self.suits_kernel(io)? {
+            return self.multiply(cx, io);
+        }
         let out: Dims = io.output(0)?.dims.into();
         if !self.scaled {
             let count = element_count(&out)?;
@@ -572,6 +611,40 @@ mod tests {
         let x = u8s(&[1, 1, 3], &[1, 2, 3]);
         let y = OneNode::new("ConvInteger").ints("pads", &[1, 0]).run(&[x, u8s(&[1, 1, 2], &[1, 1]), u8s(&[], &[1])]);
         assert_eq!(y.unwrap()[0].as_slice::<i32>().unwrap(), [0, 1, 3]);
+    }
+
+    #[test]
+    fn batches_share_matrices() {
+        let bytes = |dims: &[usize], seed: usize| {
+            let count = dims.iter().product::<usize>();
+            u8s(dims, &(0..count).map(|i| (i * 37 + seed * i * i) as u8).collect::<Vec<_>>())
+        };
+        let want = |a: &Tensor, b: &Tensor, [m, k, n]: [usize; 3], [i, j]: [usize; 2]| -> Vec<i32> {
+            let (a, b) = (&a.bytes()[i * m * k..], &b.bytes()[j * k * n..]);
+            let one = |at: usize| {
+                (0..k).map(|l| (i32::from(a[at / n * k + l]) - 7) * (i32::from(b[l * n + at % n]) - 9)).sum()
+            };
+            (0..m * n).map(one).collect()
+        };
+        let sizes = [3, 5, 4];
+        for (a_dims, b_dims, pairs) in [
+            (&[2, 2, 3, 5][..], &[2, 1, 5, 4][..], &[[0, 0], [1, 0], [2, 1], [3, 1]][..]),
+            (&[2, 3, 5], &[5, 4], &[[0, 0], [1, 0]]),
+            (&[3, 5], &[2, 5, 4], &[[0, 0], [0, 1]]),
+        ] {
+            let (a, b) = (bytes(a_dims, 3), bytes(b_dims, 5));
+            let zeros = [u8s(&[], &[7]), u8s(&[1], &[9])];
+            let got = OneNode::new("MatMulInteger").run(&[a.clone(), b.clone(), zeros[0].clone(), zeros[1].clone()]);
+            let all: Vec<i32> = pairs.iter().flat_map(|&p| want(&a, &b, sizes, p)).collect();
+            assert_eq!(got.unwrap()[0].as_slice::<i32>().unwrap(), all);
+            let [one, scale] = [f32s(&[], &[1.0]), f32s(&[], &[500.0])];
+            let operands = [a, one.clone(), zeros[0].clone(), b, one, zeros[1].clone(), scale, u8s(&[], &[128])];
+            let got = OneNode::new("QLinearMatMul").run(&operands).unwrap();
+            let all: Vec<u8> = all.iter().map(|&v| ((v as f32 / 500.0).round_ties_even() + 128.0) as u8).collect();
+            assert_eq!(got[0].as_slice::<u8>().unwrap(), all);
+        }
+        let empty = OneNode::new("MatMulInteger").run(&[u8s(&[2, 0], &[]), u8s(&[0, 3], &[])]).unwrap();
+        assert_eq!(empty[0].as_slice::<i32>().unwrap(), [0; 6]);
     }
 
     #[test]

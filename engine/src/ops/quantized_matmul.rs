@@ -1,11 +1,11 @@
 //! DynamicQuantizeMatMul and MatMulIntegerToFloat of onnxruntime: products of quantised matrices that give real numbers.
 
-use super::matmul::{MatMul, batch_strides};
+use super::matmul::{MatMul, batch_offsets};
 use super::qparams::{Count, bytes, check_byte, infer_scale, infer_zero, pack, pack_constant, part};
 use super::qparams::{ByPacked, Prepared, scale, scales, zero, zeros};
 use super::{Compute, Infer, Io, Operator, Prepare, Registration, wrong_dtype};
 use crate::error::{Error, Result};
-use crate::fact::{Fact, broadcast_dims};
+use crate::fact::Fact;
 use crate::tensor::{DType, element_count};
 use std::sync::Arc;
 use weblane_kernels::epilogue::Activation;
@@ -89,23 +89,11 @@ impl QuantizedMatMul {
             return Ok(qgemm(cx, QMatrix::new(a, m, k), a_zero, packed, None, real(y))?);
         }
         let zero_points = zeros(zero_points, "b_zero_point", n)?;
-        let lead = |dims: &[usize]| dims[..dims.len().saturating_sub(2)].to_vec();
         let m = if a_dims.len() > 1 { a_dims[a_dims.len() - 2] } else { 1 };
-        let (a_batch, b_batch) = (lead(a_dims), lead(b.dims));
-        let batch = broadcast_dims(&a_batch, &b_batch)?;
-        let (sa, sb) = (batch_strides(&a_batch, &batch, m * k), batch_strides(&b_batch, &batch, k * n));
         let elements = bytes(b)?;
-        for (i, y) in y.chunks_exact_mut((m * n).max(1)).enumerate() {
-            let at = |strides: &[usize]| {
-                let (mut rest, mut at) = (i, 0);
-                for (&d, &s) in batch.iter().zip(strides).rev() {
-                    at += rest % d * s;
-                    rest /= d;
-                }
-                at
-            };
-            let packed = pack(cx.isa(), part(elements, at(&sb), k * n), [k, n], false, &zero_points)?;
-            let a = QMatrix::new(part(a, at(&sa), m * k), m, k);
+        for (y, [a_at, b_at]) in y.chunks_exact_mut((m * n).max(1)).zip(batch_offsets(a_dims, b.dims)?) {
+            let packed = pack(cx.isa(), part(elements, b_at, k * n), [k, n], false, &zero_points)?;
+            let a = QMatrix::new(part(a, a_at, m * k), m, k);
             qgemm(cx, a, a_zero, &packed, None, real(y))?;
         }
         Ok(())

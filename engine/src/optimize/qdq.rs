@@ -7,6 +7,9 @@
 //! Q(act(DQ(a) + DQ(b))), the same with *     -> sum or product of quantised tensors
 //! Q(f(DQ(x))), f any chain of functions      -> a table of 256 results
 //! Q(mean over windows of DQ(x))              -> mean of integers
+//! Q(DQ(a) DQ(b))                             -> product of integers, neither of which is known before
+//! Q(act(transposed convolution))             -> convolution of integers whose channels become pixels; see [`transposed`]
+//! Q(Softmax(DQ(x)))                          -> shares of a table of 256 powers
 //! Q(Concat(DQ(a), DQ(b), ..))                -> Concat of bytes, each brought to the scale of the result before
 //! move(DQ(x))                                -> DQ(move(x)) for all that moves elements only, and for maxima
 //! product quantised + other quantised        -> the other is added in the epilogue of the product
@@ -28,6 +31,8 @@ use crate::ops::cast::Cast;
 use crate::ops::clip::Clip;
 use crate::ops::concat::Concat;
 use crate::ops::conv::Conv;
+use crate::ops::conv_transpose::ConvTranspose;
+use crate::ops::depth_to_space::Blocks;
 use crate::ops::gemm::Gemm;
 use crate::ops::identity::Identity;
 use crate::ops::integer_product::{IntegerProduct, Kind, Sum, Target};
@@ -35,12 +40,17 @@ use crate::ops::lookup::Lookup;
 use crate::ops::matmul::MatMul;
 use crate::ops::pad::{Mode, Pad};
 use crate::ops::pool::{GlobalPool, Pool};
+use crate::ops::qlinear_softmax::QLinearSoftmax;
 use crate::ops::quantize::{Linear, Product as QuantizedKind, QuantizedProduct};
 use crate::ops::quantized_binary::QuantizedBinary;
 use crate::ops::quantized_pool::{QuantizedMean, Windows};
 use crate::ops::reduce::Reduce;
 use crate::ops::reshape::Squeeze;
 use crate::ops::resize::{self, Coordinates, Resize};
+use crate::ops::slice::Slice;
+use crate::ops::softmax::{self, Softmax};
+use crate::ops::spatial::{AutoPad, Axes, Window};
+use crate::ops::split::Split;
 use crate::ops::unary::Pointwise;
 use crate::ops::{Op, Table};
 use crate::tensor::{DType, Tensor};
@@ -64,12 +74,20 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
     if !graph.nodes.iter().any(quantized) {
         return Ok(());
     }
-    rewrite(graph, pass, |view, i| {
-        if let Some(found) = lookup(view, pass, i)? {
-            return Ok(Some(found));
+    loop {
+        rewrite(graph, pass, |view, i| {
+            if let Some(found) = lookup(view, pass, i)? {
+                return Ok(Some(found));
+            }
+            Ok(between(view, i)?
+                .or_else(|| moved(view, i))
+                .or_else(|| named_product(view, i))
+                .or_else(|| dynamic(view, i)))
+        })?;
+        if !split(graph, pass)? {
+            break;
         }
-        Ok(between(view, i)?.or_else(|| moved(view, i)).or_else(|| named_product(view, i)).or_else(|| dynamic(view, i)))
-    })?;
+    }
     fold::drop_identities(graph);
     rewrite(graph, pass, |view, i| Ok(real(view, i)?.or_else(|| residual(view, i)).or_else(|| clamp(view, i))))?;
     Ok(())
@@ -94,6 +112,16 @@ impl Scheme {
             None => 0,
         };
         is_byte(dtype).then_some(Scheme { scale, zero, dtype })
+    }
+
+    /// As operands of an operator: the scale, times `factor`, and the zero point.
+    fn operands(&self, factor: f32) -> Option<[Operand; 2]> {
+        let scale = Tensor::scalar(self.scale * factor).ok()?;
+        Some([Operand::Constant(scale), Operand::Constant(self.zero_point()?)])
+    }
+
+    fn zero_point(&self) -> Option<Tensor> {
+        byte_tensor(self.dtype, &[], &[self.zero as u8])
     }
 
     fn bounds(&self) -> (i32, i32) {
@@ -122,6 +150,13 @@ impl Scheme {
 
 fn is_byte(dtype: DType) -> bool {
     matches!(dtype, DType::U8 | DType::I8)
+}
+
+fn byte_tensor(dtype: DType, dims: &[usize], bytes: &[u8]) -> Option<Tensor> {
+    match dtype {
+        DType::U8 => Tensor::from_slice(dims, bytes).ok(),
+        _ => Tensor::from_slice::<i8>(dims, bytemuck::cast_slice(bytes)).ok(),
+    }
 }
 
 fn integers(view: &View, id: ValueId) -> Option<Vec<i32>> {
@@ -319,8 +354,9 @@ fn between(view: &View, i: usize) -> Result<Option<Replacement>> {
         nodes.push(p);
         let (op, operands) = product(view, node, y, bounds)
             .or_else(|| binary(view, node, y, bounds))
+            .or_else(|| transposed(view, node, y, bounds))
             .or_else(|| mean(view, node, y, bounds))
-            .or_else(|| if bounds == y.bounds() { concat(view, node, y) } else { None })?;
+            .or_else(|| if bounds == y.bounds() { unbounded(view, node, y) } else { None })?;
         Some(Replacement { root: i, nodes, op, operands })
     };
     Ok(find())
@@ -381,6 +417,137 @@ fn spatial_mean(view: &View, node: &Node, reduce: &Reduce) -> Option<Vec<i64>> {
     all.then(|| (2..rank as i64).collect())
 }
 
+/// What has no bounds of its own.
+fn unbounded(view: &View, node: &Node, y: Scheme) -> Option<Made> {
+    concat(view, node, y).or_else(|| softmax(view, node, y)).or_else(|| product_of_two(view, node, y))
+}
+
+fn softmax(view: &View, node: &Node, y: Scheme) -> Option<Made> {
+    let softmax = node.op.get::<Softmax>().filter(|s| s.kind == softmax::Kind::Softmax)?;
+    let (x, from) = dequantized(view, input(node, 0)?)?;
+    let op = QLinearSoftmax { axis: softmax.axis, flatten: softmax.flatten, whole_steps: false };
+    let mut operands = vec![x.into()];
+    operands.extend(from.operands(1.0)?);
+    operands.extend(y.operands(1.0)?);
+    (from.dtype == y.dtype).then(|| (op.into(), operands))
+}
+
+/// A product of matrices, neither of which is known before.
+fn product_of_two(view: &View, node: &Node, y: Scheme) -> Option<Made> {
+    let m = node.op.get::<MatMul>()?;
+    let plain = !(m.bias || m.residual || m.trans_a || m.trans_b) && m.activation == Activation::Identity;
+    let scaled = m.alpha.is_finite() && m.alpha > 0.0;
+    let [(a, sa), (b, sb)] = [dequantized(view, input(node, 0)?)?, dequantized(view, input(node, 1)?)?];
+    let mut operands = vec![a.into()];
+    operands.extend(sa.operands(m.alpha)?);
+    operands.push(b.into());
+    operands.extend(sb.operands(1.0)?);
+    operands.extend(y.operands(1.0)?);
+    let op = QuantizedProduct { kind: QuantizedKind::MatMul, scaled: true };
+    (plain && scaled).then(|| (op.into(), operands))
+}
+
+/// A transposed convolution as a convolution whose channels become pixels.
+///
+/// ```text
+/// y[s q + p] = sum over j of x[q - j] w[s j + p]     stride s, phase p in 0..s, window of taps = ceil(k / s)
+/// ```
+///
+/// Every phase is a convolution with the flipped weights at a distance of `s`; all phases together are one with `s s` times
+/// the channels, the phase first, which DepthToSpace lays out. What the padding cuts off is cut off by whole windows of the
+/// convolution first, the rest by Slice. (Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016)
+fn transposed(view: &View, node: &Node, y: Scheme, bounds: (i32, i32)) -> Option<Made> {
+    let c = node.op.get::<ConvTranspose>()?;
+    let plain = c.layout == Layout::Nchw && c.activation == Activation::Identity && c.groups == 1;
+    let sized = c.output_shape.is_none() && c.window.auto_pad == AutoPad::NotSet;
+    let (a, a_scheme) = dequantized(view, input(node, 0)?)?;
+    let b = Weights::dequantized(view, input(node, 1)?, 1)?;
+    let at = |list: &[usize], i: usize, default| list.get(i).copied().unwrap_or(default);
+    let stride = at(&c.window.strides, 0, 1);
+    let even = at(&c.window.strides, 1, 1) == stride && c.window.dilations.iter().all(|&d| d == 1);
+    let &[inputs, channels, height, width] = b.dims.as_slice() else { return None };
+    if !(plain && sized && even) || stride == 0 || inputs.min(channels).min(height).min(width) == 0 {
+        return None;
+    }
+    // Along each axis: taps of a phase, padding of the convolution before and after, pixels to cut off before and after.
+    let axis = |i: usize, k: usize| {
+        let taps = k.div_ceil(stride);
+        // Phases that hardly have weights would be a larger product than the one they stand for.
+        if taps * stride > 2 * k {
+            return None;
+        }
+        let (begin, end) = (at(&c.window.pads, i, 0), at(&c.window.pads, 2 + i, 0));
+        let first = (begin / stride).min(taps - 1);
+        let surplus = (taps * stride + end).checked_sub(k + at(&c.output_padding, i, 0))?;
+        let last = (surplus / stride).min(taps - 1);
+        Some((taps, [taps - 1 - first, taps - 1 - last], [begin - first * stride, surplus - last * stride]))
+    };
+    let [(rows, row_pads, row_cuts), (cols, col_pads, col_cuts)] = [axis(0, height)?, axis(1, width)?];
+
+    let tensor = view.tensor(b.id)?;
+    let weights = tensor.bytes();
+    let zero = |m: usize| b.zeros[if b.zeros.len() == 1 { 0 } else { m }] as u8;
+    let mut packed = Vec::with_capacity(stride * stride * channels * inputs * rows * cols);
+    for phase in 0..stride * stride {
+        for m in 0..channels {
+            for (i, t) in (0..inputs).flat_map(|i| (0..rows * cols).map(move |t| (i, t))) {
+                let row = (rows - 1 - t / cols) * stride + phase / stride;
+                let col = (cols - 1 - t % cols) * stride + phase % stride;
+                let inside = row < height && col < width;
+                packed.push(if inside { weights[((i * channels + m) * height + row) * width + col] } else { zero(m) });
+            }
+        }
+    }
+    let dims = [stride * stride * channels, inputs, rows, cols];
+    let constant = byte_tensor(tensor.dtype(), &dims, &packed)?;
+
+    let bias = match input(node, 2) {
+        Some(bias) => Some(view.tensor(bias)?.as_slice::<f32>().ok().filter(|b| b.len() == channels)?.to_vec()),
+        None => None,
+    };
+    let spread = |list: &[f32]| if list.len() == 1 { list.to_vec() } else { list.repeat(stride * stride) };
+    let units: Vec<f32> = b.scales.iter().map(|s| a_scheme.scale * s).collect();
+    let zeros = if b.zeros.len() == 1 { b.zeros.clone() } else { b.zeros.repeat(stride * stride) };
+    let b = Weights { scales: spread(&b.scales), zeros, dims: dims.to_vec(), ..b };
+    let pads = [row_pads[0], col_pads[0], row_pads[1], col_pads[1]];
+    let conv = Conv {
+        window: Window {
+            kernel: None,
+            strides: Axes::new(),
+            dilations: Axes::new(),
+            pads: Axes::from_slice(&pads),
+            auto_pad: AutoPad::NotSet,
+            ceil: false,
+        },
+        groups: 1,
+        layout: Layout::Nchw,
+        activation: Activation::Identity,
+        residual: false,
+    };
+    let kind = Kind::Conv(conv);
+    let (k, n) = columns(&kind, &b.dims)?;
+    if !b.fit(k, n) {
+        return None;
+    }
+    let bias = bias.map(|b| b.repeat(stride * stride));
+    let product = Product { kind, a, a_scheme, b, units: spread(&units), bias };
+    let (op, mut operands) = product.quantized(y, bounds)?;
+    operands[1] = Operand::Constant(constant);
+    let mut made: Made = (op.into(), operands);
+    if stride > 1 {
+        let blocks = Blocks { to_space: true, size: stride, channel_first: false, layout: Layout::Nchw };
+        made = (blocks.into(), vec![Operand::Computed(made.0, made.1)]);
+    }
+    let cuts = [row_cuts, col_cuts];
+    if cuts != [[0; 2]; 2] {
+        let ends = cuts.map(|[_, end]| if end == 0 { i64::MAX } else { -(end as i64) });
+        let attributes = Some((cuts.map(|[begin, _]| begin as i64).to_vec(), ends.to_vec()));
+        let slice = Slice { attributes, axes: Some(vec![2, 3]) };
+        made = (slice.into(), vec![Operand::Computed(made.0, made.1)]);
+    }
+    Some(made)
+}
+
 fn concat(view: &View, node: &Node, y: Scheme) -> Option<Made> {
     let concat = node.op.get::<Concat>()?;
     let operands: Option<Vec<Operand>> = (0..node.inputs.len())
@@ -424,12 +591,8 @@ fn moved(view: &View, i: usize) -> Option<Replacement> {
                 None => pad.value.unwrap_or(0.0) == 0.0,
             };
             if pad.mode == Mode::Constant {
-                let byte = match scheme.dtype {
-                    DType::U8 => Tensor::scalar(scheme.zero as u8),
-                    _ => Tensor::scalar(scheme.zero as i8),
-                };
                 operands.resize_with(operands.len().max(3), || Operand::Absent);
-                operands[2] = Operand::Constant(zero.then_some(byte.ok()?)?);
+                operands[2] = Operand::Constant(scheme.zero_point().filter(|_| zero)?);
             }
             Pad { value: None, ..pad.clone() }.into()
         }
@@ -441,6 +604,34 @@ fn moved(view: &View, i: usize) -> Option<Replacement> {
     let mut outer = vec![Operand::Computed(op, operands)];
     outer.extend(linear.inputs[1..].iter().map(|&id| Operand::from(id)));
     Some(Replacement { root: i, nodes: vec![i], op: linear.op.clone(), operands: outer })
+}
+
+/// DequantizeLinear goes behind a Split, once for each part.
+fn split(graph: &mut Graph, pass: &Pass) -> Result<bool> {
+    let facts = pass.facts(graph)?;
+    let view = View::new(graph, &facts);
+    let found = |node: &Node| {
+        node.op.get::<Split>()?;
+        let data = input(node, 0)?;
+        let (x, _) = dequantized(&view, data)?;
+        view.producer(strip(&view, data)).map(|(linear, _)| (x, linear))
+    };
+    let splits: Vec<_> = graph.nodes.iter().enumerate().filter_map(|(i, n)| found(n).map(|f| (i, f))).collect();
+    for &(i, (x, linear)) in &splits {
+        let Node { op, inputs: scheme, .. } = graph.nodes[linear].clone();
+        graph.nodes[i].inputs[0] = Some(x);
+        for k in 0..graph.nodes[i].outputs.len() {
+            let real = graph.nodes[i].outputs[k];
+            let name = graph.value(real).name.clone();
+            let bytes = graph.add_value(format!("{name}/quantized"));
+            graph.nodes[i].outputs[k] = bytes;
+            let inputs = std::iter::once(Some(bytes)).chain(scheme[1..].iter().copied()).collect();
+            graph.nodes.push(Node { name, op: op.clone(), inputs, outputs: vec![real] });
+        }
+    }
+    graph.remove_dead_nodes();
+    graph.sort()?;
+    Ok(!splits.is_empty())
 }
 
 /// Whether a node computes each element of its result from one element of what it reads and from constants.
@@ -882,6 +1073,99 @@ mod tests {
         mean("GlobalAveragePool", &[], &[global]);
         mean("ReduceMean", &[("axes", ints(&[-1, 2]))], &[global]);
         mean("ReduceMean", &[("axes", ints(&[2, 3])), ("keepdims", int(0))], &[global, "Squeeze"]);
+    }
+
+    #[test]
+    fn transposed_convolutions_are_convolutions() {
+        // Window, strides, padding, added elements, and whether DepthToSpace and Slice are needed.
+        type Case = ([usize; 2], i64, [i64; 4], [i64; 2], [bool; 2]);
+        let cases: [Case; 7] = [
+            ([2, 2], 2, [0; 4], [0; 2], [true, false]),
+            ([4, 4], 2, [1; 4], [0; 2], [true, true]),
+            ([3, 3], 2, [1; 4], [1; 2], [true, true]),
+            ([3, 2], 2, [0, 1, 1, 0], [1, 0], [true, true]),
+            ([3, 3], 1, [1; 4], [0; 2], [false, false]),
+            ([5, 4], 1, [0, 3, 1, 0], [0; 2], [false, false]),
+            ([6, 5], 3, [4, 1, 2, 3], [0, 1], [true, true]),
+        ];
+        for ([kh, kw], stride, pads, added, [blocks, cut]) in cases {
+            let mut n = Net::new(13);
+            let x = n.input("x", &[2, 8, 6, 5]);
+            let x = qdq(&mut n, x, 0.03, 120);
+            let (w, scales) = weights(&mut n, &[8, 5, kh, kw], 1, 10);
+            let b = bias(&mut n, 0.03, &scales, 12);
+            let attrs = [("strides", ints(&[stride; 2])), ("pads", ints(&pads)), ("output_padding", ints(&added))];
+            let y = n.op_with("ConvTranspose", &[x, w, b], &attrs);
+            let y = n.op("Relu", &[y]);
+            let y = q(&mut n, y, 0.05, 7);
+            n.output(y);
+            let graph = n.apply(run);
+            let mut want = vec!["QuantizeLinear", "weblane.IntegerConv"];
+            want.extend(blocks.then_some("DepthToSpace"));
+            want.extend(cut.then_some("Slice"));
+            assert_eq!(names(&graph), want);
+            close(&n, &graph, 0.002);
+            // Channels-last from the quantised input to the result.
+            let graph = optimized(&n, &[Fact::new(DType::F32, &[2, 8, 6, 5])]);
+            want.insert(1, "Transpose");
+            want.push("Transpose");
+            assert_eq!(names(&graph), want);
+            close(&n, &graph, 0.002);
+        }
+        // A stride beyond the window leaves most of the result to the bias; groups are products of their own.
+        for attrs in [("strides", ints(&[3, 3])), ("group", int(2))] {
+            let mut n = Net::new(13);
+            let x = n.input("x", &[1, 8, 6, 5]);
+            let x = qdq(&mut n, x, 0.03, 120);
+            let (w, _) = weights(&mut n, &[8, 5, 1, 1], 1, 10);
+            let y = n.op_with("ConvTranspose", &[x, w], &[attrs]);
+            let y = q(&mut n, y, 0.05, 7);
+            n.output(y);
+            let graph = n.apply(run);
+            assert!(names(&graph).contains(&"ConvTranspose".to_owned()));
+        }
+    }
+
+    #[test]
+    fn attention_between_quantised_tensors() {
+        let mut n = Net::new(13);
+        let [a, b] = ["a", "b"].map(|name| n.input(name, &[2, 3, 9, 16]));
+        let (a, b) = (qdq(&mut n, a, 0.03, 120), qdq(&mut n, b, 0.04, 131));
+        let t = n.op_with("Transpose", &[b], &[("perm", ints(&[0, 1, 3, 2]))]);
+        let y = n.op("MatMul", &[a, t]);
+        let y = qdq(&mut n, y, 0.2, 128);
+        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+        let y = qdq(&mut n, y, 1.0 / 256.0, 0);
+        let y = n.op("MatMul", &[y, b]);
+        let y = q(&mut n, y, 0.03, 125);
+        n.output(y);
+        let graph = n.apply(run);
+        let product = "QLinearMatMul";
+        let q = "QuantizeLinear";
+        assert_eq!(names(&graph), [q, q, "Transpose", product, "weblane.QuantizedSoftmax", product]);
+        close(&n, &graph, 0.003);
+    }
+
+    #[test]
+    fn parts_stay_bytes() {
+        let mut n = Net::new(13);
+        let x = n.input("x", &[2, 8, 6, 6]);
+        let x = qdq(&mut n, x, 0.04, 100);
+        let parts = n.nodes("Split", &[x], 2);
+        if let Some(node) = n.graph.nodes.last_mut() {
+            node.op = Split { axis: 1, sizes: None, parts: None }.into();
+        }
+        let a = n.op_with("MaxPool", &[parts[0]], &[("kernel_shape", ints(&[1, 1]))]);
+        let y = n.op("Add", &[a, parts[1]]);
+        let y = q(&mut n, y, 0.06, 110);
+        n.output(y);
+        let graph = n.apply(run);
+        assert_eq!(names(&graph), ["QuantizeLinear", "Split", "MaxPool", "weblane.QuantizedAdd"]);
+        close(&n, &graph, 0.001);
+        // A part that is a result of the model stays real.
+        n.output(parts[0]);
+        let left = n.passed(run);
+        assert_eq!(left[..3], ["QuantizeLinear", "Split", "DequantizeLinear"]);
     }
 
     #[test]
