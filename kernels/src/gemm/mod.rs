@@ -408,6 +408,8 @@ const TASK_FLOPS: u64 = 1 << 19;
 const MAX_TASKS: u64 = 32;
 /// Fewest columns of a block whose rows of A are gathered, which is done for each block anew.
 const MIN_GATHER_COLUMNS: usize = 128;
+/// Fewest columns of a block whose rows of A are interleaved, for each block anew too.
+const MIN_INTERLEAVED_COLUMNS: usize = 64;
 /// Elements of B that a task packs at most, so that they stay in L2.
 const MAX_PACK: usize = 1 << 16;
 /// Elements of a packed B from which blocks of few rows do not pay: it comes from L3 or memory for each of them.
@@ -438,6 +440,12 @@ impl Grid {
         let want = (flops.saturating_mul(problems as u64) / TASK_FLOPS).clamp(1, most_tasks).div_ceil(problems as u64);
         let mut row_blocks = m.div_ceil(t.mc);
         let mut panel_blocks = 1;
+        let interleaves = t.interleaves(m / tiles, n, k);
+        let min_cols = match (gather_a, interleaves) {
+            (true, _) => MIN_GATHER_COLUMNS.max(2 * nr),
+            (false, true) => MIN_INTERLEAVED_COLUMNS.max(2 * nr),
+            (false, false) => 2 * nr,
+        };
         let min_rows = if !pack_b && n.saturating_mul(k) > LARGE_B { MIN_LARGE_ROWS } else { 2 * t.mr };
         if pack_b {
             panel_blocks = panels.div_ceil((MAX_PACK / (nr * k.max(1))).max(1));
@@ -445,7 +453,7 @@ impl Grid {
         while ((row_blocks * panel_blocks) as u64) < want {
             let (rows, cols) = (m / row_blocks, panels / panel_blocks * nr);
             let can_rows = rows >= 2 * min_rows;
-            let can_cols = cols >= if gather_a { 2 * MIN_GATHER_COLUMNS.max(2 * nr) } else { 4 * nr };
+            let can_cols = cols >= 2 * min_cols;
             // A block costs the reading of its rows of A and columns of B: keep it square. But if B is packed, each
             // block of rows packs it anew: then cut columns first.
             if can_rows && (!can_cols || (rows >= cols && !pack_b)) {
