@@ -381,7 +381,7 @@ impl QuantizedProduct {
         let (a_zero, b_zero) = (io.optional(places.zeros[0]), io.optional(places.zeros[1]));
         let one = a_zero.is_none_or(|z| z.len() == 1);
         let columns = b_zero.is_none_or(|z| z.len() == 1 || z.rank() == 1);
-        Ok(matches!(self.kind, Product::MatMul) && one && columns && io.input(0)?.len() > 0)
+        Ok(matches!(self.kind, Product::MatMul) && one && columns && !io.input(0)?.is_empty())
     }
 
     /// Products of matrices of which B is not known before; one that is becomes another operator.
