@@ -29,6 +29,7 @@ const driver = await startDriver(options.browser, { url: server.url, quiet: true
 const results = [];
 let isa;
 let regions;
+let lanesOverOne;
 let dots;
 try {
   await driver.open();
@@ -72,6 +73,10 @@ try {
         `${(100 * row.share).toFixed(1)}% (${row.share_quartiles.map((q) => (100 * q).toFixed(1)).join(" .. ")})`,
     );
   }
+  const gains = await driver.call("lanesOverOne", { lanes: LANES, rounds: 50, ms: Number(options.ms) });
+  const [low, middle, high] = [0.25, 0.5, 0.75].map((q) => round(quantile(gains, q)));
+  lanesOverOne = { lanes: LANES, ratio: middle, quartiles: [low, high] };
+  console.log(`peak of multiply-add on ${LANES} lanes over one: ${middle} (${low} .. ${high})`);
   const costs = await driver.call("regionCost", { lanes: LANES, rounds: 50 });
   const summary = (times) => ({ median_us: round(median(times)), p10_us: round(quantile(times, 0.1)) });
   regions = { lanes: LANES, empty: summary(costs.slice(0, 50)), every_lane_comes: summary(costs.slice(50)) };
@@ -90,5 +95,6 @@ await writeRecord(options.record ?? recordPath(`gemm-${options.browser}`), {
   isa,
   dots,
   results,
+  peak_lanes_over_one: lanesOverOne,
   regions,
 });

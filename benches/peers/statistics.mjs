@@ -1,2 +1,2 @@
 /** The statistics of the benches, so that those outside this directory need no packages of their own. */
-export { max, median, min, quantile } from "simple-statistics";
+export { geometricMean, max, mean, median, min, quantile } from "simple-statistics";

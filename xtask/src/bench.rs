@@ -24,6 +24,8 @@ enum Bench {
     Load,
     /// Matrix products as a share of the peak of multiply-add, and the cost of a parallel region, in a browser
     Gemm,
+    /// Tiles and blocks of float products beside each other, in a browser
+    Tune,
     /// Time by node on both sides, weblane and onnxruntime-web
     Profile,
     /// Two threads beside one, in turns on one page
@@ -47,6 +49,7 @@ pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
             build::bench_module(ctx)?;
             in_browser(ctx, "benches/kernels/run.mjs", &bench.args)
         }
+        Bench::Tune => tune(ctx, &bench.args),
         Bench::Profile => page(ctx, "benches/peers/profile.mjs", &bench.args),
         Bench::Threads => {
             let record = ctx.path("benches/records/threads.json").display().to_string();
@@ -74,6 +77,31 @@ pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
         }
         Bench::Memory => page(ctx, "benches/peers/memory.mjs", &bench.args),
     }
+}
+
+/// Candidates for the row of WebAssembly's relaxed SIMD in `kernels/src/gemm/table.rs`, as `WEBLANE_TILE` takes them:
+/// `mr,narrow_mr,nrv,kc,mc,unroll,interleaves`.
+const TILES: [&str; 8] = [
+    "6,6,2,512,128,1,1",
+    "6,6,2,512,128,1,0",
+    "6,6,2,256,128,1,1",
+    "6,6,2,512,72,1,1",
+    "5,5,2,512,128,1,1",
+    "4,4,2,512,128,1,1",
+    "4,4,3,512,128,1,1",
+    "8,8,1,512,128,1,1",
+];
+
+/// Builds a module with each of the tiles, and measures them in turns.
+fn tune(ctx: &Context, args: &[String]) -> Result<()> {
+    let directory = ctx.path("target/tune");
+    for tile in TILES {
+        println!("   candidate {tile}");
+        build::bench_module_with(ctx, &directory.join(tile), "tune", Some(tile))?;
+    }
+    let list = ["--tiles".to_owned(), TILES.join(" ")];
+    let args: Vec<String> = list.into_iter().chain(args.iter().cloned()).collect();
+    in_browser(ctx, "benches/kernels/tune.mjs", &args)
 }
 
 fn peers(ctx: &Context, args: &[String]) -> Result<()> {

@@ -171,7 +171,8 @@ fn one_variant(ctx: &Context, variant: Variant, toolchain: &Toolchain, tools: &W
     let start = Instant::now();
     let name = variant.name();
     let directory = ctx.path("npm/build").join(name);
-    let module = Module { variant, name, source: "runtime-web", glue: "weblane_web", directory: &directory };
+    let (source, glue) = ("runtime-web", "weblane_web");
+    let module = Module { variant, name, source, glue, directory: &directory, cache: name, tile: None };
     let fresh = module.build(ctx, toolchain, tools, &variant.output(ctx))?;
     let note = if fresh { "unchanged" } else { "built" };
     println!("   {name}: {note}, {:.1} s", start.elapsed().as_secs_f64());
@@ -190,14 +191,19 @@ pub(crate) fn native_program(ctx: &Context) -> Result<PathBuf> {
 
 /// Builds the kernels' bench with the flags of `relaxed_mt` into `target/bench-kernels`.
 pub(crate) fn bench_module(ctx: &Context) -> Result<()> {
+    let directory = ctx.path("target/bench-kernels");
+    bench_module_with(ctx, &directory, Variant::RelaxedMt.name(), None)
+}
+
+/// The same into any directory, compiled in `target/wasm/<cache>`, with a candidate for the tile of products.
+pub(crate) fn bench_module_with(ctx: &Context, directory: &Path, cache: &str, tile: Option<&str>) -> Result<()> {
     let toolchain = toolchain::ensure(ctx)?;
     let tools = toolchain::ensure_wasm_tools(ctx)?;
     node::install(ctx, "xtask/node")?;
-    let directory = ctx.path("target/bench-kernels");
     fs::create_dir_all(ctx.path("target/wasm"))?;
     let glue = "weblane_bench_kernels";
     let (variant, name, source) = (Variant::RelaxedMt, "bench-kernels", "benches/kernels");
-    let module = Module { variant, name, source, glue, directory: &directory };
+    let module = Module { variant, name, source, glue, directory, cache, tile };
     // In the place of the compiled module, where the glue looks for it.
     module.build(ctx, &toolchain, &tools, &directory.join(format!("{glue}_bg.wasm"))).map(drop)
 }
@@ -213,17 +219,21 @@ struct Module<'a> {
     glue: &'a str,
     /// Where the glue and the module before optimisation go.
     directory: &'a Path,
+    /// Directory of cargo's under `target/wasm`.
+    cache: &'a str,
+    /// What `WEBLANE_TILE` is for the compiler.
+    tile: Option<&'a str>,
 }
 
 impl Module<'_> {
     /// Compiles and optimises; returns whether `output` was up to date.
     fn build(&self, ctx: &Context, toolchain: &Toolchain, tools: &WasmTools, output: &Path) -> Result<bool> {
-        let Self { variant, name, source, glue, directory } = *self;
+        let Self { variant, name, source, glue, directory, cache, tile } = *self;
         let mut command = toolchain
             .apply(ctx.cmd(&tools.pack))
             .env("PATH", tools.search_path()?)
             .env("RUSTFLAGS", variant.rustflags())
-            .env("CARGO_TARGET_DIR", ctx.path("target/wasm").join(variant.name()))
+            .env("CARGO_TARGET_DIR", ctx.path("target/wasm").join(cache))
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .args(["--log-level", "warn", "build", "--target", "web", "--no-opt", "--mode", "force", "--no-pack"])
             .args(["--profile", "wasm", "--out-name", glue, "--out-dir"])
@@ -234,6 +244,10 @@ impl Module<'_> {
         if variant.threads() {
             command = command.args(["--features", "threads"]);
         }
+        command = match tile {
+            Some(tile) => command.env("WEBLANE_TILE", tile),
+            None => command.env_remove("WEBLANE_TILE"),
+        };
         logged(command, &ctx.path(format!("target/wasm/{name}.log")))?;
 
         let compiled = directory.join(format!("{glue}_bg.wasm"));

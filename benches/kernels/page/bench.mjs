@@ -13,6 +13,7 @@ window.createHarness = async ({ threads }) => {
     about: () => ask("about"),
     measure: ({ index, rounds, ms }) => ask("measure", index, rounds, ms),
     dotPeaks: ({ rounds, ms }) => ask("dotPeaks", rounds, ms),
+    lanesOverOne: ({ lanes, rounds, ms }) => ask("lanesOverOne", lanes, rounds, ms),
     regionCost: ({ lanes, rounds }) => ask("regionCost", lanes, rounds),
   };
 };

@@ -10,6 +10,7 @@ const METHODS = {
   about: () => ({ isa: module.isa(), names: module.names(), forms: module.forms() }),
   measure: (index, rounds, ms) => [...module.measure(index, rounds, ms)],
   dotPeaks: (rounds, ms) => [...module.dotPeaks(rounds, ms)],
+  lanesOverOne: (lanes, rounds, ms) => [...module.lanesOverOne(lanes, rounds, ms)],
   regionCost: (lanes, rounds) => [...module.regionCost(lanes, rounds)],
 };
 

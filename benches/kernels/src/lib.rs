@@ -179,6 +179,24 @@ pub fn measure(index: usize, rounds: usize, ms: f64) -> Option<Vec<f64>> {
     Some(rates)
 }
 
+/// `rounds` ratios of the peak of multiply-add on `lanes` lanes to that on one, each for at least `ms` milliseconds: how
+/// much the machine itself gains by more lanes, where nothing is shared and nothing waits.
+#[wasm_bindgen(js_name = lanesOverOne)]
+pub fn lanes_over_one(lanes: usize, rounds: usize, ms: f64) -> Vec<f64> {
+    let isa = Isa::best();
+    let on = |lanes: usize| {
+        let pool = Pool::new(lanes);
+        move |ms: f64| {
+            let tasks = |cx: &Cx<'_>| {
+                cx.for_each(lanes, u64::MAX, &|_| assert!(dispatch(isa, Peak(black_box(16 * STEPS))) > 0.0));
+            };
+            pool.run(isa, |cx| lanes as f64 * rate(ms, 1, || tasks(cx)))
+        }
+    };
+    let (one, all) = (on(1), on(lanes));
+    (0..rounds).map(|_| 1.0 / one(ms) * all(ms)).collect()
+}
+
 /// Microseconds of a parallel region on `lanes` lanes, back to back as inside a run, `rounds` means of a thousand each:
 /// first of one task per lane that does nothing, then of one in which every lane must come, since each task waits until
 /// all have begun.
@@ -211,4 +229,28 @@ pub fn region_cost(lanes: usize, rounds: usize) -> Vec<f64> {
         let meetings = (0..rounds).map(|_| time(cx, &meet));
         empties.into_iter().chain(meetings).collect()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weblane_kernels::gemm::table::tile;
+
+    /// Candidates that are closer to the best one change places with it from run to run.
+    const NEAR: f64 = 0.99;
+
+    #[test]
+    fn the_tile_of_products_is_the_one_that_was_measured_best() {
+        let record: serde_json::Value =
+            serde_json::from_str(include_str!("../../records/tiles-chromium.json")).expect("a record of bench tune");
+        let t = tile(Isa::WasmRelaxedSimd);
+        let held = serde_json::json!({
+            "mr": t.mr, "narrow_mr": t.narrow_mr, "nrv": t.nrv, "kc": t.kc, "mc": t.mc, "unroll": t.unroll,
+            "interleaves": u8::from(t.interleaves),
+        });
+        let results = record["results"].as_array().expect("results");
+        let score = |result: &serde_json::Value| result["score"].as_f64().expect("a score");
+        let own = results.iter().find(|result| result["tile"] == held).expect("the table's tile among the candidates");
+        assert!(score(own) >= NEAR * score(&results[0]), "{held} has {}, the best {}", score(own), results[0]);
+    }
 }

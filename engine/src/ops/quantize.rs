@@ -141,6 +141,14 @@ fn check_constant_scales(scales: &Fact, what: &str) -> Result<()> {
     }
 }
 
+/// Refuses zero points of sums, which have none: the specification lets `int32` through for biases only.
+fn check_zero_of_sums(zero: TensorView) -> Result<()> {
+    match zero.as_slice::<i32>()?.iter().find(|&&z| z != 0) {
+        Some(z) => Err(Error::invalid_input(format!("a zero point of int32 is {z}; 0 was wanted"))),
+        None => Ok(()),
+    }
+}
+
 impl Operator for Linear {
     fn name(&self) -> &'static str {
         if self.back { "DequantizeLinear" } else { "QuantizeLinear" }
@@ -165,6 +173,9 @@ impl Operator for Linear {
                 if let Some(z) = zero.filter(|z| z.dtype != x.dtype) {
                     return Err(Error::dtype(format!("the zero point is {}, x is {}", z.dtype, x.dtype)));
                 }
+                if let Some(z) = zero.and_then(Fact::tensor).filter(|z| z.dtype() == DType::I32 && !z.is_released()) {
+                    check_zero_of_sums(z.view())?;
+                }
                 self.output.unwrap_or(scale.dtype)
             }
             false => match (zero.map(|z| z.dtype), self.output) {
@@ -187,6 +198,9 @@ impl Operator for Linear {
             if is_nibble(x.dtype) {
                 let zero = zero.map(unpack);
                 return Ok(quant::dequantize(cx, &unpack(x), &grid, scales, zero.as_deref(), y)?);
+            }
+            if let Some(zero) = zero.filter(|z| z.dtype == DType::I32) {
+                check_zero_of_sums(zero)?;
             }
             return for_dtype!(x.dtype, [U8, I8, U16, I16, I32], T => {
                 let zero = zero.map(|z| z.as_slice::<T>()).transpose()?;
@@ -654,6 +668,18 @@ mod tests {
         let (a, b) = (u8s(&[2, 2], &[1; 4]), u8s(&[2, 2], &[5; 4]));
         let e = OneNode::new("MatMulInteger").run(&[a, b, u8s(&[3], &[1; 3])]).unwrap_err();
         assert!(e.message.contains("1 or 2 were wanted"), "{e}");
+    }
+
+    #[test]
+    fn sums_have_no_zero_point() {
+        let i32s = |values: &[i32]| Tensor::from_slice(&[values.len()], values).unwrap();
+        let run = |zero: i32| {
+            let operands = [i32s(&[6, -4]), f32s(&[2], &[0.5, 2.0]), i32s(&[0, zero])];
+            OneNode::new("DequantizeLinear").int("axis", 0).run(&operands)
+        };
+        assert_eq!(run(0).unwrap()[0].as_slice::<f32>().unwrap(), [3.0, -8.0]);
+        let e = run(-1).unwrap_err();
+        assert!(e.message.contains("int32 is -1; 0 was wanted") && e.node.is_some(), "{e}");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Tile shapes and block sizes as data: one row per instruction set, chosen with `examples/gemm_bench`.
+//! Tile shapes and block sizes as data: one row per instruction set. That of WebAssembly's relaxed SIMD is the winner of
+//! `cargo xtask bench tune`, which measures candidates in a browser; the others were chosen with `examples/gemm_bench`.
 
 use crate::simd::Isa;
 use crate::simd::interleave::MIN_COLUMNS;
@@ -71,7 +72,10 @@ pub const fn tile(isa: Isa) -> Tile {
     match isa {
         Isa::Scalar => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 256, mc: 128, unroll: 4, interleaves: true },
         Isa::WasmSimd128 => Tile { mr: 3, narrow_mr: 5, nrv: 3, kc: 384, mc: 128, unroll: 1, interleaves: false },
-        Isa::WasmRelaxedSimd => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 512, mc: 128, unroll: 1, interleaves: true },
+        Isa::WasmRelaxedSimd => match candidate() {
+            Some(tile) => tile,
+            None => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 512, mc: 128, unroll: 1, interleaves: true },
+        },
         Isa::Sse41 | Isa::Fma128 => {
             Tile { mr: 4, narrow_mr: 4, nrv: 2, kc: 256, mc: 128, unroll: 4, interleaves: false }
         }
@@ -79,6 +83,25 @@ pub const fn tile(isa: Isa) -> Tile {
         Isa::Avx2 => Tile { mr: 6, narrow_mr: 6, nrv: 2, kc: 256, mc: 144, unroll: 4, interleaves: false },
         Isa::Avx512 => Tile { mr: 12, narrow_mr: 12, nrv: 2, kc: 256, mc: 192, unroll: 1, interleaves: false },
     }
+}
+
+/// `mr,narrow_mr,nrv,kc,mc,unroll,interleaves`, in the place of the row of WebAssembly's relaxed SIMD: what `cargo xtask
+/// bench tune` compiles a candidate with.
+const fn candidate() -> Option<Tile> {
+    let Some(text) = option_env!("WEBLANE_TILE") else { return None };
+    let text = text.as_bytes();
+    let (mut numbers, mut field, mut i) = ([0; 7], 0, 0);
+    while i < text.len() {
+        match text[i] {
+            b',' => field += 1,
+            digit @ b'0'..=b'9' => numbers[field] = 10 * numbers[field] + (digit - b'0') as usize,
+            _ => panic!("WEBLANE_TILE has something else than digits and commas"),
+        }
+        i += 1;
+    }
+    assert!(field == 6, "WEBLANE_TILE wants seven numbers");
+    let [mr, narrow_mr, nrv, kc, mc, unroll, interleaves] = numbers;
+    Some(Tile { mr, narrow_mr, nrv, kc, mc, unroll, interleaves: interleaves != 0 })
 }
 
 /// Width of a panel of packed B in elements.
