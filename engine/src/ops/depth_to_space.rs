@@ -149,6 +149,7 @@ mod tests {
         let e = OneNode::new("DepthToSpace").int("blocksize", 3).run(&[x]).unwrap_err();
         assert!(e.message.contains("multiple of 9"), "{e}");
     }
+
     #[test]
     fn follows_channels_last() {
         for (mode, deeper) in [("DCR", false), ("CRD", false), ("DCR", true), ("CRD", true)] {

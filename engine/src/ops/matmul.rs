@@ -156,7 +156,7 @@ pub(super) fn batch_strides(dims: &[usize], batch: &[usize], unit: usize) -> Dim
 
 /// Where the matrices of each product begin in A and B, of these dims, whose batches broadcast.
 pub(super) fn batch_offsets(a: &[usize], b: &[usize]) -> Result<Vec<[usize; 2]>> {
-    let cut = |dims: &'_ [usize]| -> Result<(Dims, usize)> {
+    let cut = |dims: &[usize]| -> Result<(Dims, usize)> {
         let (lead, matrix) = dims.split_at(dims.len().saturating_sub(2));
         Ok((lead.into(), element_count(matrix)?))
     };

@@ -17,18 +17,16 @@ pub struct QLinearSoftmax {
     pub axis: i64,
     /// The form of ONNX's opset 12 and below: the axis and all behind it count as one.
     pub flatten: bool,
-    /// onnxruntime's operator counts steps of the result per unit in whole ones; Softmax between quantised tensors does not.
-    pub whole_steps: bool,
 }
 
 fn parse(a: &mut Attributes) -> Result<Op> {
     let flatten = a.required("opset", Attributes::int)? < 13;
-    Ok(QLinearSoftmax { axis: a.int_or("axis", if flatten { 1 } else { -1 })?, flatten, whole_steps: true }.into())
+    Ok(QLinearSoftmax { axis: a.int_or("axis", if flatten { 1 } else { -1 })?, flatten }.into())
 }
 
 impl Operator for QLinearSoftmax {
     fn name(&self) -> &'static str {
-        if self.whole_steps { "com.microsoft.QLinearSoftmax" } else { "weblane.QuantizedSoftmax" }
+        "com.microsoft.QLinearSoftmax"
     }
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
@@ -54,9 +52,9 @@ impl Operator for QLinearSoftmax {
             false => around(x.dims, axis),
         };
         let [lo, hi] = bounds(x.dtype);
-        // exp of what lies so many steps below the largest.
+        // exp of what lies so many steps below the largest; onnxruntime counts steps of the result per unit in whole ones.
         let exp: [f32; 256] = std::array::from_fn(|i| (-(i as f64) * f64::from(x_scale)).exp() as f32);
-        let steps = if self.whole_steps { (1.0 / y_scale).floor() } else { 1.0 / y_scale };
+        let steps = (1.0 / y_scale).floor();
         let q = bytes(x)?;
         let y = io.output(0)?.bytes();
         for row in 0..if n == 0 { 0 } else { outer * inner } {

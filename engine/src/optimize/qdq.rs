@@ -9,7 +9,6 @@
 //! Q(mean over windows of DQ(x))              -> mean of integers
 //! Q(DQ(a) DQ(b))                             -> product of integers, neither of which is known before
 //! Q(act(transposed convolution))             -> convolution of integers whose channels become pixels; see [`transposed`]
-//! Q(Softmax(DQ(x)))                          -> shares of a table of 256 powers
 //! Q(Concat(DQ(a), DQ(b), ..))                -> Concat of bytes, each brought to the scale of the result before
 //! move(DQ(x))                                -> DQ(move(x)) for all that moves elements only, and for maxima
 //! product quantised + other quantised        -> the other is added in the epilogue of the product
@@ -40,7 +39,6 @@ use crate::ops::lookup::Lookup;
 use crate::ops::matmul::MatMul;
 use crate::ops::pad::{Mode, Pad};
 use crate::ops::pool::{GlobalPool, Pool};
-use crate::ops::qlinear_softmax::QLinearSoftmax;
 use crate::ops::quantize::{Linear, Product as QuantizedKind, QuantizedProduct};
 use crate::ops::quantized_binary::QuantizedBinary;
 use crate::ops::quantized_pool::{QuantizedMean, Windows};
@@ -48,7 +46,6 @@ use crate::ops::reduce::Reduce;
 use crate::ops::reshape::Squeeze;
 use crate::ops::resize::{self, Coordinates, Resize};
 use crate::ops::slice::Slice;
-use crate::ops::softmax::{self, Softmax};
 use crate::ops::spatial::{AutoPad, Axes, Window};
 use crate::ops::split::Split;
 use crate::ops::unary::Pointwise;
@@ -356,7 +353,8 @@ fn between(view: &View, i: usize) -> Result<Option<Replacement>> {
             .or_else(|| binary(view, node, y, bounds))
             .or_else(|| transposed(view, node, y, bounds))
             .or_else(|| mean(view, node, y, bounds))
-            .or_else(|| if bounds == y.bounds() { unbounded(view, node, y) } else { None })?;
+            .or_else(|| if bounds == y.bounds() { concat(view, node, y) } else { None })
+            .or_else(|| if bounds == y.bounds() { product_of_two(view, node, y) } else { None })?;
         Some(Replacement { root: i, nodes, op, operands })
     };
     Ok(find())
@@ -415,21 +413,6 @@ fn spatial_mean(view: &View, node: &Node, reduce: &Reduce) -> Option<Vec<i64>> {
     let found: Option<BTreeSet<usize>> = axes.iter().map(|&a| axis_index(a, rank).ok()).collect();
     let all = found?.into_iter().eq(2..rank) && axes.len() == rank - 2 && reduce.reduction == Reduction::Mean;
     all.then(|| (2..rank as i64).collect())
-}
-
-/// What has no bounds of its own.
-fn unbounded(view: &View, node: &Node, y: Scheme) -> Option<Made> {
-    concat(view, node, y).or_else(|| softmax(view, node, y)).or_else(|| product_of_two(view, node, y))
-}
-
-fn softmax(view: &View, node: &Node, y: Scheme) -> Option<Made> {
-    let softmax = node.op.get::<Softmax>().filter(|s| s.kind == softmax::Kind::Softmax)?;
-    let (x, from) = dequantized(view, input(node, 0)?)?;
-    let op = QLinearSoftmax { axis: softmax.axis, flatten: softmax.flatten, whole_steps: false };
-    let mut operands = vec![x.into()];
-    operands.extend(from.operands(1.0)?);
-    operands.extend(y.operands(1.0)?);
-    (from.dtype == y.dtype).then(|| (op.into(), operands))
 }
 
 /// A product of matrices, neither of which is known before.
@@ -608,6 +591,9 @@ fn moved(view: &View, i: usize) -> Option<Replacement> {
 
 /// DequantizeLinear goes behind a Split, once for each part.
 fn split(graph: &mut Graph, pass: &Pass) -> Result<bool> {
+    if !graph.nodes.iter().any(|node| node.op.is::<Split>()) {
+        return Ok(false);
+    }
     let facts = pass.facts(graph)?;
     let view = View::new(graph, &facts);
     let found = |node: &Node| {
@@ -1140,9 +1126,8 @@ mod tests {
         let y = q(&mut n, y, 0.03, 125);
         n.output(y);
         let graph = n.apply(run);
-        let product = "QLinearMatMul";
-        let q = "QuantizeLinear";
-        assert_eq!(names(&graph), [q, q, "Transpose", product, "weblane.QuantizedSoftmax", product]);
+        let [q, dq, product] = ["QuantizeLinear", "DequantizeLinear", "QLinearMatMul"];
+        assert_eq!(names(&graph), [q, q, "Transpose", product, dq, "Softmax", q, product]);
         close(&n, &graph, 0.003);
     }
 
