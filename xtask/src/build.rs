@@ -1,8 +1,9 @@
 //! `cargo xtask build`: the WebAssembly variants, the npm package and the demo site.
 //!
 //! Per variant: wasm-pack compiles runtime-web and writes glue to `npm/build/<variant>/`, then wasm-opt
-//! writes `npm/dist/weblane_<variant>.wasm`. Each variant has its own cargo target directory, since the
-//! variants differ in RUSTFLAGS and would evict each other's standard library.
+//! writes `npm/dist/weblane_<variant>.wasm`. The variants with threads have a cargo target directory, and those
+//! without have one: two builds run side by side, and a standard library, dependencies and procedural macros are
+//! compiled for two variants each.
 
 use crate::context::{Context, hash_file, timed};
 use crate::toolchain::{self, Toolchain, WasmTools};
@@ -11,7 +12,6 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Bound of a shared memory, declared up front because the format wants one.
@@ -51,11 +51,15 @@ impl Variant {
         matches!(self, Self::RelaxedSt | Self::RelaxedMt)
     }
 
+    /// Directory of cargo's under `target/wasm`.
+    fn cache(self) -> &'static str {
+        if self.threads() { "mt" } else { "st" }
+    }
+
+    /// Of all crates, the standard library among them. With the same flags relaxed and plain variants share what they do
+    /// not differ in.
     fn rustflags(self) -> String {
-        let mut features = String::from("-Ctarget-feature=+simd128,+bulk-memory,+mutable-globals");
-        if self.relaxed() {
-            features += ",+relaxed-simd";
-        }
+        let features = String::from("-Ctarget-feature=+simd128,+bulk-memory,+mutable-globals");
         // By itself LLVM's WebAssembly backend orders the operations of a block to need few registers, by a model in which
         // they are unlimited: of a GEMM's 12 sums it kept six broadcasts alive where the source has one, and V8 spilled.
         // This keeps the order of the source, which in kernels is chosen.
@@ -70,6 +74,17 @@ impl Variant {
         flags.join(" ")
     }
 
+    /// Arguments of cargo's: what the crates of this workspace are compiled with besides.
+    fn own_flags(self) -> Vec<String> {
+        if !self.relaxed() {
+            return Vec::new();
+        }
+        let crates = ["weblane-kernels", "weblane-engine", "weblane-web", "weblane-bench-kernels"];
+        let flags = crates
+            .map(|name| format!("--config=profile.wasm.package.{name}.rustflags=[\"-Ctarget-feature=+relaxed-simd\"]"));
+        ["-Zprofile-rustflags".to_owned()].into_iter().chain(flags).collect()
+    }
+
     fn wasm_opt_flags(self) -> Vec<&'static str> {
         let mut flags = vec![
             "-O3",
@@ -77,6 +92,9 @@ impl Variant {
             // around into the first kilobyte, which is the far end of the stack: nothing computes addresses into it
             // from above. 6% on products with k = 16 in Chromium.
             "--low-memory-unused",
+            // LLVM has inlined what is worth it. This would take half of the time, make the compressed modules 4% larger,
+            // and functions so large that browsers are slower to compile them (7% of a load).
+            "--skip-pass=inlining-optimizing",
             "--enable-simd",
             "--enable-bulk-memory",
             "--enable-bulk-memory-opt",
@@ -149,9 +167,8 @@ fn wasm(ctx: &Context, variants: &[Variant]) -> Result<()> {
     ctx.run(ctx.cmd("cargo").args(["fetch", "--quiet"]))?;
 
     // Crates that are one unit of code each leave a core idle at the end of a build, so two run side by side.
-    let next = AtomicUsize::new(0);
-    let work = |ctx: &Context| -> Result<()> {
-        while let Some(variant) = variants.get(next.fetch_add(1, Ordering::Relaxed)) {
+    let lane = |ctx: &Context, threads: bool| -> Result<()> {
+        for variant in variants.iter().filter(|variant| variant.threads() == threads) {
             one_variant(ctx, *variant, &toolchain, &tools)
                 .with_context(|| format!("variant {} (log: target/wasm/{}.log)", variant.name(), variant.name()))?;
         }
@@ -159,10 +176,9 @@ fn wasm(ctx: &Context, variants: &[Variant]) -> Result<()> {
     };
     std::thread::scope(|scope| {
         // Each thread has its own shell: a shell's working directory is not shared.
-        let second = (variants.len() > 1).then(|| scope.spawn(|| work(&Context::new()?)));
-        let first = work(ctx);
-        let second = second.map_or(Ok(()), |thread| thread.join().expect("a build thread panicked"));
-        first.and(second)
+        let second = scope.spawn(|| lane(&Context::new()?, true));
+        let first = lane(ctx, false);
+        first.and(second.join().expect("a build thread panicked"))
     })?;
     size::report(ctx, variants)
 }
@@ -172,7 +188,7 @@ fn one_variant(ctx: &Context, variant: Variant, toolchain: &Toolchain, tools: &W
     let name = variant.name();
     let directory = ctx.path("npm/build").join(name);
     let (source, glue) = ("runtime-web", "weblane_web");
-    let module = Module { variant, name, source, glue, directory: &directory, cache: name, tile: None };
+    let module = Module { variant, name, source, glue, directory: &directory, cache: variant.cache(), tile: None };
     let fresh = module.build(ctx, toolchain, tools, &variant.output(ctx))?;
     let note = if fresh { "unchanged" } else { "built" };
     println!("   {name}: {note}, {:.1} s", start.elapsed().as_secs_f64());
@@ -192,7 +208,7 @@ pub(crate) fn native_program(ctx: &Context) -> Result<PathBuf> {
 /// Builds the kernels' bench with the flags of `relaxed_mt` into `target/bench-kernels`.
 pub(crate) fn bench_module(ctx: &Context) -> Result<()> {
     let directory = ctx.path("target/bench-kernels");
-    bench_module_with(ctx, &directory, Variant::RelaxedMt.name(), None)
+    bench_module_with(ctx, &directory, Variant::RelaxedMt.cache(), None)
 }
 
 /// The same into any directory, compiled in `target/wasm/<cache>`, with a candidate for the tile of products.
@@ -240,7 +256,8 @@ impl Module<'_> {
             .arg(directory)
             .arg(ctx.path(source))
             // Without std's default features: what prints backtraces, which a page has no symbols for.
-            .args(["--", "--quiet", "-Zbuild-std=std,panic_abort", "-Zbuild-std-features="]);
+            .args(["--", "--quiet", "-Zbuild-std=std,panic_abort", "-Zbuild-std-features="])
+            .args(variant.own_flags());
         if variant.threads() {
             command = command.args(["--features", "threads"]);
         }
