@@ -156,13 +156,13 @@ fn bytes<T: Number>(x: &[T]) -> Option<Bytes<'_>> {
 }
 
 /// [`quantize`] with one scale; NaN becomes 0.
-struct ToBytes<'a> {
-    x: &'a [f32],
-    scale: f32,
-    zero: f32,
-    lo: f32,
-    hi: f32,
-    y: BytesMut<'a>,
+pub(crate) struct ToBytes<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) scale: f32,
+    pub(crate) zero: f32,
+    pub(crate) lo: f32,
+    pub(crate) hi: f32,
+    pub(crate) y: BytesMut<'a>,
 }
 
 impl Kernel for ToBytes<'_> {

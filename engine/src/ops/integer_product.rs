@@ -3,15 +3,16 @@
 
 use super::conv::Conv;
 use super::matmul::MatMul;
+use super::qparams::{bytes, bytes_mut, check_byte};
 use super::transpose::Transpose;
-use super::{Compute, Infer, Io, Operator, Permuted, Prepare, Registration, Role, Table, wrong_dtype};
+use super::{Compute, Infer, Io, Operator, Permuted, Prepare, Registration, Role, Table};
 use crate::error::{Error, Result};
 use crate::fact::Fact;
-use crate::tensor::{DType, Dims, Tensor, TensorMut, TensorView, element_count};
+use crate::tensor::{DType, Dims, Tensor, TensorView, element_count};
 use std::sync::Arc;
 use weblane_kernels::conv::{Algorithm, ConvInput, Layout};
 use weblane_kernels::epilogue::Activation;
-use weblane_kernels::int8::{Addend, Bytes, BytesMut, Form, Output, PackedQ, QConv, QMatrix, Requantize, qgemm};
+use weblane_kernels::int8::{Addend, Form, Output, PackedQ, QConv, QMatrix, Requantize, qgemm};
 use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
 use weblane_kernels::winograd::TileSize;
@@ -97,32 +98,6 @@ pub struct IntegerProduct {
     pub target: Target,
 }
 
-/// The elements of an 8-bit tensor.
-pub(super) fn bytes_of(v: TensorView<'_>) -> Result<Bytes<'_>> {
-    match v.dtype {
-        DType::U8 => Ok(Bytes::U8(v.as_slice()?)),
-        DType::I8 => Ok(Bytes::I8(v.as_slice()?)),
-        other => Err(wrong_dtype("an operand", other, "uint8 and int8")),
-    }
-}
-
-/// The elements of an 8-bit tensor, to be written.
-pub(super) fn bytes_mut<'b>(v: &'b mut TensorMut<'_>) -> Result<BytesMut<'b>> {
-    match v.dtype {
-        DType::U8 => Ok(BytesMut::U8(v.as_slice()?)),
-        DType::I8 => Ok(BytesMut::I8(v.as_slice()?)),
-        other => Err(wrong_dtype("the result", other, "uint8 and int8")),
-    }
-}
-
-/// Refuses all but 8-bit integers.
-pub(super) fn check_bytes(f: &Fact) -> Result<()> {
-    match f.dtype {
-        DType::U8 | DType::I8 => Ok(()),
-        other => Err(wrong_dtype("an operand", other, "uint8 and int8")),
-    }
-}
-
 #[derive(Debug)]
 enum Packed {
     MatMul(PackedQ),
@@ -166,13 +141,13 @@ impl IntegerProduct {
         match &self.kind {
             Kind::MatMul(m) => {
                 let (k, n) = self.columns(b.dims)?;
-                let data = bytes_of(b)?;
+                let data = bytes(b)?;
                 let b = if m.trans_b { QMatrix::new(data, n, k).transposed() } else { QMatrix::new(data, k, n) };
                 Ok(Packed::MatMul(PackedQ::new(isa, form, b, &self.b_zero)?))
             }
             Kind::Conv(c) => {
                 let params = c.params(b.dims)?;
-                Ok(Packed::Conv(QConv::new(isa, form, params, algorithm, bytes_of(b)?, &self.b_zero)?))
+                Ok(Packed::Conv(QConv::new(isa, form, params, algorithm, bytes(b)?, &self.b_zero)?))
             }
         }
     }
@@ -266,7 +241,7 @@ impl IntegerProduct {
                 let add = match (add, residual) {
                     (Some(add), Some(other)) => {
                         let &Sum { other_zero, first, second, zero, lo, hi } = add;
-                        Some(Addend { other: bytes_of(other)?, other_zero, first, second, zero, lo, hi })
+                        Some(Addend { other: bytes(other)?, other_zero, first, second, zero, lo, hi })
                     }
                     _ => None,
                 };
@@ -278,10 +253,10 @@ impl IntegerProduct {
         match (packed, image) {
             (Packed::MatMul(b), _) => {
                 let (_, rows) = a.dims.split_last().ok_or_else(|| Error::shape("A is a scalar"))?;
-                let a = QMatrix::new(bytes_of(a)?, element_count(rows)?, b.k());
+                let a = QMatrix::new(bytes(a)?, element_count(rows)?, b.k());
                 Ok(qgemm(cx, a, a_zero, b, bias, output)?)
             }
-            (Packed::Conv(w), Some(image)) => Ok(w.run(cx, image, bytes_of(a)?, a_zero, bias, output)?),
+            (Packed::Conv(w), Some(image)) => Ok(w.run(cx, image, bytes(a)?, a_zero, bias, output)?),
             (Packed::Conv(_), None) => Err(Error::internal("a convolution without an image")),
         }
     }
@@ -338,8 +313,8 @@ impl Operator for IntegerProduct {
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let (a, b) = (cx.input(0)?, cx.input(1)?);
-        check_bytes(a)?;
-        check_bytes(b)?;
+        check_byte("an operand", a.dtype)?;
+        check_byte("an operand", b.dtype)?;
         // Shapes are those of the product of real numbers.
         let real = |f: &Fact| Some(Fact { dtype: DType::F32, shape: f.shape.clone(), content: Default::default() });
         let as_real = Infer { inputs: &[real(a), real(b)], outputs: 1, cx: cx.cx };

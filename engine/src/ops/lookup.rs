@@ -1,7 +1,7 @@
 //! A function of 8-bit integers as a table of its 256 results: what the optimiser makes of pointwise operators between
 //! quantised tensors, and of a change of scale.
 
-use super::integer_product::check_bytes;
+use super::qparams::check_byte;
 use super::{Infer, Io, Operator, Permuted, Registration, Table};
 use crate::error::{Error, Result};
 use crate::fact::Fact;
@@ -28,7 +28,7 @@ impl Operator for Lookup {
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let x = cx.input(0)?;
-        check_bytes(x)?;
+        check_byte("an operand", x.dtype)?;
         cx.results(vec![Fact { dtype: self.dtype, shape: x.shape.clone(), content: Default::default() }])
     }
 

@@ -1,6 +1,6 @@
 //! MaxPool, AveragePool, LpPool and their global forms.
 
-use super::integer_product::{bytes_mut, bytes_of};
+use super::qparams::{bytes, bytes_mut};
 use super::spatial::{Sliding, Window, join, split_dims, split_fact};
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
@@ -149,7 +149,7 @@ impl Operator for Pool {
             if !is_byte {
                 return Err(wrong_dtype("the operand", x.dtype, "float32, and maxima of bytes, channels last,"));
             }
-            return Ok(max_pool(cx, &shape, bytes_of(x)?, bytes_mut(io.output(0)?)?)?);
+            return Ok(max_pool(cx, &shape, bytes(x)?, bytes_mut(io.output(0)?)?)?);
         }
         for_dtype!(x.dtype, [F64, I8, U8], T => {
             Ok(pool_any(self.op, &shape, x.as_slice::<T>()?, io.output(0)?.as_slice::<T>()?)?)

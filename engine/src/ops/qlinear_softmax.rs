@@ -1,10 +1,11 @@
 //! QLinearSoftmax of onnxruntime: a distribution along an axis, of quantised numbers.
 
-use super::qparams::{Count, bounds, bytes, check_byte, infer_scale, infer_zero, scale, zero};
+use super::qparams::{Count, bytes, bytes_mut, check_byte, infer_scale, infer_zero, scale, zero};
 use super::reduce::around;
 use super::{Attributes, Infer, Io, Op, Operator, Registration};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fact::{Fact, axis_index};
+use weblane_kernels::int8::softmax;
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
@@ -17,16 +18,18 @@ pub struct QLinearSoftmax {
     pub axis: i64,
     /// The form of ONNX's opset 12 and below: the axis and all behind it count as one.
     pub flatten: bool,
+    /// onnxruntime's operator counts steps of the result per unit in whole ones; Softmax between quantised tensors does not.
+    pub whole_steps: bool,
 }
 
 fn parse(a: &mut Attributes) -> Result<Op> {
     let flatten = a.required("opset", Attributes::int)? < 13;
-    Ok(QLinearSoftmax { axis: a.int_or("axis", if flatten { 1 } else { -1 })?, flatten }.into())
+    Ok(QLinearSoftmax { axis: a.int_or("axis", if flatten { 1 } else { -1 })?, flatten, whole_steps: true }.into())
 }
 
 impl Operator for QLinearSoftmax {
     fn name(&self) -> &'static str {
-        "com.microsoft.QLinearSoftmax"
+        if self.whole_steps { "com.microsoft.QLinearSoftmax" } else { "weblane.QuantizedSoftmax" }
     }
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
@@ -42,39 +45,24 @@ impl Operator for QLinearSoftmax {
         cx.results(vec![Fact { content: Default::default(), ..x.clone() }])
     }
 
-    fn run(&self, _cx: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let x = io.input(0)?;
         let x_scale = scale(io.input(1)?, "X_scale")?;
         let (y_scale, y_zero) = (scale(io.input(3)?, "y_scale")?, zero(io.optional(4), "y_zero_point")?);
         let axis = axis_index(self.axis, x.rank())?;
-        let [outer, n, inner] = match self.flatten {
+        let sizes = match self.flatten {
             true => [x.dims[..axis].iter().product(), x.dims[axis..].iter().product(), 1],
             false => around(x.dims, axis),
         };
-        let [lo, hi] = bounds(x.dtype);
-        // exp of what lies so many steps below the largest; onnxruntime counts steps of the result per unit in whole ones.
-        let exp: [f32; 256] = std::array::from_fn(|i| (-(i as f64) * f64::from(x_scale)).exp() as f32);
-        let steps = (1.0 / y_scale).floor();
-        let q = bytes(x)?;
-        let y = io.output(0)?.bytes();
-        for row in 0..if n == 0 { 0 } else { outer * inner } {
-            let at = |i: usize| (row / inner * n + i) * inner + row % inner;
-            let values = || (0..n).map(|i| q.get(at(i)));
-            let Some(max) = values().max() else { return Err(Error::internal("a row without elements")) };
-            let sum: f32 = values().map(|v| exp[(max - v) as usize]).sum();
-            for (i, v) in values().enumerate() {
-                let share = exp[(max - v) as usize] * steps / sum;
-                y[at(i)] = (share.round_ties_even() as i32).saturating_add(y_zero).clamp(lo, hi) as u8;
-            }
-        }
-        Ok(())
+        let steps = if self.whole_steps { (1.0 / y_scale).floor() } else { 1.0 / y_scale };
+        Ok(softmax(cx, bytes(x)?, x_scale, sizes, steps, y_zero, bytes_mut(io.output(0)?)?)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s};
-    use super::*;
+    use crate::error::Error;
     use crate::tensor::Tensor;
 
     #[test]

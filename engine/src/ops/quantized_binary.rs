@@ -1,7 +1,7 @@
 //! Sums and products of quantised tensors, with NumPy broadcasting: what the optimiser makes of `Add` and `Mul` between
 //! `DequantizeLinear` and `QuantizeLinear`.
 
-use super::integer_product::{bytes_mut, bytes_of, check_bytes};
+use super::qparams::{bytes, bytes_mut, check_byte};
 use super::sizes::broadcast_strides;
 use super::{Infer, Io, Operator, Permuted, Registration};
 use crate::error::Result;
@@ -54,8 +54,8 @@ impl Operator for QuantizedBinary {
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let (a, b) = (cx.input(0)?, cx.input(1)?);
-        check_bytes(a)?;
-        check_bytes(b)?;
+        check_byte("an operand", a.dtype)?;
+        check_byte("an operand", b.dtype)?;
         let shape = match (&a.shape, &b.shape) {
             (Some(a), Some(b)) => Some(broadcast(a, b)?),
             _ => None,
@@ -77,7 +77,7 @@ impl Operator for QuantizedBinary {
             let own = x.dims[x.rank().saturating_sub(dims.len() - inner)..].iter().product::<usize>();
             (broadcast_strides(x.dims, dims), own)
         });
-        let (a, b) = (bytes_of(a)?, bytes_of(b)?);
+        let (a, b) = (bytes(a)?, bytes(b)?);
         let at = |i: usize, strides: &[usize]| {
             let mut rest = i;
             let step = |(axis, &d): (usize, &usize)| {

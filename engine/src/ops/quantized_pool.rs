@@ -1,7 +1,8 @@
 //! Means over windows of quantised tensors: what the optimiser makes of `AveragePool` and `GlobalAveragePool` between
 //! `DequantizeLinear` and `QuantizeLinear`.
 
-use super::integer_product::{bytes_mut, bytes_of, check_bytes, run_channels_last};
+use super::integer_product::run_channels_last;
+use super::qparams::{bytes, bytes_mut, check_byte};
 use super::pool::{GlobalPool, Pool};
 use super::spatial::split_dims;
 use super::{Infer, Io, Operator, Permuted, Registration, Role};
@@ -82,7 +83,7 @@ impl Operator for QuantizedMean {
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let x = cx.input(0)?;
-        check_bytes(x)?;
+        check_byte("an operand", x.dtype)?;
         let real = Fact { dtype: DType::F32, shape: x.shape.clone(), content: Default::default() };
         let as_real = Infer { inputs: &[Some(real)], outputs: 1, cx: cx.cx };
         let mut y = match &self.windows {
@@ -100,7 +101,7 @@ impl Operator for QuantizedMean {
         }
         let x = io.input(0)?;
         let shape = self.windows.shape(x.dims)?;
-        Ok(mean(cx, &self.mean, &shape, bytes_of(x)?, bytes_mut(io.output(0)?)?)?)
+        Ok(mean(cx, &self.mean, &shape, bytes(x)?, bytes_mut(io.output(0)?)?)?)
     }
 
     fn channels_last(&self, _: &[Option<Fact>]) -> Option<Permuted> {

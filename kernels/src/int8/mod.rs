@@ -16,6 +16,7 @@ mod nest;
 mod output;
 mod pack;
 mod pointwise;
+mod softmax;
 mod table;
 mod tile;
 mod winograd;
@@ -25,6 +26,7 @@ pub use form::Form;
 pub(crate) use output::{load_bytes, store_bytes};
 pub use pack::PackedQ;
 pub use pointwise::{Binary, Function, Mean, binary, lookup, lookup_in_place, max_pool, mean};
+pub use softmax::softmax;
 
 use crate::conv::{Algorithm, ConvInput, ConvParams, volume};
 use crate::epilogue::Activation;
