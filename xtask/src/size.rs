@@ -4,6 +4,7 @@ use crate::build::Variant;
 use crate::context::Context;
 use anyhow::{Context as _, Result, bail};
 use std::fs;
+use std::path::PathBuf;
 
 const BUDGET: &str = "benches/size-budget.json";
 
@@ -29,8 +30,7 @@ pub(crate) fn check(ctx: &Context) -> Result<()> {
     let limit = |key: &str| budget["wasm"][key].as_u64().with_context(|| format!("{BUDGET} has no number wasm.{key}"));
     let (bytes, brotli) = (limit("bytes")?, limit("brotli")?);
     let mut over = Vec::new();
-    for variant in Variant::ALL {
-        let size = measure(ctx, variant)?;
+    for (variant, size) in Variant::ALL.into_iter().zip(measure(ctx)?) {
         let name = variant.name();
         println!("   {name}: {} of {bytes} bytes, {} of {brotli} brotli", size.bytes, size.brotli);
         if size.bytes > bytes || size.brotli > brotli {
@@ -40,15 +40,23 @@ pub(crate) fn check(ctx: &Context) -> Result<()> {
     if over.is_empty() { Ok(()) } else { bail!("over the budget of {BUDGET}: {}", over.join(", ")) }
 }
 
-fn measure(ctx: &Context, variant: Variant) -> Result<Size> {
-    let path = variant.output(ctx);
-    let bytes = fs::metadata(&path).with_context(|| format!("{} is not built", path.display()))?.len();
-    // Node has brotli built in; window and quality are what servers use for static files.
+/// The sizes of all variants.
+fn measure(ctx: &Context) -> Result<Vec<Size>> {
+    // Node has brotli built in, and compresses on several threads; window and quality are what servers use for static files.
     let program = "const fs = require('fs'), z = require('zlib');\
-        const b = fs.readFileSync(process.argv[1]);\
         const o = { params: { [z.constants.BROTLI_PARAM_QUALITY]: 11, [z.constants.BROTLI_PARAM_LGWIN]: 22 } };\
-        console.log(z.brotliCompressSync(b, o).length);";
+        const size = (path) => require('util').promisify(z.brotliCompress)(fs.readFileSync(path), o);\
+        Promise.all(process.argv.slice(1).map(size)).then((all) => console.log(all.map((b) => b.length).join(' ')));";
+    let paths = Variant::ALL.map(|variant| variant.output(ctx));
+    let bytes = |path: &PathBuf| {
+        fs::metadata(path).map(|file| file.len()).with_context(|| format!("{} is not built", path.display()))
+    };
+    let bytes: Vec<u64> = paths.iter().map(bytes).collect::<Result<_>>()?;
     let text =
-        ctx.output(ctx.cmd("node").args(["-e", program]).arg(&path)).context("node cannot compress the module")?;
-    Ok(Size { bytes, brotli: text.parse()? })
+        ctx.output(ctx.cmd("node").args(["-e", program]).args(&paths)).context("node cannot compress the modules")?;
+    let brotli: Vec<u64> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    if brotli.len() != bytes.len() {
+        bail!("node answered {text:?} for {} modules", bytes.len());
+    }
+    Ok(bytes.into_iter().zip(brotli).map(|(bytes, brotli)| Size { bytes, brotli }).collect())
 }
