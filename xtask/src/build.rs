@@ -92,8 +92,8 @@ impl Variant {
             // around into the first kilobyte, which is the far end of the stack: nothing computes addresses into it
             // from above. 6% on products with k = 16 in Chromium.
             "--low-memory-unused",
-            // LLVM has inlined what is worth it. This would take half of the time, make the compressed modules 4% larger,
-            // and functions so large that browsers are slower to compile them (7% of a load).
+            // LLVM has inlined what is worth it. This would take half of the program's time, make the compressed modules
+            // larger, and functions so large that browsers need longer for them during a load.
             "--skip-pass=inlining-optimizing",
             "--enable-simd",
             "--enable-bulk-memory",
