@@ -60,7 +60,7 @@ pub struct Trim {
 }
 
 impl Phases {
-    /// For one group without dilation.
+    /// For one group without dilation, and channels to compute.
     pub fn new(params: &ConvParams) -> Option<Self> {
         let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = *params;
         params.check().ok()?;
@@ -75,7 +75,8 @@ impl Phases {
             strides: [1; 3],
             dilations: [1; 3],
         };
-        (groups == 1 && dense).then_some(Self { channels: out_channels, kernel, strides, conv })
+        let some = in_channels > 0 && out_channels > 0;
+        (groups == 1 && dense && some).then_some(Self { channels: out_channels, kernel, strides, conv })
     }
 
     /// Places of all windows; those beyond the number of taps have no weight.
@@ -100,7 +101,7 @@ impl Phases {
         let size = volume(&self.kernel)?;
         check_len("the weights", weights.len(), volume(&[in_channels, self.channels, size])?)?;
         let mut packed = Vec::with_capacity(volume(&[out_channels, in_channels, volume(&taps)?])?);
-        for phase in 0..out_channels / self.channels.max(1) {
+        for phase in 0..out_channels / self.channels {
             let phase = [phase / sw / sh, phase / sw % sh, phase % sw];
             let places = |d: usize| (0..taps[d]).rev().map(move |tap| tap * self.strides[d] + phase[d]);
             for o in 0..self.channels {
@@ -120,7 +121,7 @@ impl Phases {
 
     /// What is one value for each channel, for the channels of the convolution.
     pub fn spread<T: Copy>(&self, values: &[T]) -> Vec<T> {
-        values.repeat(self.conv.out_channels / self.channels.max(1))
+        values.repeat(self.conv.out_channels / self.channels)
     }
 
     /// What cutting off `begin` and `end` pixels of dimension `d`, and adding `added` before that, asks of the convolution;
@@ -207,14 +208,20 @@ pub struct ConvTranspose {
     isa: Isa,
     params: ConvParams,
     weights: Weights,
-    bias: Vec<f32>,
 }
 
 #[derive(Clone, Debug)]
 enum Weights {
-    /// Per group a matrix of `in/groups` rows and `kd * kh * kw * out/groups` columns.
-    Patches(Vec<PackedB>),
+    Patches(Patches),
     Phases(Box<(Phases, Conv)>),
+}
+
+/// What sums over patches need.
+#[derive(Clone, Debug)]
+struct Patches {
+    /// Per group a matrix of `in/groups` rows and `kd * kh * kw * out/groups` columns.
+    groups: Vec<PackedB>,
+    bias: Vec<f32>,
 }
 
 impl ConvTranspose {
@@ -239,7 +246,7 @@ impl ConvTranspose {
             let bias = bias.map(|bias| phases.spread(bias));
             let weights = phases.weights(weights, |_| 0.0)?;
             let conv = Conv::new(isa, phases.conv().clone(), Algorithm::Direct, &weights, bias.as_deref())?;
-            return Ok(Self { isa, params, weights: Weights::Phases(Box::new((phases, conv))), bias: Vec::new() });
+            return Ok(Self { isa, params, weights: Weights::Phases(Box::new((phases, conv))) });
         }
         let columns = taps * opg;
         let mut rows = vec![0.0; ipg * columns];
@@ -255,9 +262,9 @@ impl ConvTranspose {
             }
             PackedB::new(isa, Matrix::new(&rows, ipg, columns))
         });
-        let weights = Weights::Patches(packed.collect::<Result<_>>()?);
+        let groups = packed.collect::<Result<_>>()?;
         let bias = bias.map_or_else(|| vec![0.0; out_channels], <[f32]>::to_vec);
-        Ok(Self { isa, params, weights, bias })
+        Ok(Self { isa, params, weights: Weights::Patches(Patches { groups, bias }) })
     }
 
     /// What it was made with.
@@ -268,7 +275,7 @@ impl ConvTranspose {
     /// Memory the packed weights hold.
     pub fn bytes(&self) -> usize {
         match &self.weights {
-            Weights::Patches(groups) => groups.iter().map(PackedB::bytes).sum(),
+            Weights::Patches(weights) => weights.groups.iter().map(PackedB::bytes).sum(),
             Weights::Phases(phases) => phases.1.bytes(),
         }
     }
@@ -328,8 +335,8 @@ impl ConvTranspose {
         if out.is_empty() {
             return Ok(());
         }
-        let groups = match &self.weights {
-            Weights::Patches(groups) => groups,
+        let weights = match &self.weights {
+            Weights::Patches(weights) => weights,
             Weights::Phases(phases) => {
                 let (phases, conv) = &**phases;
                 let sizes = (c, d * h * w, x);
@@ -344,16 +351,8 @@ impl ConvTranspose {
         channels_last(cx, layout, input.batch, (c, pixels, x), (o, od * oh * ow, None, out), |x, _, out| {
             cx.with_workspace(patches_len, |patches| {
                 for (image, out) in out.chunks_exact_mut(od * oh * ow * o).enumerate() {
-                    self.image(
-                        cx,
-                        groups,
-                        input,
-                        [od, oh, ow],
-                        &x[image * pixels * c..][..pixels * c],
-                        activation,
-                        patches,
-                        out,
-                    )?;
+                    let x = &x[image * pixels * c..][..pixels * c];
+                    self.image(cx, weights, input, x, activation, patches, out)?;
                 }
                 Ok(())
             })
@@ -363,9 +362,8 @@ impl ConvTranspose {
     fn image(
         &self,
         cx: &Cx<'_>,
-        weights: &[PackedB],
+        weights: &Patches,
         input: &ConvTransposeInput,
-        out_spatial: [usize; 3],
         x: &[f32],
         activation: Activation,
         patches: &mut [f32],
@@ -384,14 +382,14 @@ impl ConvTranspose {
                 row_stride: in_channels,
                 col_stride: 1,
             },
-            b: Rhs::Packed(&weights[group]),
+            b: Rhs::Packed(&weights.groups[group]),
             c: c.offset(group * taps * opg),
             ldc: taps * out_channels,
             bias: None,
             residual: None,
             activation: Activation::Identity,
         })?;
-        let [od, oh, ow] = out_spatial;
+        let [od, oh, ow] = self.output_spatial(input)?;
         let row_len = ow * out_channels;
         let out = DisjointMut::new(out);
         let patches = &*patches;
@@ -399,7 +397,10 @@ impl ConvTranspose {
             // SAFETY: every task has its own row.
             let out = unsafe { out.range(row * row_len, row_len) };
             let at = [row / oh, row % oh];
-            dispatch(cx.isa(), Row { transpose: self, input, patches, at, opg, taps, activation, out });
+            dispatch(
+                cx.isa(),
+                Row { params: &self.params, bias: &weights.bias, input, patches, at, opg, taps, activation, out },
+            );
         });
         Ok(())
     }
@@ -407,7 +408,8 @@ impl ConvTranspose {
 
 /// One row of the output.
 struct Row<'a> {
-    transpose: &'a ConvTranspose,
+    params: &'a ConvParams,
+    bias: &'a [f32],
     input: &'a ConvTransposeInput,
     patches: &'a [f32],
     at: [usize; 2],
@@ -422,13 +424,13 @@ impl Kernel for Row<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { transpose, input, patches, at, opg, taps, activation, out } = self;
-        let ConvParams { out_channels, kernel, strides, dilations, .. } = transpose.params;
+        let Self { params, bias, input, patches, at, opg, taps, activation, out } = self;
+        let ConvParams { out_channels, kernel, strides, dilations, .. } = *params;
         let [kd, kh, kw] = kernel;
         let [_, h, w] = input.spatial;
         let ow = out.len() / out_channels;
         for pixel in out.chunks_exact_mut(out_channels) {
-            pixel.copy_from_slice(&transpose.bias);
+            pixel.copy_from_slice(bias);
         }
         // The input index whose tap falls on an output index.
         let source = |d: usize, out: usize, tap: usize| {
@@ -577,6 +579,8 @@ mod tests {
         };
         each_context(|cx| {
             assert!(ConvTranspose::new(cx.isa(), params.clone(), &[0.0; 23], None).is_err());
+            assert_eq!(Phases::new(&ConvParams { in_channels: 0, ..params.clone() }), None);
+            assert_eq!(Phases::new(&ConvParams { strides: [1, usize::MAX, 2], ..params.clone() }), None);
             let conv = ConvTranspose::new(cx.isa(), params.clone(), &[0.0; 24], None).unwrap();
             assert!(conv.output_spatial(&input).unwrap_err().to_string().contains("no output"));
             let huge = ConvTransposeInput { spatial: [1, usize::MAX, 2], ..input.clone() };

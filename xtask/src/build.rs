@@ -74,7 +74,8 @@ impl Variant {
         flags.join(" ")
     }
 
-    /// Arguments of cargo's: what the crates of this workspace are compiled with besides.
+    /// Arguments of cargo's: what is added for those crates of this workspace that a module is made of. One that is left out
+    /// could not inline what the kernels have for relaxed SIMD.
     fn own_flags(self) -> Vec<String> {
         if !self.relaxed() {
             return Vec::new();
