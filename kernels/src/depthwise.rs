@@ -3,7 +3,7 @@
 //! ```text
 //! for rows of the output                                 in parallel
 //!     for T columns at once                              at the sides of the image a pixel of zeros stands in
-//!         for vectors of channels
+//!         for V vectors of channels
 //!             acc[0..T] = bias
 //!             for kh that fall into the image
 //!                 w[0..KW] = weights[kh]
@@ -13,8 +13,10 @@
 //! ```
 //!
 //! Columns are outside of channels, so that each of the `KH * ((T-1)*stride + KW)` pixels of a tile is read from end to
-//! end. Channels that do not fill the last vector are computed with a vector that ends with them and overlaps the one
-//! before, which stores the same values twice; so do columns that do not fill the last tile.
+//! end. Two vectors of channels share the address of their input, which on WebAssembly is an instruction of its own; for
+//! width 5 the weights of one fill the registers. Channels that do not fill the last vectors are computed with vectors
+//! that end with them and overlap the ones before, which stores the same values twice; so do columns that do not fill
+//! the last tile.
 //!
 //! That is for widths 3 and 5 with strides 1 and 2; other kernels have a loop over taps instead, and columns at the sides
 //! one by one.
@@ -212,12 +214,12 @@ impl Image<'_> {
                 // The last tile may overlap the one before and store some outputs a second time.
                 let at = column.min(ow - COLUMNS);
                 if clipped(at) {
-                    self.edge(isa, place(at, 0..kw), left(at));
+                    self.tiles(isa, place(at, 0..kw), 1, Some(left(at)));
                     column = at + COLUMNS;
                 } else {
                     let tiles = (column..ow).step_by(COLUMNS).take_while(|&at| at + COLUMNS <= ow && !clipped(at));
                     let tiles = tiles.count().max(1);
-                    self.tiles(isa, place(at, 0..kw), tiles);
+                    self.tiles(isa, place(at, 0..kw), tiles, None);
                     column = at + tiles * COLUMNS;
                 }
             }
@@ -239,29 +241,31 @@ impl Image<'_> {
     /// Whether there are [`Tiles`] for this kernel.
     fn known(&self, isa: Isa) -> bool {
         // They compute whole vectors only.
-        self.channels >= isa.lanes()
-            && matches!((self.kernel[1], self.strides[1], self.dilations[1]), (3 | 5, 1 | 2, 1))
+        let vectors = match (self.kernel[1], self.strides[1], self.dilations[1]) {
+            (3, 1 | 2, 1) => 2,
+            (5, 1 | 2, 1) => 1,
+            _ => return false,
+        };
+        self.channels >= vectors * isa.lanes()
     }
 
-    /// Tiles side by side with all taps of a row inside the image.
-    fn tiles(&self, isa: Isa, place: Place, tiles: usize) {
+    /// Tiles side by side with all taps of a row inside the image, or one of which some are not, whose first input is
+    /// column `left`.
+    fn tiles(&self, isa: Isa, place: Place, tiles: usize, left: Option<isize>) {
         let image = self;
-        match (self.kernel[1], self.strides[1]) {
-            (3, 1) => dispatch(isa, Tiles::<3, 1> { image, place, tiles }),
-            (3, _) => dispatch(isa, Tiles::<3, 2> { image, place, tiles }),
-            (_, 1) => dispatch(isa, Tiles::<5, 1> { image, place, tiles }),
-            _ => dispatch(isa, Tiles::<5, 2> { image, place, tiles }),
+        macro_rules! tiles {
+            ($kw:literal, $stride:literal, $vectors:literal) => {
+                match left {
+                    None => dispatch(isa, Tiles::<$kw, $stride, $vectors, false> { image, place, tiles, left: 0 }),
+                    Some(left) => dispatch(isa, Tiles::<$kw, $stride, $vectors, true> { image, place, tiles, left }),
+                }
+            };
         }
-    }
-
-    /// A tile whose first input is column `left`, with taps outside of the image.
-    fn edge(&self, isa: Isa, place: Place, left: isize) {
-        let image = self;
         match (self.kernel[1], self.strides[1]) {
-            (3, 1) => dispatch(isa, Edge::<3, 1> { image, place, left }),
-            (3, _) => dispatch(isa, Edge::<3, 2> { image, place, left }),
-            (_, 1) => dispatch(isa, Edge::<5, 1> { image, place, left }),
-            _ => dispatch(isa, Edge::<5, 2> { image, place, left }),
+            (3, 1) => tiles!(3, 1, 2),
+            (3, _) => tiles!(3, 2, 2),
+            (_, 1) => tiles!(5, 1, 1),
+            _ => tiles!(5, 2, 1),
         }
     }
 }
@@ -288,19 +292,21 @@ impl Place {
     }
 }
 
-/// Tiles of [`COLUMNS`] for a known kernel width and stride, side by side, all taps of a row inside the image, at least
-/// one vector of channels.
+/// Tiles of [`COLUMNS`] for a known kernel width and stride, side by side, at least `V` vectors of channels. All taps of a
+/// row are inside the image, unless it is an `EDGE`: there inputs left or right of the image are a pixel of zeros.
 ///
 /// Whoever makes one promises that the image has all inputs and outputs that `place` and its sizes lead to, and that
 /// nobody else uses these outputs.
-struct Tiles<'a, const KW: usize, const STRIDE: usize> {
+struct Tiles<'a, const KW: usize, const STRIDE: usize, const V: usize, const EDGE: bool> {
     image: &'a Image<'a>,
     place: Place,
     tiles: usize,
+    /// Column of the first input, at an edge.
+    left: isize,
 }
 
 // The kernels below are not inlined on wasm: optimising compilers choke on huge functions.
-impl<const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, KW, STRIDE> {
+impl<const KW: usize, const STRIDE: usize, const V: usize, const EDGE: bool> Kernel for Tiles<'_, KW, STRIDE, V, EDGE> {
     type Output = ();
 
     #[cfg_attr(target_arch = "wasm32", inline(never))]
@@ -308,78 +314,53 @@ impl<const KW: usize, const STRIDE: usize> Kernel for Tiles<'_, KW, STRIDE> {
     fn run<S: Simd>(self, s: S) {
         let image = self.image;
         let channels = image.channels;
+        // Inputs inside the image.
+        let inputs = clip(self.left, 1, (COLUMNS - 1) * STRIDE + KW, image.width[0]);
         for tile in 0..self.tiles {
             let place = self.place.tile(image, tile, COLUMNS);
             let mut c = 0;
             loop {
-                // SAFETY: the contract of the type, and c + LANES <= channels.
+                // SAFETY: the contract of the type, and c + V * LANES <= channels.
                 unsafe {
-                    let mut acc = [s.load_ptr(image.bias.as_ptr().add(c)); COLUMNS];
+                    let mut acc = [load_all::<S, V>(s, image.bias.as_ptr().add(c)); COLUMNS];
+                    let zeros = image.zeros.as_ptr().add(c);
                     for kh in 0..place.taps[0] {
-                        let mut x = place.x.wrapping_add(kh * place.row_step + c);
-                        let w = weights::<S, KW>(s, place.w.add(kh * KW * channels + c), channels);
-                        for j in 0..(COLUMNS - 1) * STRIDE + KW {
-                            add::<S, KW, STRIDE>(s, &mut acc, j, s.load_ptr(x), &w);
-                            x = x.wrapping_add(channels);
+                        let x = place.x.wrapping_add(kh * place.row_step + c);
+                        let w = place.w.add(kh * KW * channels + c);
+                        // One vector after the other: weights and inputs of both would not fit into 16 registers.
+                        for v in 0..V {
+                            let w = weights::<S, KW>(s, w.add(v * S::LANES), channels);
+                            for j in 0..(COLUMNS - 1) * STRIDE + KW {
+                                let inside = !EDGE || inputs.contains(&j);
+                                let from = if inside { x.wrapping_add(j * channels) } else { zeros };
+                                let x = s.load_ptr(from.add(v * S::LANES));
+                                add::<S, KW, STRIDE, V>(s, &mut acc, v, j, x, &w);
+                            }
                         }
                     }
                     finish(s, image, &place, &mut acc, c, S::LANES);
                 }
-                if c + S::LANES == channels {
+                if c + V * S::LANES == channels {
                     break;
                 }
-                c = (c + S::LANES).min(channels - S::LANES);
+                c = (c + V * S::LANES).min(channels - V * S::LANES);
             }
         }
     }
 }
 
-/// One of [`Tiles`] with inputs left or right of the image, which are read from a pixel of zeros. Contract as there.
-struct Edge<'a, const KW: usize, const STRIDE: usize> {
-    image: &'a Image<'a>,
-    place: Place,
-    /// Column of the first input.
-    left: isize,
-}
-
-/// At least the inputs of a row that a tile has.
-const MAX_INPUTS: usize = (COLUMNS - 1) * 2 + 5;
-
-impl<const KW: usize, const STRIDE: usize> Kernel for Edge<'_, KW, STRIDE> {
-    type Output = ();
-
-    #[cfg_attr(target_arch = "wasm32", inline(never))]
-    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-    fn run<S: Simd>(self, s: S) {
-        let Self { image, place, left } = self;
-        let channels = image.channels;
-        let mut x = [image.zeros.as_ptr(); MAX_INPUTS];
-        let mut row_step = [0; MAX_INPUTS];
-        for j in 0..(COLUMNS - 1) * STRIDE + KW {
-            if (0..image.width[0] as isize).contains(&(left + j as isize)) {
-                x[j] = place.x.wrapping_add(j * channels);
-                row_step[j] = place.row_step;
-            }
-        }
-        let mut c = 0;
-        loop {
-            // SAFETY: the contract of `Tiles`, and c + LANES <= channels.
-            unsafe {
-                let mut acc = [s.load_ptr(image.bias.as_ptr().add(c)); COLUMNS];
-                for kh in 0..place.taps[0] {
-                    let w = weights::<S, KW>(s, place.w.add(kh * KW * channels + c), channels);
-                    for j in 0..(COLUMNS - 1) * STRIDE + KW {
-                        add::<S, KW, STRIDE>(s, &mut acc, j, s.load_ptr(x[j].add(kh * row_step[j] + c)), &w);
-                    }
-                }
-                finish(s, image, &place, &mut acc, c, S::LANES);
-            }
-            if c + S::LANES == channels {
-                break;
-            }
-            c = (c + S::LANES).min(channels - S::LANES);
-        }
+/// Vectors side by side.
+///
+/// # Safety
+/// They must be readable.
+#[inline(always)]
+unsafe fn load_all<S: Simd, const V: usize>(s: S, p: *const f32) -> [S::F32; V] {
+    let mut all = [s.splat(0.0); V];
+    for (v, x) in all.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        *x = unsafe { s.load_ptr(p.add(v * S::LANES)) };
     }
+    all
 }
 
 /// A row of weights for a vector of channels.
@@ -396,18 +377,19 @@ unsafe fn weights<S: Simd, const KW: usize>(s: S, w: *const f32, channels: usize
     weights
 }
 
-/// Adds input `j` of a row to all outputs that it hits.
+/// Adds vector `v` of input `j` of a row to all outputs that it hits.
 #[inline(always)]
-fn add<S: Simd, const KW: usize, const STRIDE: usize>(
+fn add<S: Simd, const KW: usize, const STRIDE: usize, const V: usize>(
     s: S,
-    acc: &mut [S::F32; COLUMNS],
+    acc: &mut [[S::F32; V]; COLUMNS],
+    v: usize,
     j: usize,
     value: S::F32,
     weights: &[S::F32; KW],
 ) {
     for (t, acc) in acc.iter_mut().enumerate() {
         if j >= t * STRIDE && j - t * STRIDE < KW {
-            *acc = s.mul_add(value, weights[j - t * STRIDE], *acc);
+            acc[v] = s.mul_add(value, weights[j - t * STRIDE], acc[v]);
         }
     }
 }
@@ -435,14 +417,14 @@ impl<const T: usize> Kernel for AnyTiles<'_, T> {
             loop {
                 // SAFETY: the contract of the type, and c + lanes <= channels.
                 unsafe {
-                    let mut acc = [load(s, image.bias.as_ptr().add(c), lanes); T];
+                    let mut acc = [[load(s, image.bias.as_ptr().add(c), lanes)]; T];
                     for kh in 0..place.taps[0] {
                         let w = place.w.add(kh * image.kernel[1] * channels + c);
                         let x = place.x.wrapping_add(kh * place.row_step + c);
                         for kw in 0..place.taps[1] {
                             let weight = load(s, w.add(kw * channels), lanes);
                             let x = x.wrapping_add(kw * tap_step);
-                            for (t, acc) in acc.iter_mut().enumerate() {
+                            for (t, [acc]) in acc.iter_mut().enumerate() {
                                 *acc = s.mul_add(load(s, x.add(t * step), lanes), weight, *acc);
                             }
                         }
@@ -471,32 +453,42 @@ unsafe fn load<S: Simd>(s: S, p: *const f32, lanes: usize) -> S::F32 {
 /// Residual, bounds, store.
 ///
 /// # Safety
-/// `lanes` outputs (and elements of the residual) from channel `c` of `T` columns must be there.
+/// `V` times `lanes` outputs (and elements of the residual) from channel `c` of `T` columns must be there; whole vectors
+/// if they are several.
 #[inline(always)]
-unsafe fn finish<S: Simd, const T: usize>(
+unsafe fn finish<S: Simd, const T: usize, const V: usize>(
     s: S,
     image: &Image<'_>,
     place: &Place,
-    acc: &mut [S::F32; T],
+    acc: &mut [[S::F32; V]; T],
     c: usize,
     lanes: usize,
 ) {
-    let bounds = split_activation(image.activation).0;
-    for (t, acc) in acc.iter_mut().enumerate() {
-        let at = t * image.channels + c;
-        // SAFETY: promised by the caller.
-        unsafe {
-            if !place.residual.is_null() {
-                *acc = s.add(*acc, load(s, place.residual.add(at), lanes));
+    // Reading it all before anything is stored leaves one branch.
+    if !place.residual.is_null() {
+        for (t, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate() {
+                let at = t * image.channels + c + v * S::LANES;
+                // SAFETY: promised by the caller.
+                *acc = s.add(*acc, unsafe { load(s, place.residual.add(at), lanes) });
             }
-            if let Some(bounds) = bounds {
-                *acc = clamp(s, *acc, bounds);
-            }
-            let out = place.out.add(at);
-            if lanes == S::LANES {
-                s.store_ptr(out, *acc);
-            } else {
-                s.store_partial(core::slice::from_raw_parts_mut(out, lanes), *acc);
+        }
+    }
+    if let Some(bounds) = split_activation(image.activation).0 {
+        for acc in acc.as_flattened_mut() {
+            *acc = clamp(s, *acc, bounds);
+        }
+    }
+    for (t, acc) in acc.iter().enumerate() {
+        for (v, &acc) in acc.iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe {
+                let out = place.out.add(t * image.channels + c + v * S::LANES);
+                if lanes == S::LANES {
+                    s.store_ptr(out, acc);
+                } else {
+                    s.store_partial(core::slice::from_raw_parts_mut(out, lanes), acc);
+                }
             }
         }
     }

@@ -255,13 +255,7 @@ impl Row<'_> {
                 let taps = [rest[0], rest[1], (wn, dilations[2] * c)];
                 let out = &mut self.out[ow * c..][..c];
                 // SAFETY: as above, or inside the columns.
-                unsafe {
-                    if self.chunk.is_some() {
-                        fold(s, x, taps, out, start, &combine, (&|seen, _| seen, seen));
-                    } else {
-                        seen = fold(s, x, taps, out, start, &combine, (&watch, seen));
-                    }
-                }
+                seen = unsafe { fold(s, x, taps, out, start, &combine, (&watch, seen)) };
             }
         }
         seen
@@ -291,7 +285,9 @@ impl Row<'_> {
 ///
 /// # Safety
 /// `out.len()` elements from each tap on must be readable.
-#[inline(always)]
+// Not inlined on wasm: it is large, and called in three places.
+#[cfg_attr(target_arch = "wasm32", inline(never))]
+#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
 unsafe fn fold<S: Simd>(
     s: S,
     x: *const f32,
@@ -304,46 +300,42 @@ unsafe fn fold<S: Simd>(
     let mut j = 0;
     while j < out.len() {
         let left = out.len() - j;
-        let at = x.wrapping_add(j);
-        let taps = (0..depth.0).flat_map(|d| {
-            let at = at.wrapping_add(d * depth.1);
-            (0..height.0).map(move |h| at.wrapping_add(h * height.1))
-        });
-        if left >= BLOCK * S::LANES {
-            let mut acc = [s.splat(start); BLOCK];
-            for line in taps {
-                for w in 0..width.0 {
-                    for (i, (acc, seen)) in acc.iter_mut().zip(&mut seen).enumerate() {
-                        // SAFETY: promised by the caller.
-                        let x = unsafe { s.load_ptr(line.wrapping_add(w * width.1 + i * S::LANES)) };
-                        *acc = combine(*acc, x);
-                        *seen = watch(*seen, x);
+        let block = left >= BLOCK * S::LANES;
+        let lanes = left.min(S::LANES);
+        let mut acc = [s.splat(start); BLOCK];
+        for d in 0..depth.0 {
+            for h in 0..height.0 {
+                let mut at = x.wrapping_add(j + d * depth.1 + h * height.1);
+                for _ in 0..width.0 {
+                    // SAFETY: promised by the caller.
+                    unsafe {
+                        if block {
+                            for (i, (acc, seen)) in acc.iter_mut().zip(&mut seen).enumerate() {
+                                let x = s.load_ptr(at.add(i * S::LANES));
+                                *acc = combine(*acc, x);
+                                *seen = watch(*seen, x);
+                            }
+                        } else {
+                            let x = if lanes == S::LANES {
+                                s.load_ptr(at)
+                            } else {
+                                s.load_partial(core::slice::from_raw_parts(at, lanes))
+                            };
+                            acc[0] = combine(acc[0], x);
+                            seen[0] = watch(seen[0], x);
+                        }
                     }
+                    at = at.wrapping_add(width.1);
                 }
             }
+        }
+        if block {
             for (out, acc) in out[j..].chunks_exact_mut(S::LANES).zip(acc) {
                 s.store(out, acc);
             }
             j += BLOCK * S::LANES;
         } else {
-            let lanes = left.min(S::LANES);
-            let mut acc = s.splat(start);
-            for line in taps {
-                for w in 0..width.0 {
-                    let x = line.wrapping_add(w * width.1);
-                    // SAFETY: promised by the caller.
-                    let x = unsafe {
-                        if lanes == S::LANES {
-                            s.load_ptr(x)
-                        } else {
-                            s.load_partial(core::slice::from_raw_parts(x, lanes))
-                        }
-                    };
-                    acc = combine(acc, x);
-                    seen[0] = watch(seen[0], x);
-                }
-            }
-            s.store_partial(&mut out[j..j + lanes], acc);
+            s.store_partial(&mut out[j..j + lanes], acc[0]);
             j += lanes;
         }
     }

@@ -7,7 +7,8 @@ macro_rules! implement {
     (
         $(#[$doc:meta])* $name:ident, $isa:expr,
         mul_add |$a:ident, $b:ident, $c:ident| $mul_add:expr,
-        min_fast $min_fast:ident, max_fast $max_fast:ident, to_i32_fast $to_i32_fast:ident
+        min_fast $min_fast:ident, max_fast $max_fast:ident, to_i32_fast $to_i32_fast:ident,
+        bound |$x:ident, $bound:ident| at_least $at_least:expr, at_most $at_most:expr
     ) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
@@ -140,8 +141,8 @@ macro_rules! implement {
                 max(a: v128, b: v128) -> v128 = f32x4_max(a, b);
                 min_fast(a: v128, b: v128) -> v128 = $min_fast(a, b);
                 max_fast(a: v128, b: v128) -> v128 = $max_fast(a, b);
-                at_least(x: v128, lo: v128) -> v128 = f32x4_pmax(x, lo);
-                at_most(x: v128, hi: v128) -> v128 = f32x4_pmin(x, hi);
+                at_least($x: v128, $bound: v128) -> v128 = $at_least;
+                at_most($x: v128, $bound: v128) -> v128 = $at_most;
                 round(a: v128) -> v128 = f32x4_nearest(a);
                 floor(a: v128) -> v128 = f32x4_floor(a);
                 ceil(a: v128) -> v128 = f32x4_ceil(a);
@@ -193,7 +194,8 @@ implement! {
     Simd128, Isa::WasmSimd128,
     // `pmin` and `pmax` are one instruction on x86, where `min` and `max` are up to ten.
     mul_add |a, b, c| f32x4_add(f32x4_mul(a, b), c),
-    min_fast f32x4_pmin, max_fast f32x4_pmax, to_i32_fast i32x4_trunc_sat_f32x4
+    min_fast f32x4_pmin, max_fast f32x4_pmax, to_i32_fast i32x4_trunc_sat_f32x4,
+    bound |x, bound| at_least f32x4_pmax(x, bound), at_most f32x4_pmin(x, bound)
 }
 
 #[cfg(target_feature = "relaxed-simd")]
@@ -201,5 +203,8 @@ implement! {
     /// SIMD128 and relaxed SIMD. The multiply-add must be asked for: LLVM does not fuse by itself.
     RelaxedSimd, Isa::WasmRelaxedSimd,
     mul_add |a, b, c| f32x4_relaxed_madd(a, b, c),
-    min_fast f32x4_relaxed_min, max_fast f32x4_relaxed_max, to_i32_fast i32x4_relaxed_trunc_f32x4
+    min_fast f32x4_relaxed_min, max_fast f32x4_relaxed_max, to_i32_fast i32x4_relaxed_trunc_f32x4,
+    // With relaxed SIMD LLVM makes `pmax(x, lo)` a `relaxed_max(x, lo)`, which on x86 is `lo` where x is NaN; the other way
+    // round it is x there, and on Arm too.
+    bound |x, bound| at_least f32x4_relaxed_max(bound, x), at_most f32x4_relaxed_min(bound, x)
 }

@@ -65,5 +65,19 @@ export default async (ctx) => {
       return result.note;
     },
   }));
-  return [...cases, ...everyVariant];
+  const notANumber = ["auto", "simd_st"].map((variant) => ({
+    name: `one NaN in the image of mobilenet_v2 reaches all scores, variant ${variant}`,
+    async run() {
+      const data = new Float32Array(3 * 224 * 224);
+      data[224 * 100 + 100] = NaN;
+      const session = await Session.load(ctx.url(`${MODELS}/mobilenet_v2/model.onnx`), { variant });
+      try {
+        const { logits } = await session.run({ input: { type: "float32", dims: [1, 3, 224, 224], data } });
+        ctx.equal(logits.data.findIndex((score) => !Number.isNaN(score)), -1, "first score that is a number");
+      } finally {
+        await session.dispose();
+      }
+    },
+  }));
+  return [...cases, ...everyVariant, ...notANumber];
 };
