@@ -4,24 +4,31 @@
 //! for each node, in order:
 //!     if the operator has a channels-last kernel, or reads a permuted value and can follow:
 //!         it is replaced by its form for permuted data and gives the permuted twins of its results
+//!     if it reshapes a value that exists only as a twin, and axes that merge are neighbours in the twin too:
+//!         it reshapes the twin
 //!     otherwise:
 //!         it reads the values of the model, and those that exist only as twins are transposed back for it
 //! ```
 //!
 //! So a transpose is made only where a value is needed in an order in which it does not exist, and pairs of opposite
 //! transposes never come into being. A `Transpose` of the model makes no work here either: its result is a value whose
-//! twin, its operand, exists already. That is how the transposes that tf2onnx writes around a network vanish.
+//! twin, its operand, exists already. That is how the transposes that tf2onnx writes around a network vanish, and those
+//! that turn maps `[N, C, H, W]` into tokens `[N, H W, C]`: as the twin of the map is `[N, H, W, C]`, it is reshaped only.
 
 use super::Pass;
 use crate::analyze::operand_facts;
 use crate::error::Result;
-use crate::fact::Fact;
+use crate::fact::{Dim, Fact};
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::identity::Identity;
+use crate::ops::reshape::Reshape;
 use crate::ops::transpose::Transpose;
 use crate::ops::{Permuted, Role};
+use crate::tensor::Tensor;
 use smallvec::SmallVec;
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 /// Axis `i` of the permuted tensor is axis `perm[i]` of the original.
 type Perm = SmallVec<[usize; 6]>;
@@ -87,6 +94,9 @@ impl Layout<'_> {
             self.note_transpose(&node, x, &perm);
             return Ok(());
         }
+        if node.op.is_view() && self.reshape_twin(&node)? {
+            return Ok(());
+        }
         let followed = match rank {
             Some(rank) if rank >= 3 => match node.op.channels_last(&operands) {
                 Some(permuted) => Some((channels_last(rank), permuted)),
@@ -141,6 +151,39 @@ impl Layout<'_> {
         };
         self.twins.entry(y).or_default().push((inverse(&from_source), source));
         self.exists[y.index()] = false;
+    }
+
+    /// Gives the result of a reshaping from the twin of its operand, if only that exists and its order allows it.
+    fn reshape_twin(&mut self, node: &Node) -> Result<bool> {
+        let (&[Some(x), ..], &[y]) = (&node.inputs[..], &node.outputs[..]) else { return Ok(false) };
+        let Some((perm, twin)) = self.twins.get(&x).and_then(|t| t.first()).cloned() else { return Ok(false) };
+        let shape = |id: ValueId| self.facts[id.index()].as_ref().and_then(|fact| fact.shape.as_ref());
+        let (Some(from), Some(to)) = (shape(x), shape(y)) else { return Ok(false) };
+        let Some(order) = reshaped_order(from, to, &perm).filter(|_| !self.exists[x.index()]) else {
+            return Ok(false);
+        };
+        // One size may be a name; it is what is left over.
+        let sizes: Vec<i64> =
+            order.iter().map(|&axis| to[axis].known().and_then(|n| n.try_into().ok()).unwrap_or(-1)).collect();
+        if sizes.iter().filter(|&&size| size < 0).count() > 1 {
+            return Ok(false);
+        }
+        let sizes = Arc::new(Tensor::from_slice(&[sizes.len()], &sizes)?);
+        let constant = self.graph.add_constant(format!("{}/shape", node.name), sizes.clone());
+        self.facts.push(Some(Fact::constant(sizes)));
+        self.exists.push(true);
+        let output = if is_identity(&order) {
+            y
+        } else {
+            let output = self.new_value(format!("{}/permuted", self.graph.value(y).name));
+            self.twins.entry(y).or_default().push((order, output));
+            self.exists[y.index()] = false;
+            output
+        };
+        let op = Reshape { allow_zero: false }.into();
+        let inputs = vec![Some(twin), Some(constant)];
+        self.nodes.push(Node { name: node.name.clone(), op, inputs, outputs: vec![output] });
+        Ok(true)
     }
 
     fn move_node(&mut self, node: Node, perm: &[usize], permuted: Permuted) {
@@ -232,9 +275,105 @@ impl Layout<'_> {
     }
 }
 
+/// The order of axes that the reshaping of a permuted tensor has, if it is a permutation of the reshaped tensor: `from`
+/// becomes `to`, and axis `i` of the permuted tensor is axis `perm[i]` of `from`.
+///
+/// Both shapes fall into blocks of neighbouring axes with as many elements; each must be in one piece, in its order,
+/// in the permuted tensor. Axes of size 1 may be anywhere.
+fn reshaped_order(from: &[Dim], to: &[Dim], perm: &[usize]) -> Option<Perm> {
+    let one = Dim::Known(1);
+    let real = |shape: &[Dim]| (0..shape.len()).filter(|&axis| shape[axis] != one).collect::<Perm>();
+    let (from_axes, to_axes) = (real(from), real(to));
+    // Of each block: its axes in `from_axes` and in `to_axes`.
+    let mut blocks: SmallVec<[(Range<usize>, Range<usize>); 6]> = SmallVec::new();
+    let (mut i, mut j) = (0, 0);
+    while i < from_axes.len() && j < to_axes.len() {
+        let (a, b) = (&from[from_axes[i]], &to[to_axes[j]]);
+        let start = (i, j);
+        (i, j) = (i + 1, j + 1);
+        if a != b {
+            let (mut n, mut m) = (a.known()?, b.known()?);
+            while n != m {
+                if n < m {
+                    n = n.checked_mul(from[*from_axes.get(i)?].known()?)?;
+                    i += 1;
+                } else {
+                    m = m.checked_mul(to[*to_axes.get(j)?].known()?)?;
+                    j += 1;
+                }
+            }
+        } else if *a == Dim::Unknown {
+            return None;
+        }
+        blocks.push((start.0..i, start.1..j));
+    }
+    if i < from_axes.len() || j < to_axes.len() {
+        return None;
+    }
+    let permuted: Perm = perm.iter().copied().filter(|&axis| from[axis] != one).collect();
+    let mut order = Perm::new();
+    let mut at = 0;
+    while at < permuted.len() {
+        let (axes, reshaped) = blocks.iter().find(|(axes, _)| from_axes[axes.start] == permuted[at])?;
+        if permuted.get(at..at + axes.len())? != &from_axes[axes.clone()] {
+            return None;
+        }
+        order.extend_from_slice(&to_axes[reshaped.clone()]);
+        at += axes.len();
+    }
+    // Axes of size 1 stay behind the one before them.
+    for axis in (0..to.len()).filter(|&axis| to[axis] == one) {
+        let place =
+            axis.checked_sub(1).map_or(0, |before| order.iter().position(|&a| a == before).map_or(0, |p| p + 1));
+        order.insert(place, axis);
+    }
+    Some(order)
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{Net, int, ints};
     use super::*;
+
+    #[test]
+    fn orders_of_reshaped_tensors() {
+        let order = |from: &[usize], to: &[usize], perm: &[usize]| {
+            let dims = |sizes: &[usize]| sizes.iter().map(|&n| Dim::Known(n)).collect::<Vec<_>>();
+            reshaped_order(&dims(from), &dims(to), perm).map(|order| order.to_vec())
+        };
+        let last = [0, 2, 3, 1];
+        assert_eq!(order(&[2, 3, 4, 5], &[2, 3, 20], &last), Some(vec![0, 2, 1]));
+        assert_eq!(order(&[1, 85, 4, 5], &[1, 85, 20], &last), Some(vec![0, 2, 1]));
+        assert_eq!(order(&[2, 6, 4, 5], &[2, 3, 2, 4, 5], &last), Some(vec![0, 3, 4, 1, 2]));
+        assert_eq!(order(&[2, 3, 1, 1], &[2, 3], &last), Some(vec![0, 1]));
+        assert_eq!(order(&[2, 3, 4, 5], &[2, 60], &last), None, "channels and pixels become one");
+        assert_eq!(order(&[2, 3, 4, 5], &[2, 12, 5], &last), None);
+        assert_eq!(order(&[2, 3, 4, 5], &[2, 1, 3, 20, 1], &last), Some(vec![0, 1, 3, 4, 2]));
+        assert_eq!(order(&[2, 3, 4, 5], &[2, 3, 5, 4], &last), Some(vec![0, 2, 3, 1]), "one block of several");
+        let n = Dim::Symbol("n".into());
+        let from = [n.clone(), Dim::Known(3), Dim::Known(4), Dim::Known(5)];
+        assert_eq!(reshaped_order(&from, &[n, Dim::Known(3), Dim::Known(20)], &last).unwrap().as_slice(), [0, 2, 1]);
+        let unknown = [Dim::Unknown, Dim::Known(3), Dim::Known(20)];
+        assert_eq!(reshaped_order(&from, &unknown, &last), None);
+    }
+
+    /// The heads of YOLO: maps become tokens, those of all scales are joined, tokens come before channels.
+    #[test]
+    fn maps_become_tokens_without_a_transpose() {
+        let mut n = Net::new(17);
+        let x = n.input("x", &[1, 3, 8, 8]);
+        let mut tokens = Vec::new();
+        for (size, stride) in [(8, 1), (4, 2)] {
+            let w = n.weights(&[5, 3, 1, 1]);
+            let map = n.op_with("Conv", &[x, w], &[("strides", ints(&[stride, stride]))]);
+            let shape = n.i64s(&[1, 5, size * size]);
+            tokens.push(n.op("Reshape", &[map, shape]));
+        }
+        let all = n.op_with("Concat", &tokens, &[("axis", int(2))]);
+        let y = n.op_with("Transpose", &[all], &[("perm", ints(&[0, 2, 1]))]);
+        n.output(y);
+        assert_eq!(n.optimized(), ["Transpose", "Conv", "Reshape", "Conv", "Reshape", "Concat", "Identity"]);
+    }
 
     #[test]
     fn permutations() {
