@@ -94,6 +94,33 @@ impl Slice {
         let axes = distinct_axes(&axes, rank)?;
         Ok((0..starts.len()).map(|i| Range { axis: axes[i], start: starts[i], end: ends[i], step: steps[i] }).collect())
     }
+
+    /// The ranges, if the operands that say them are known.
+    fn known_ranges(&self, operands: &[Option<Fact>], rank: usize) -> Option<SmallVec<[Range; 6]>> {
+        let mut numbers = [None, None, None, None];
+        for (i, numbers) in numbers.iter_mut().enumerate() {
+            if let Some(fact) = operands.get(i + 1).and_then(Option::as_ref) {
+                *numbers = Some(fact.i64s()?);
+            }
+        }
+        self.ranges(numbers, rank).ok()
+    }
+
+    /// Start and step along each axis where every element from a start on is taken, `step` apart; `None` for other cuts
+    /// and where something is not known.
+    pub(crate) fn strided(&self, operands: &[Option<Fact>]) -> Option<SmallVec<[(usize, usize); 6]>> {
+        let dims = operands.first()?.as_ref()?.dims()?;
+        let mut axes = SmallVec::from_elem((0, 1), dims.len());
+        for range in self.known_ranges(operands, dims.len())? {
+            let (start, count) = range.resolve(dims[range.axis]);
+            let step = usize::try_from(range.step).ok()?;
+            if count == 0 || count != (dims[range.axis] - start).div_ceil(step) {
+                return None;
+            }
+            axes[range.axis] = (start, step);
+        }
+        Some(axes)
+    }
 }
 
 impl Operator for Slice {
@@ -173,18 +200,12 @@ impl Operator for Slice {
 
     fn cuts(&self, operands: &[Option<Fact>], results: &[Dims]) -> Option<Dims> {
         let dims = operands.first()?.as_ref()?.dims()?;
-        let mut numbers = [None, None, None, None];
-        for (i, numbers) in numbers.iter_mut().enumerate() {
-            if let Some(fact) = operands.get(i + 1).and_then(Option::as_ref) {
-                *numbers = Some(fact.i64s()?);
-            }
-        }
         let taken = results.first()?;
         // From the first axis of which more than one element is taken, what lies behind must be taken whole.
         let first = taken.iter().position(|&n| n != 1).unwrap_or(taken.len());
         let is_run = dims.iter().zip(taken).skip(first + 1).all(|(have, taken)| have == taken);
         let mut begin = 0;
-        for range in self.ranges(numbers, dims.len()).ok()? {
+        for range in self.known_ranges(operands, dims.len())? {
             if range.step != 1 && taken[range.axis] > 1 {
                 return None;
             }

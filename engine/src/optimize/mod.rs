@@ -29,6 +29,7 @@ mod qdq;
 mod simplify;
 mod skip_norm;
 mod softmax;
+mod space_to_depth;
 mod specialize;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -86,6 +87,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     simplify::run(&mut graph, &pass)?;
     // Into weights first: it leaves nothing to compute.
     padding::run(&mut graph, &pass)?;
+    space_to_depth::run(&mut graph, &pass)?;
     affine::run(&mut graph, &pass)?;
     pooling::run(&mut graph, &pass)?;
     // Many nodes into one, then that one into the product before it.
