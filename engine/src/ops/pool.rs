@@ -159,7 +159,7 @@ impl Operator for Pool {
     fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
         let x = operands.first()?.as_ref()?;
         let fits = match x.dtype {
-            DType::F32 => true,
+            DType::F32 => !matches!(self.op, PoolOp::Lp { .. }),
             DType::U8 | DType::I8 => self.op == PoolOp::Max,
             _ => false,
         };

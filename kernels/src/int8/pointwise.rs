@@ -13,7 +13,7 @@ use super::{Bytes, BytesMut};
 use crate::conv::check_len;
 use crate::error::{Error, Result};
 use crate::par::{Cx, DisjointMut};
-use crate::pool::PoolShape;
+use crate::pool::{PoolShape, max_row};
 use crate::simd::{Kernel, Simd, dispatch};
 
 /// Elements that make a task.
@@ -322,7 +322,6 @@ pub fn max_pool(cx: &Cx<'_>, shape: &PoolShape, x: Bytes<'_>, y: BytesMut<'_>) -
     }
 }
 
-// Plain loops over channels: the compiler has vectors for the larger of two bytes.
 fn max_pool_of<T: Copy + Ord + Send + Sync>(
     cx: &Cx<'_>,
     shape: &PoolShape,
@@ -335,29 +334,12 @@ fn max_pool_of<T: Copy + Ord + Send + Sync>(
         return Ok(());
     }
     let cost = (y.len() as u64 / 4).saturating_mul(shape.kernel.iter().product::<usize>() as u64);
-    let (channels, [id, ih, iw]) = (shape.channels, shape.input);
-    let row = shape.output[2] * channels;
-    let dilations = shape.dilations.map(|d| d.max(1));
+    let row = shape.output[2] * shape.channels;
     let out = DisjointMut::new(y);
     cx.for_each(shape.batch * shape.output[0] * shape.output[1], cost, &|task| {
         // SAFETY: each task has its own row.
         let y = unsafe { out.range(task * row, row) };
-        let (z, line) = (task / shape.output[1], task % shape.output[1]);
-        let (b, z) = (z / shape.output[0], z % shape.output[0]);
-        let [(dz, nz, ..), (dy, ny, ..)] = [shape.taps(0, z), shape.taps(1, line)];
-        for (column, y) in y.chunks_exact_mut(channels).enumerate() {
-            let (dx, nx, ..) = shape.taps(2, column);
-            y.fill(least);
-            for kz in 0..nz {
-                for ky in 0..ny {
-                    let line = ((b * id + dz + kz * dilations[0]) * ih + dy + ky * dilations[1]) * iw;
-                    for kx in 0..nx {
-                        let x = &x[(line + dx + kx * dilations[2]) * channels..][..channels];
-                        y.iter_mut().zip(x).for_each(|(y, &x)| *y = (*y).max(x));
-                    }
-                }
-            }
-        }
+        max_row(shape, x, task, y, least, T::max);
     });
     Ok(())
 }
