@@ -285,6 +285,20 @@ impl Image<'_> {
     }
 }
 
+/// An expression for each `i` below `n`, which is at most 5, written out: a loop that LLVM does not unroll keeps vectors in
+/// memory.
+macro_rules! unrolled {
+    ($i:ident in 0..$n:expr, $body:expr) => {
+        unrolled!(@ $i, $n, $body, 0 1 2 3 4)
+    };
+    (@ $i:ident, $n:expr, $body:expr, $($value:literal)*) => {{
+        $(if $value < $n {
+            let $i = $value;
+            $body
+        })*
+    }};
+}
+
 /// Pixels side by side, two at once, for a known width of the kernel and stride. Whoever makes one promises that all
 /// their taps can be read: `rows` says where the first of each row is, and how far it is to the next in it.
 struct Tiles<'a, const KW: usize, const STRIDE: usize, const SIGNED: bool> {
@@ -315,15 +329,20 @@ impl<const KW: usize, const STRIDE: usize, const SIGNED: bool> Kernel for Tiles<
                     let mut acc = [[s.load_i32_ptr(first), s.load_i32_ptr(first.add(lanes))]; 2];
                     let mut w = image.weights.as_ptr().add(c);
                     for [upper, lower] in pairs {
-                        let weights = weights::<S, KW>(s, w, channels);
+                        let x = upper.x.wrapping_add(tile * 2 * STRIDE * upper.step + c);
+                        let y = lower.x.wrapping_add(tile * 2 * STRIDE * lower.step + c);
+                        unrolled!(kw in 0..KW, {
+                            let w = w.add(kw * channels);
+                            let weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(lanes))];
+                            // The compiler sees inputs that are the same for both pixels.
+                            for (t, acc) in acc.iter_mut().enumerate() {
+                                let j = t * STRIDE + kw;
+                                let x = s.pair_bytes::<SIGNED>(x.wrapping_add(j * upper.step), y.wrapping_add(j * lower.step));
+                                acc[0] = s.add_i32(acc[0], s.dot_i16(x[0], weights[0]));
+                                acc[1] = s.add_i32(acc[1], s.dot_i16(x[1], weights[1]));
+                            }
+                        });
                         w = w.add(KW * channels);
-                        let mut x = upper.x.wrapping_add(tile * 2 * STRIDE * upper.step + c);
-                        let mut y = lower.x.wrapping_add(tile * 2 * STRIDE * lower.step + c);
-                        for j in 0..STRIDE + KW {
-                            add::<S, KW, STRIDE>(s, &mut acc, j, s.pair_bytes::<SIGNED>(x, y), &weights);
-                            x = x.wrapping_add(upper.step);
-                            y = y.wrapping_add(lower.step);
-                        }
                     }
                     for row in odd {
                         // Behind the pairs of an odd row and the one that it has not.
@@ -354,41 +373,6 @@ impl<const KW: usize, const STRIDE: usize, const SIGNED: bool> Kernel for Tiles<
                 }
                 c = (c + width).min(channels - width);
             }
-        }
-    }
-}
-
-/// A row of pairs of weights for two vectors of channels.
-///
-/// # Safety
-/// `KW` times two vectors, `channels` apart, must be readable.
-#[inline(always)]
-unsafe fn weights<S: Simd, const KW: usize>(s: S, w: *const i32, channels: usize) -> [[S::I32; 2]; KW] {
-    let mut weights = [[s.splat_i32(0); 2]; KW];
-    for (kw, weights) in weights.iter_mut().enumerate() {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let w = w.add(kw * channels);
-            *weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(S::LANES))];
-        }
-    }
-    weights
-}
-
-/// Adds input `j` of a pair of rows to the pixels that it hits.
-#[inline(always)]
-fn add<S: Simd, const KW: usize, const STRIDE: usize>(
-    s: S,
-    acc: &mut [[S::I32; 2]; 2],
-    j: usize,
-    x: [S::I32; 2],
-    weights: &[[S::I32; 2]; KW],
-) {
-    for (t, acc) in acc.iter_mut().enumerate() {
-        if j >= t * STRIDE && j - t * STRIDE < KW {
-            let w = weights[j - t * STRIDE];
-            acc[0] = s.add_i32(acc[0], s.dot_i16(x[0], w[0]));
-            acc[1] = s.add_i32(acc[1], s.dot_i16(x[1], w[1]));
         }
     }
 }
