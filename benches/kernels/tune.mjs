@@ -1,6 +1,6 @@
 /**
  * Candidates for the tile of float products beside each other: a module of each, in turns, every one as a share of its own
- * page's peak of multiply-add. Called by `cargo xtask bench tune`, which builds the modules into `target/tune`.
+ * page's peak of multiply-add. Called by `cargo xtask bench tune`, which builds the modules.
  *
  * A share is the mean over all turns: with neighbours that come and go a median jumps between the state with them and the
  * one without. The winner has the largest geometric mean of shares. `kernels/src/gemm/table.rs` holds it, and a test compares.
@@ -15,6 +15,7 @@ import { geometricMean, mean, quantile } from "../peers/statistics.mjs";
 const { values: options } = parseArgs({
   options: {
     tiles: { type: "string" },
+    modules: { type: "string" },
     browser: { type: "string", default: "chromium" },
     // Products of one row go another way, which has no tile.
     filter: { type: "string", default: "^gemm (?!1 x)" },
@@ -33,13 +34,13 @@ let isa;
 const results = [];
 try {
   for (const tile of options.tiles.split(" ")) {
-    const module = join(root, "target/tune", tile);
+    const module = join(options.modules, tile);
     const server = await serve({ "/": join(root, "benches/kernels/page"), "/module/": module });
     const driver = await startDriver(options.browser, { url: server.url, quiet: true });
     sides.push({ tile, server, driver, shares: new Map() });
     await driver.open();
-    // Products run on one lane; the pool of the module wants a helper.
-    await driver.call("create", { threads: 2 });
+    // Products run on one lane. WebKit, whose page is not isolated, gives no helper its memory.
+    await driver.call("create", { threads: 1 });
   }
   const about = await sides[0].driver.call("about");
   isa = about.isa;
@@ -80,7 +81,7 @@ try {
 results.sort((a, b) => b.score - a.score);
 await writeRecord(options.record ?? recordPath(`tiles-${options.browser}`), {
   what: "share of the peak of multiply-add by tile: means over turns, their geometric mean over products as the score",
-  command: "cargo xtask bench tune",
+  command: `cargo xtask bench tune${options.browser === "chromium" ? "" : ` --browser ${options.browser}`}`,
   browser: sides[0].driver.version,
   isa,
   results,

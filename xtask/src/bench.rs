@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: measurements. Each prepares what it needs and hands over to a program under `benches/`.
 
 use crate::browsers::{self, Browser};
+use crate::build::{self, Variant};
 use crate::context::Context;
-use crate::{build, models, node, python};
+use crate::{models, node, python};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
@@ -81,7 +82,7 @@ pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
 
 /// Candidates for the row of WebAssembly's relaxed SIMD in `kernels/src/gemm/table.rs`, as `WEBLANE_TILE` takes them:
 /// `mr,narrow_mr,nrv,kc,mc,unroll,interleaves`.
-const TILES: [&str; 8] = [
+const RELAXED_TILES: [&str; 8] = [
     "6,6,2,512,128,1,1",
     "6,6,2,512,128,1,0",
     "6,6,2,256,128,1,1",
@@ -92,14 +93,28 @@ const TILES: [&str; 8] = [
     "8,8,1,512,128,1,1",
 ];
 
+/// The same for SIMD without relaxed instructions, which WebKit has.
+const PLAIN_TILES: [&str; 6] = [
+    "3,5,3,384,128,1,0",
+    "3,5,3,384,128,1,1",
+    "4,4,2,384,128,1,1",
+    "5,5,2,384,128,1,0",
+    "5,5,2,384,128,1,1",
+    "6,6,2,384,128,1,1",
+];
+
 /// Builds a module with each of the tiles, and measures them in turns.
 fn tune(ctx: &Context, args: &[String]) -> Result<()> {
-    let directory = ctx.path("target/tune");
-    for tile in TILES {
+    let (tiles, variant, cache) = match browser(args) {
+        Browser::Webkit => (&PLAIN_TILES[..], Variant::SimdMt, "tune-simd"),
+        _ => (&RELAXED_TILES[..], Variant::RelaxedMt, "tune"),
+    };
+    let directory = ctx.path("target").join(cache);
+    for tile in tiles {
         println!("   candidate {tile}");
-        build::bench_module_with(ctx, &directory.join(tile), "tune", Some(tile))?;
+        build::bench_module_with(ctx, &directory.join(tile), variant, cache, Some(tile))?;
     }
-    let list = ["--tiles".to_owned(), TILES.join(" ")];
+    let list = ["--tiles".to_owned(), tiles.join(" "), "--modules".to_owned(), directory.display().to_string()];
     let args: Vec<String> = list.into_iter().chain(args.iter().cloned()).collect();
     in_browser(ctx, "benches/kernels/tune.mjs", &args)
 }

@@ -209,17 +209,24 @@ pub(crate) fn native_program(ctx: &Context) -> Result<PathBuf> {
 /// Builds the kernels' bench with the flags of `relaxed_mt` into `target/bench-kernels`.
 pub(crate) fn bench_module(ctx: &Context) -> Result<()> {
     let directory = ctx.path("target/bench-kernels");
-    bench_module_with(ctx, &directory, Variant::RelaxedMt.cache(), None)
+    bench_module_with(ctx, &directory, Variant::RelaxedMt, Variant::RelaxedMt.cache(), None)
 }
 
-/// The same into any directory, compiled in `target/wasm/<cache>`, with a candidate for the tile of products.
-pub(crate) fn bench_module_with(ctx: &Context, directory: &Path, cache: &str, tile: Option<&str>) -> Result<()> {
+/// The same for any variant with threads, into any directory, compiled in `target/wasm/<cache>`, with a candidate for the
+/// tile of products.
+pub(crate) fn bench_module_with(
+    ctx: &Context,
+    directory: &Path,
+    variant: Variant,
+    cache: &str,
+    tile: Option<&str>,
+) -> Result<()> {
     let toolchain = toolchain::ensure(ctx)?;
     let tools = toolchain::ensure_wasm_tools(ctx)?;
     node::install(ctx, "xtask/node")?;
     fs::create_dir_all(ctx.path("target/wasm"))?;
     let glue = "weblane_bench_kernels";
-    let (variant, name, source) = (Variant::RelaxedMt, "bench-kernels", "benches/kernels");
+    let (name, source) = ("bench-kernels", "benches/kernels");
     let module = Module { variant, name, source, glue, directory, cache, tile };
     // In the place of the compiled module, where the glue looks for it.
     module.build(ctx, &toolchain, &tools, &directory.join(format!("{glue}_bg.wasm"))).map(drop)

@@ -5,7 +5,7 @@ const METHODS = {
   async start(threads) {
     await module.default({ module_or_path: "/module/weblane_bench_kernels_bg.wasm" });
     // One thread of the pool is this worker itself.
-    await module.initThreadPool(threads - 1);
+    if (threads > 1) await module.initThreadPool(threads - 1);
   },
   about: () => ({ isa: module.isa(), names: module.names(), forms: module.forms() }),
   measure: (index, rounds, ms) => [...module.measure(index, rounds, ms)],
