@@ -9,6 +9,7 @@ import { parseArgs, promisify } from "node:util";
 import { launchPuppeteer } from "../../tests/wasm/lib/drivers.mjs";
 import {
   findWorkloads,
+  mergeRows,
   openPage,
   recordPath,
   root,
@@ -28,6 +29,7 @@ const { values: options } = parseArgs({
     rounds: { type: "string", default: "5" },
     row: { type: "string", default: "200" },
     record: { type: "string" },
+    merge: { type: "boolean", default: false },
   },
 });
 const row = Number(options.row);
@@ -120,7 +122,9 @@ for (const { name, url, file, inputs } of findWorkloads(options.workloads)) {
 const version = await browser.version();
 await browser.close();
 await server.close();
-await writeRecord(options.record ?? recordPath("native"), {
+const path = options.record ?? recordPath("native");
+if (options.merge) await mergeRows(path, results);
+await writeRecord(path, {
   what: "one thread, medians; ratios are speeds: onnxruntime's time / ours natively with the best instruction set, and the native time with 128-bit vectors and FMA / WebAssembly's",
   command: "cargo xtask bench native",
   browser: version,

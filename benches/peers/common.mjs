@@ -101,6 +101,19 @@ export async function writeRecord(path, record) {
   console.log(`record: ${path}`);
 }
 
+/**
+ * A long table measured in parts: adds the rows of the record that were not measured now, in the order of the list. A row
+ * is of a workload, and of a number of threads where they differ.
+ */
+export async function mergeRows(path, results) {
+  if (!existsSync(path)) return;
+  const { results: old } = JSON.parse(await readFile(path, "utf8"));
+  const measured = (row) => results.some((r) => r.workload === row.workload && r.threads === row.threads);
+  results.push(...old.filter((row) => !measured(row)));
+  const place = ({ workload }) => WORKLOADS.findIndex(({ name }) => name === workload);
+  results.sort((a, b) => (a.threads ?? 0) - (b.threads ?? 0) || place(a) - place(b));
+}
+
 /** Where the record of a bench lies. */
 export function recordPath(name) {
   return join(root, "benches/records", `${name}.json`);

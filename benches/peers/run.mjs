@@ -3,13 +3,21 @@
  * alike. Prints a table and writes a record to benches/records/. Called by `cargo xtask bench peers`.
  */
 import { existsSync } from "node:fs";
-import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { median, quantile } from "simple-statistics";
 import { startDriver } from "../../tests/wasm/lib/drivers.mjs";
-import { findWorkloads, peerVersion, recordPath, root, round, serveBench, writeRecord } from "./common.mjs";
-import { LITERT, WORKLOADS } from "./workloads.mjs";
+import {
+  findWorkloads,
+  mergeRows,
+  peerVersion,
+  recordPath,
+  root,
+  round,
+  serveBench,
+  writeRecord,
+} from "./common.mjs";
+import { LITERT } from "./workloads.mjs";
 
 const { values: options } = parseArgs({
   options: {
@@ -138,14 +146,7 @@ try {
   await server.close();
 }
 const path = options.record ?? recordPath(`peers-${options.browser}`);
-if (options.merge && existsSync(path)) {
-  // A long table measured in parts: rows that were not measured now stay, in the order of the list.
-  const { results: old } = JSON.parse(await readFile(path, "utf8"));
-  const measured = (row) => results.some((r) => r.workload === row.workload && r.threads === row.threads);
-  results.push(...old.filter((row) => !measured(row)));
-  const place = ({ workload }) => WORKLOADS.findIndex(({ name }) => name === workload);
-  results.sort((a, b) => a.threads - b.threads || place(a) - place(b));
-}
+if (options.merge) await mergeRows(path, results);
 await writeRecord(path, {
   what: "milliseconds are medians; a ratio is the median of the peer's time / weblane's time over interleaved rounds, on one page at a time",
   command: "cargo xtask bench peers",

@@ -73,7 +73,11 @@ export default async (ctx) => {
       const session = await Session.load(ctx.url(`${MODELS}/mobilenet_v2/model.onnx`), { variant });
       try {
         const { logits } = await session.run({ input: { type: "float32", dims: [1, 3, 224, 224], data } });
-        ctx.equal(logits.data.findIndex((score) => !Number.isNaN(score)), -1, "first score that is a number");
+        ctx.equal(
+          logits.data.findIndex((score) => !Number.isNaN(score)),
+          -1,
+          "first score that is a number",
+        );
       } finally {
         await session.dispose();
       }
