@@ -312,7 +312,7 @@ pub(crate) fn max_row<T: Copy>(
 ///
 /// # Safety
 /// `out.len()` elements from each tap on must be readable.
-// Not inlined on wasm: it is large, and called in three places.
+// Not inlined on wasm: it is large, and called in two places.
 #[cfg_attr(target_arch = "wasm32", inline(never))]
 #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
 unsafe fn fold<S: Simd>(
