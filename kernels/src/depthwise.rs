@@ -241,12 +241,8 @@ impl Image<'_> {
     /// Whether there are [`Tiles`] for this kernel.
     fn known(&self, isa: Isa) -> bool {
         // They compute whole vectors only.
-        let vectors = match (self.kernel[1], self.strides[1], self.dilations[1]) {
-            (3, 1 | 2, 1) => 2,
-            (5, 1 | 2, 1) => 1,
-            _ => return false,
-        };
-        self.channels >= vectors * isa.lanes()
+        self.channels >= vectors(self.kernel[1]) * isa.lanes()
+            && matches!((self.kernel[1], self.strides[1], self.dilations[1]), (3 | 5, 1 | 2, 1))
     }
 
     /// Tiles side by side with all taps of a row inside the image, or one of which some are not, whose first input is
@@ -254,20 +250,29 @@ impl Image<'_> {
     fn tiles(&self, isa: Isa, place: Place, tiles: usize, left: Option<isize>) {
         let image = self;
         macro_rules! tiles {
-            ($kw:literal, $stride:literal, $vectors:literal) => {
+            ($kw:literal, $stride:literal) => {
                 match left {
-                    None => dispatch(isa, Tiles::<$kw, $stride, $vectors, false> { image, place, tiles, left: 0 }),
-                    Some(left) => dispatch(isa, Tiles::<$kw, $stride, $vectors, true> { image, place, tiles, left }),
+                    None => {
+                        dispatch(isa, Tiles::<$kw, $stride, { vectors($kw) }, false> { image, place, tiles, left: 0 })
+                    }
+                    Some(left) => {
+                        dispatch(isa, Tiles::<$kw, $stride, { vectors($kw) }, true> { image, place, tiles, left })
+                    }
                 }
             };
         }
         match (self.kernel[1], self.strides[1]) {
-            (3, 1) => tiles!(3, 1, 2),
-            (3, _) => tiles!(3, 2, 2),
-            (_, 1) => tiles!(5, 1, 1),
-            _ => tiles!(5, 2, 1),
+            (3, 1) => tiles!(3, 1),
+            (3, _) => tiles!(3, 2),
+            (_, 1) => tiles!(5, 1),
+            _ => tiles!(5, 2),
         }
     }
+}
+
+/// Vectors of channels of a tile for a width of the kernel.
+const fn vectors(kw: usize) -> usize {
+    if kw == 3 { 2 } else { 1 }
 }
 
 /// Taps `t` of `taps` for which `0 <= first + t * dilation < size`.

@@ -773,6 +773,22 @@ mod tests {
     }
 
     #[test]
+    fn runs_of_every_length_stay_inside() {
+        each_context(|cx| {
+            for len in (1..70).chain([2047, 2048, 2049]) {
+                let (rows, gap) = (3, 5);
+                let x = bytes(rows * len);
+                let mut y = vec![0xEE; rows * (len + gap)];
+                let axes = [Axis { len: rows, src: len as isize, dst: len + gap }, Axis { len, src: 1, dst: 1 }];
+                copy_strided(cx, 1, &axes, &x, 0, &mut y, 0).unwrap();
+                for (x, y) in x.chunks(len).zip(y.chunks(len + gap)) {
+                    assert_eq!((&y[..len], &y[len..]), (x, &[0xEE; 5][..]), "{len} bytes");
+                }
+            }
+        });
+    }
+
+    #[test]
     fn large_transposes_are_cut_into_tasks() {
         each_context(|cx| {
             let long = (vec![1, 9, 40_000], vec![0, 2, 1]);

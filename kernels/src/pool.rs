@@ -513,18 +513,22 @@ mod tests {
     use crate::reference;
     use crate::testing::{each_context, integers};
 
+    /// Windows of one pixel over one.
+    const ONE: PoolShape = PoolShape {
+        batch: 1,
+        channels: 1,
+        input: [1; 3],
+        output: [1; 3],
+        kernel: [1; 3],
+        strides: [1; 3],
+        dilations: [1; 3],
+        begin: [0; 3],
+        end: [0; 3],
+    };
+
     fn shapes() -> Vec<PoolShape> {
-        let base = PoolShape {
-            batch: 2,
-            channels: 1,
-            input: [1, 6, 7],
-            output: [1, 6, 7],
-            kernel: [1, 3, 3],
-            strides: [1; 3],
-            dilations: [1; 3],
-            begin: [0, 1, 1],
-            end: [0, 1, 1],
-        };
+        let (input, output) = ([1, 6, 7], [1, 6, 7]);
+        let base = PoolShape { batch: 2, input, output, kernel: [1, 3, 3], begin: [0, 1, 1], end: [0, 1, 1], ..ONE };
         let strided = PoolShape { strides: [1, 2, 2], output: [1, 3, 4], ..base };
         let dilated = PoolShape { dilations: [1, 2, 2], begin: [0; 3], end: [0; 3], output: [1, 2, 3], ..base };
         // The last window reaches beyond the padding, as ceil mode has it.
@@ -586,17 +590,7 @@ mod tests {
 
     #[test]
     fn not_a_number_is_the_maximum() {
-        let shape = PoolShape {
-            batch: 1,
-            channels: 1,
-            input: [1, 1, 4],
-            output: [1, 1, 3],
-            kernel: [1, 1, 2],
-            strides: [1; 3],
-            dilations: [1; 3],
-            begin: [0; 3],
-            end: [0; 3],
-        };
+        let shape = PoolShape { input: [1, 1, 4], output: [1, 1, 3], kernel: [1, 1, 2], ..ONE };
         each_context(|cx| {
             for layout in [Layout::Nchw, Layout::Nhwc] {
                 let mut y = [0.0; 3];
@@ -609,17 +603,9 @@ mod tests {
 
     #[test]
     fn shared_columns_keep_what_is_not_finite() {
-        let shape = PoolShape {
-            batch: 1,
-            channels: 9,
-            input: [1, 8, 7],
-            output: [1, 8, 7],
-            kernel: [1, 3, 3],
-            strides: [1; 3],
-            dilations: [1; 3],
-            begin: [0, 1, 1],
-            end: [0, 1, 1],
-        };
+        let (input, output) = ([1, 8, 7], [1, 8, 7]);
+        let shape =
+            PoolShape { channels: 9, input, output, kernel: [1, 3, 3], begin: [0, 1, 1], end: [0, 1, 1], ..ONE };
         each_context(|cx| {
             for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 for (h, w, c) in [(0, 0, 0), (3, 4, 8), (7, 6, 3)] {
@@ -641,17 +627,7 @@ mod tests {
 
     #[test]
     fn indices_in_both_orders() {
-        let shape = PoolShape {
-            batch: 1,
-            channels: 1,
-            input: [1, 2, 3],
-            output: [1, 1, 1],
-            kernel: [1, 2, 3],
-            strides: [1; 3],
-            dilations: [1; 3],
-            begin: [0; 3],
-            end: [0; 3],
-        };
+        let shape = PoolShape { input: [1, 2, 3], kernel: [1, 2, 3], ..ONE };
         let x = [0i8, 0, 0, 0, 0, 9];
         let (mut y, mut i) = ([0], [0]);
         max_pool_indices(&shape, &x, &mut y, Some(&mut i), false).unwrap();

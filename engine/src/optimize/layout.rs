@@ -279,8 +279,12 @@ impl Layout<'_> {
 /// becomes `to`, and axis `i` of the permuted tensor is axis `perm[i]` of `from`.
 ///
 /// Both shapes fall into blocks of neighbouring axes with as many elements; each must be in one piece, in its order,
-/// in the permuted tensor. Axes of size 1 may be anywhere.
+/// in the permuted tensor. Axes of size 1 may be anywhere. Tensors without elements stay as they are: a size of 0 has a
+/// meaning of its own to `Reshape`.
 fn reshaped_order(from: &[Dim], to: &[Dim], perm: &[usize]) -> Option<Perm> {
+    if from.contains(&Dim::Known(0)) || to.contains(&Dim::Known(0)) {
+        return None;
+    }
     let one = Dim::Known(1);
     let real = |shape: &[Dim]| (0..shape.len()).filter(|&axis| shape[axis] != one).collect::<Perm>();
     let (from_axes, to_axes) = (real(from), real(to));
@@ -350,6 +354,7 @@ mod tests {
         assert_eq!(order(&[2, 3, 4, 5], &[2, 12, 5], &last), None);
         assert_eq!(order(&[2, 3, 4, 5], &[2, 1, 3, 20, 1], &last), Some(vec![0, 1, 3, 4, 2]));
         assert_eq!(order(&[2, 3, 4, 5], &[2, 3, 5, 4], &last), Some(vec![0, 2, 3, 1]), "one block of several");
+        assert_eq!(order(&[0, 3, 4, 5], &[0, 3, 20], &last), None, "nothing");
         let n = Dim::Symbol("n".into());
         let from = [n.clone(), Dim::Known(3), Dim::Known(4), Dim::Known(5)];
         assert_eq!(reshaped_order(&from, &[n, Dim::Known(3), Dim::Known(20)], &last).unwrap().as_slice(), [0, 2, 1]);

@@ -94,6 +94,7 @@ fn wider(window: &Window, step: [usize; 2], kernel: [usize; 2]) -> Option<Window
     };
     let pads = match window.auto_pad {
         AutoPad::NotSet if window.pads.len() == 4 => window.pads.clone(),
+        AutoPad::NotSet if !window.pads.is_empty() => return None,
         AutoPad::NotSet | AutoPad::Valid => Axes::from_elem(0, 4),
         AutoPad::SameUpper | AutoPad::SameLower => return None,
     };
