@@ -39,15 +39,16 @@ try {
   console.log(
     `${isa}: GFLOP/s, share of the peak of multiply-add, or of the dot product that 8-bit products use`,
   );
-  const [wide, bytes] = await driver.call("dotPeaks", { rounds, ms: Number(options.ms) });
+  const [wide, bytes, split] = await driver.call("dotPeaks", { rounds, ms: Number(options.ms) });
   dots = {
     form: about.forms[0],
     exact: about.forms.slice(1),
     pairs_gops: round(wide),
     bytes_gops: round(bytes),
+    split_gops: round(split),
   };
   console.log(
-    `8-bit products as ${dots.form} (exact: ${dots.exact}); peak of pairs ${dots.pairs_gops}, of the relaxed dot ${dots.bytes_gops} GOP/s`,
+    `8-bit products as ${dots.form} (exact: ${dots.exact}); peak of pairs ${dots.pairs_gops}, of the relaxed dot ${dots.bytes_gops}, of split bytes ${dots.split_gops} GOP/s`,
   );
   const works = [...about.names.entries()].filter(([, name]) => name.includes(options.filter));
   // All of them several times over: what else the machine does comes and goes within seconds.

@@ -68,8 +68,8 @@ pub fn version() -> String {
     env!("CARGO_PKG_VERSION").to_owned()
 }
 
-/// For tests: the digest of the integer kernels with a form of the dot product (`i16`, `u8s8`, `s8s8`), which has to be
-/// the same in every engine; 0 if the form is not exact here.
+/// For tests: the digest of the integer kernels with a form of the dot product (`i16`, `u8s8 split`, `u8s8`, `s8s8`),
+/// which has to be the same in every engine; 0 if the form is not exact here.
 #[wasm_bindgen(js_name = int8Digest)]
 pub fn int8_digest(form: usize) -> u64 {
     let digest = |form: &int8::Form| Pool::new(1).run(Isa::best(), |cx| int8::digest(cx, *form)).unwrap_or(0);

@@ -42,17 +42,23 @@ impl Kernel for Peak {
     }
 }
 
-/// The same for the dot product that 8-bit products use, two operations for each product.
-struct DotPeak(usize);
+/// The same for the dot product of pairs of 16 bits, or of bytes whose pairs are added in 16 bits, two operations for
+/// each product.
+struct DotPeak {
+    steps: usize,
+    split: bool,
+}
 impl Kernel for DotPeak {
     type Output = bool;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> bool {
         let x = s.splat_i32(black_box(0x0003_0005));
+        let ones = s.splat_i32(black_box(0x0001_0001));
         let mut acc: [S::I32; CHAINS] = core::array::from_fn(|i| s.splat_i32(i as i32));
-        for _ in 0..self.0 {
+        for _ in 0..self.steps {
             for acc in &mut acc {
-                *acc = s.add_i32(*acc, s.dot_i16(*acc, x));
+                let product = if self.split { s.dot_i16(s.dot_pairs_u8_i8(*acc, x), ones) } else { s.dot_i16(*acc, x) };
+                *acc = s.add_i32(*acc, product);
             }
         }
         acc.iter().any(|acc| s.mask_any(s.lt_i32(s.splat_i32(0), *acc)))
@@ -62,9 +68,10 @@ impl Kernel for DotPeak {
 /// Operations per step of the peak of a form, and the peak itself.
 fn dot_peak(isa: Isa, form: Form, steps: usize) -> f64 {
     let products = match form {
-        Form::Wide => {
-            let _ = black_box(dispatch(isa, DotPeak(black_box(steps))));
-            2
+        Form::Wide | Form::Split => {
+            let split = form == Form::Split;
+            let _ = black_box(dispatch(isa, DotPeak { steps: black_box(steps), split }));
+            if split { 4 } else { 2 }
         }
         Form::U8S8 | Form::S8S8 => {
             relaxed_dot(black_box(steps));
@@ -91,12 +98,13 @@ fn relaxed_dot(steps: usize) {
 #[cfg(not(target_feature = "relaxed-simd"))]
 fn relaxed_dot(_: usize) {}
 
-/// GOP/s of the chains of a form of the dot product, 0 if the module has none: first of pairs of 16 bits, then of bytes.
+/// GOP/s of the chains of a form of the dot product, 0 if the module has none: first of pairs of 16 bits, then of bytes by
+/// the relaxed dot product, then of bytes whose pairs are added in 16 bits.
 #[wasm_bindgen(js_name = dotPeaks)]
 pub fn dot_peaks(rounds: usize, ms: f64) -> Vec<f64> {
     let isa = Isa::best();
     let mut rates = Vec::new();
-    for form in [Form::Wide, Form::U8S8] {
+    for form in [Form::Wide, Form::U8S8, Form::Split] {
         let ops = dot_peak(isa, form, STEPS);
         let peak = || {
             let _ = black_box(dot_peak(isa, form, STEPS));

@@ -136,8 +136,7 @@ impl IntegerProduct {
     }
 
     /// `algorithm` is that of a convolution.
-    fn pack(&self, isa: Isa, algorithm: Algorithm, b: TensorView) -> Result<Packed> {
-        let form = Form::best(isa);
+    fn pack(&self, isa: Isa, form: Form, algorithm: Algorithm, b: TensorView) -> Result<Packed> {
         match &self.kind {
             Kind::MatMul(m) => {
                 let (k, n) = self.columns(b.dims)?;
@@ -160,7 +159,7 @@ impl IntegerProduct {
         };
         let (isa, zeros): (Isa, &[i32]) = (cx.isa, &self.b_zero);
         let kind = format!("int8 {isa} {geometry} {zeros:?}");
-        cx.cache.get(b, &kind, |b| self.pack(isa, algorithm, b.view()))
+        cx.cache.get(b, &kind, |b| self.pack(isa, Form::best(isa), algorithm, b.view()))
     }
 
     /// How a convolution is computed, by any precision, since integers are exact; `None` if that depends on the input,
@@ -352,7 +351,7 @@ impl Operator for IntegerProduct {
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (a, b) = (io.input(0)?, io.input(1)?);
         // Transforming weights for one run is not worth it.
-        let packed = self.pack(cx.isa(), Algorithm::Direct, b)?;
+        let packed = self.pack(cx.isa(), Form::best_unprepared(cx.isa()), Algorithm::Direct, b)?;
         let image = self.image(a.dims, b.dims)?;
         self.run_any(cx, io, &packed, image.as_ref())
     }
@@ -467,7 +466,7 @@ mod tests {
                 run(&Prepare { isa, cx, inputs: &inputs, outputs: &outputs, cache: &cache })
             };
             let early = |p: &Prepare| format!("{:?}", op.prepack(p).unwrap());
-            let wide = Form::best(isa) == Form::Wide;
+            let wide = matches!(Form::best(isa), Form::Wide | Form::Split);
             assert_eq!(prepare(Dim::Unknown, &early), if wide { "[]" } else { "[1]" });
             assert_eq!(prepare(Dim::Known(12), &early), "[1]");
             let kernel = prepare(Dim::Known(12), &|p| op.prepare(p).unwrap().unwrap().kernel().to_owned());

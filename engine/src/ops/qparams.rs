@@ -167,10 +167,15 @@ pub(super) fn look_up(table: &Table, x: &[u8], y: &mut [u8]) {
     y.iter_mut().zip(x).for_each(|(y, &x)| *y = table[usize::from(x)]);
 }
 
+/// Packs a matrix `[k, n]` for one run.
+pub(super) fn pack(isa: Isa, b: Bytes, sizes: [usize; 2], transposed: bool, zero: &[i32]) -> Result<PackedQ> {
+    pack_as(isa, Form::best_unprepared(isa), b, sizes, transposed, zero)
+}
+
 /// Packs a matrix `[k, n]`, stored `[n, k]` when `transposed`.
-pub(super) fn pack(isa: Isa, b: Bytes, [k, n]: [usize; 2], transposed: bool, zero: &[i32]) -> Result<PackedQ> {
+fn pack_as(isa: Isa, form: Form, b: Bytes, [k, n]: [usize; 2], transposed: bool, zero: &[i32]) -> Result<PackedQ> {
     let stored = if transposed { QMatrix::new(b, n, k).transposed() } else { QMatrix::new(b, k, n) };
-    Ok(PackedQ::new(isa, Form::best(isa), stored, zero)?)
+    Ok(PackedQ::new(isa, form, stored, zero)?)
 }
 
 /// The packed form of operand `b`, a matrix, with the zero points of operand `zero`, if both are constants.
@@ -186,7 +191,7 @@ pub(super) fn pack_constant(cx: &Prepare, b: usize, zero: usize, transposed: boo
     let id = zero_points.map(|z| cx.cache.id(z)).transpose()?;
     let packed = cx.cache.get(b, &format!("qgemm {isa} {transposed} {id:?}"), |b| {
         let zero = zeros(zero_points.map(|z| z.view()), "the zero point of B", n)?;
-        pack(isa, bytes(b.view())?, [k, n], transposed, &zero)
+        pack_as(isa, Form::best(isa), bytes(b.view())?, [k, n], transposed, &zero)
     })?;
     Ok(Some(packed))
 }

@@ -129,6 +129,21 @@ fn attention() -> Work {
     }
 }
 
+/// `k` x `n` weights as quantising normally distributed ones by columns gives them: how many are large decides how
+/// [`Form::Split`] fares.
+fn weights_int8(k: usize, n: usize) -> Vec<i8> {
+    let mut random = 1u32;
+    let mut uniform = || {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (random >> 8) as f32 / (1 << 24) as f32
+    };
+    // The sum of twelve is close to normal, with variance 1.
+    let normal: Vec<f32> = (0..k * n).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect();
+    let largest = |j: usize| normal[j..].iter().step_by(n).fold(0.0f32, |max, x| max.max(x.abs()));
+    let scales: Vec<f32> = (0..n).map(|j| 127.0 / largest(j)).collect();
+    normal.iter().zip(scales.iter().cycle()).map(|(x, scale)| (x * scale).round_ties_even() as i8).collect()
+}
+
 /// Unsigned activations, signed weights with a scale for each column, quantised again.
 fn product_int8([m, k, n]: [usize; 3]) -> Work {
     Work {
@@ -136,7 +151,7 @@ fn product_int8([m, k, n]: [usize; 3]) -> Work {
         flops: 2.0 * (m * k * n) as f64,
         int8: true,
         prepare: Box::new(move |isa| {
-            let (a, b) = (vec![131; m * k], vec![3; k * n]);
+            let (a, b) = (vec![131; m * k], weights_int8(k, n));
             let b = QMatrix::new(Bytes::I8(&b), k, n);
             let b = PackedQ::new(isa, Form::best(isa), b, &[0]).expect("sizes fit");
             let (bias, multiplier) = (vec![100; n], vec![1e-3; n]);
@@ -173,7 +188,9 @@ fn convolution_int8(shape: [usize; 6]) -> Work {
         flops: 2.0 * (side * side * out_channels * per_output) as f64,
         int8: true,
         prepare: Box::new(move |isa| {
-            let weights = vec![3; out_channels * per_output];
+            let columns = weights_int8(per_output, out_channels);
+            let weight = |i: usize| columns[i % per_output * out_channels + i / per_output];
+            let weights: Vec<i8> = (0..out_channels * per_output).map(weight).collect();
             let (bias, multiplier) = (vec![100; out_channels], vec![1e-3; out_channels]);
             let (form, params) = (Form::best(isa), params.clone());
             let conv = QConv::new(isa, form, params, Algorithm::Direct, Bytes::I8(&weights), &[0]).expect("sizes fit");

@@ -55,7 +55,7 @@ impl Lhs<'_> {
     /// What is added to an element for it to be read by a form of bytes.
     pub(super) fn shift(&self, form: Form) -> i32 {
         match (form, self.data()) {
-            (Form::U8S8, Bytes::I8(_)) => 128,
+            (Form::Split | Form::U8S8, Bytes::I8(_)) => 128,
             (Form::S8S8, Bytes::U8(_)) => -128,
             _ => 0,
         }
@@ -94,7 +94,7 @@ impl Convert {
         let signed = matches!(data, Bytes::I8(_));
         let flip = match form {
             Form::Wide => false,
-            Form::U8S8 => signed,
+            Form::Split | Form::U8S8 => signed,
             Form::S8S8 => !signed,
         };
         Self { wide: form == Form::Wide, signed, zero: zero as i16, flip: if flip { 0x80 } else { 0 } }

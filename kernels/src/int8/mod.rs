@@ -385,10 +385,17 @@ impl QConv {
         zero: &[i32],
     ) -> Result<Self> {
         form.check(isa)?;
-        Self::pack(isa, form, params, algorithm, weights, zero)
+        let conv = Self::pack(isa, form, params.clone(), algorithm, weights, zero)?;
+        match &conv.weights {
+            // One form for all.
+            Weights::Products(groups) if !groups.iter().all(PackedQ::pays) => {
+                Self::pack(isa, Form::Wide, params, algorithm, weights, zero)
+            }
+            _ => Ok(conv),
+        }
     }
 
-    /// [`QConv::new`] for any form.
+    /// [`QConv::new`] for any form, whether it pays or not.
     fn pack(
         isa: Isa,
         form: Form,

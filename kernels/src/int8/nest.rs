@@ -18,6 +18,7 @@
 
 use super::gather::Lhs;
 use super::output::Sink;
+use super::pack::Steps;
 use super::tile::Strip;
 use super::{Form, PackedQ, table};
 use crate::error::{Error, Result};
@@ -131,6 +132,8 @@ struct Sweep<'a> {
     interleaved: bool,
     /// All panels of the right-hand side, of `groups` along k and `n` columns.
     b: &'a [i32],
+    /// What each vector of its columns has besides.
+    rest: &'a dyn Fn(usize) -> Steps<'a>,
     groups: usize,
     n: usize,
     panels: Range<usize>,
@@ -152,10 +155,13 @@ impl Sweep<'_> {
         loop {
             let depth = kc.min(groups - pc);
             for panel in self.panels.clone() {
-                let width = nr.min(n - panel * nr).next_multiple_of(isa.lanes());
+                let width = table::width(isa, form, panel * nr, n);
                 // All panels before this one are of full width.
                 let b = &self.b[panel * nr * groups + pc * width..][..depth * width];
                 let column = (panel - self.panels.start) * nr;
+                let last = pc + depth == groups;
+                let vectors = [0, 1].map(|v| panel * nr / isa.lanes() + v);
+                let rest = vectors.map(|vector| if last { (self.rest)(vector) } else { Steps::default() });
                 let start = if pc == 0 { self.start[column..][..width].as_ptr() } else { core::ptr::null() };
                 for Tall { row, tiles, height } in self.strips {
                     if tiles == 0 {
@@ -166,13 +172,15 @@ impl Sweep<'_> {
                         tiles,
                         vectors: width / isa.lanes(),
                         k: depth,
+                        before: pc,
                         interleaved,
-                        a: self.a.wrapping_add(row * lda + if interleaved { pc * height } else { pc }),
+                        a: self.a.wrapping_add(row * lda),
                         lda,
                         b: b.as_ptr(),
                         sums: self.sums.wrapping_add(row * ld + column),
                         ld,
                         start,
+                        rest,
                     };
                     // SAFETY: the caller's contract.
                     unsafe { strip.run(isa, form) };
@@ -207,7 +215,9 @@ pub(super) unsafe fn multiply(
     let grid = Grid { tiles, height: m / tiles, tall: m % tiles, panels, row_blocks: 1, panel_blocks: 1 };
     let strips = grid.strips(0..tiles);
     let interleaved = false;
-    let sweep = Sweep { form, strips, a, lda, interleaved, b, groups, n, panels: 0..panels, start: zeros, sums, ld };
+    let rest = &|_| Steps::default();
+    let panels = 0..panels;
+    let sweep = Sweep { form, strips, a, lda, interleaved, b, rest, groups, n, panels, start: zeros, sums, ld };
     // SAFETY: the caller's contract.
     unsafe { sweep.run(isa) };
 }
@@ -349,6 +359,7 @@ impl Block<'_> {
                 lda: if self.interleaved { groups } else { lda },
                 interleaved: self.interleaved,
                 b: b.data(),
+                rest: &|vector| b.rest(vector),
                 groups,
                 n,
                 panels,

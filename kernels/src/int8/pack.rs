@@ -1,11 +1,13 @@
 //! Packed B: panels as wide as the microkernel's tile, each contiguous along k in groups of neighbours.
 //!
 //! ```text
-//! panel j = columns j*NR .. min((j+1)*NR, n), the last one filled up with zeros to whole vectors
+//! panel j = columns j*NR .. min((j+1)*NR, n), the last one filled up with zeros to whole tiles
 //! group g (elements g*G.. along k) of column q of a panel of width w stands at g*w + q
 //! Form::Wide      G = 2: b - zero as i16; A is widened likewise, and nothing has to be corrected
 //! of bytes        G = 4: b as i8 (u8 less 128), so that for a' and b', the bytes as the dot product reads them,
 //!                 sum = dot(a', b') - a_zero' (colsum[j] - k zero'[j]) - zero'[j] rowsum[i]
+//! Form::Split     the same, and where two neighbours of a group could saturate, |b[0] + b[1]| > 128 of one sign,
+//!                 b[0] = (+-128 - b[1]) + rest; the rest, whole vectors of few groups, gets steps of its own
 //! ```
 
 use super::{Bytes, Form, QMatrix, table};
@@ -22,8 +24,40 @@ pub struct PackedQ {
     k: usize,
     n: usize,
     data: Aligned,
+    rest: Option<Rest>,
     correction: Option<Correction>,
 }
+
+/// What [`Form::Split`] took off: steps of one vector each, in the order of the vectors.
+#[derive(Clone, Debug, Default)]
+struct Rest {
+    /// For each vector of columns the end of its steps.
+    ends: Vec<u32>,
+    /// For each step its group along k.
+    groups: Vec<u32>,
+    /// For each step a vector of groups.
+    weights: Vec<i32>,
+}
+
+/// The steps of one vector of columns that [`Form::Split`] has besides.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Steps<'a> {
+    groups: &'a [u32],
+    weights: &'a [i32],
+}
+
+impl Steps<'_> {
+    /// Groups along k and the `lanes` weights of each.
+    #[inline(always)]
+    pub(super) fn iter(&self, lanes: usize) -> impl Iterator<Item = (usize, *const i32)> {
+        debug_assert_eq!(self.groups.len() * lanes, self.weights.len());
+        let weights = self.weights.as_ptr();
+        self.groups.iter().enumerate().map(move |(i, &group)| (group as usize, weights.wrapping_add(i * lanes)))
+    }
+}
+
+/// Most steps of the rest per step and vector for [`Form::Split`] to pay: it saves about a third of [`Form::Wide`]'s time.
+const MAX_REST: f64 = 0.3;
 
 /// What the forms of bytes need to take zero points back.
 #[derive(Clone, Debug)]
@@ -36,17 +70,25 @@ pub(super) struct Correction {
 
 impl PackedQ {
     /// Packs the `k` x `n` matrix `b`, whose columns have the zero points `zero` (one for all, or one for each). For
-    /// weights stored `[n, k]` pass their [`transposed`](QMatrix::transposed) view.
+    /// weights stored `[n, k]` pass their [`transposed`](QMatrix::transposed) view. A matrix that [`Form::Split`] does not
+    /// pay for becomes [`Form::Wide`].
     ///
     /// # Errors
     /// If `b`'s data is shorter than its shape and strides need, the zero points are neither 1 nor `n` or not of the
     /// range of `b`'s elements, the form is not of this instruction set, or memory is short.
     pub fn new(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32]) -> Result<Self> {
         form.check(isa)?;
-        Self::pack(isa, form, b, zero)
+        let packed = Self::pack(isa, form, b, zero)?;
+        if packed.pays() { Ok(packed) } else { Self::pack(isa, Form::Wide, b, zero) }
     }
 
-    /// [`PackedQ::new`] for any form.
+    /// Whether [`Form::Wide`] would not be faster.
+    pub(super) fn pays(&self) -> bool {
+        let steps = |rest: &Rest| self.k.div_ceil(self.form.group()) as f64 * rest.ends.len() as f64;
+        self.rest.as_ref().is_none_or(|rest| rest.groups.len() as f64 <= MAX_REST * steps(rest))
+    }
+
+    /// [`PackedQ::new`] for any form, whether it pays or not.
     pub(super) fn pack(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32]) -> Result<Self> {
         b.check("B")?;
         let (k, n) = (b.rows, b.cols);
@@ -59,20 +101,21 @@ impl PackedQ {
         volume(&[k, n])?;
         let (group, nr) = (form.group(), table::panel_width(isa, form));
         let groups = k.div_ceil(group);
-        let len = n.checked_next_multiple_of(isa.lanes()).and_then(|width| width.checked_mul(groups));
+        let len = n.checked_next_multiple_of(table::unit(isa, form)).and_then(|width| width.checked_mul(groups));
         let len = len.ok_or_else(|| Error::new(format!("a packed {k} x {n} matrix does not fit the address space")))?;
         let mut data = Aligned::zeros(len)?;
         let zero_of = |j: usize| zero[if zero.len() == 1 { 0 } else { j }];
         // What the dot product reads is signed.
         let shift = if matches!(b.data, Bytes::U8(_)) { 128 } else { 0 };
         let mut columns = vec![0i32; if form == Form::Wide { 0 } else { n }];
+        let mut rest = Rest::default();
         let mut panels: &mut [i32] = bytemuck::cast_slice_mut(data.as_mut_slice());
         let mut first = 0;
         while first < n {
             let cols = nr.min(n - first);
-            let width = cols.next_multiple_of(isa.lanes());
-            let (panel, rest) = panels.split_at_mut(groups * width);
-            panels = rest;
+            let width = table::width(isa, form, first, n);
+            let (panel, others) = panels.split_at_mut(groups * width);
+            panels = others;
             for q in 0..cols {
                 let j = first + q;
                 let element = |p: usize| if p < k { b.data.get(p * b.row_stride + j * b.col_stride) } else { 0 };
@@ -93,13 +136,17 @@ impl PackedQ {
                     columns[j] = sum.wrapping_sub((zero_of(j) - shift).wrapping_mul(k as i32));
                 }
             }
+            if form == Form::Split {
+                rest.take(panel, width, isa.lanes())?;
+            }
             first += nr;
         }
         let correction = (form != Form::Wide).then(|| {
             let zeros = (0..n).map(|j| zero_of(j) - shift);
             Correction { columns, zeros: zeros.clone().any(|zero| zero != 0).then(|| zeros.collect()) }
         });
-        Ok(Self { isa, form, k, n, data, correction })
+        let rest = (form == Form::Split).then_some(rest);
+        Ok(Self { isa, form, k, n, data, rest, correction })
     }
 
     /// Rows of the matrix: the length of the dot products.
@@ -125,7 +172,8 @@ impl PackedQ {
     /// Memory it holds.
     pub fn bytes(&self) -> usize {
         let correction = self.correction.as_ref().map_or(0, |c| c.columns.len() + c.zeros.as_ref().map_or(0, Vec::len));
-        size_of_val(self.data.as_slice()) + correction * size_of::<i32>()
+        let rest = self.rest.as_ref().map_or(0, |rest| rest.ends.len() + rest.groups.len() + rest.weights.len());
+        size_of_val(self.data.as_slice()) + (correction + rest) * size_of::<i32>()
     }
 
     /// All panels.
@@ -133,7 +181,95 @@ impl PackedQ {
         bytemuck::cast_slice(self.data.as_slice())
     }
 
+    /// What a vector of columns has besides; nothing in other forms, and beyond the last vector.
+    pub(super) fn rest(&self, vector: usize) -> Steps<'_> {
+        let Some(rest) = &self.rest else { return Steps::default() };
+        let Some(&end) = rest.ends.get(vector) else { return Steps::default() };
+        let start = if vector == 0 { 0 } else { rest.ends[vector - 1] };
+        let (start, end, lanes) = (start as usize, end as usize, self.isa.lanes());
+        Steps { groups: &rest.groups[start..end], weights: &rest.weights[start * lanes..end * lanes] }
+    }
+
     pub(super) fn correction(&self) -> Option<&Correction> {
         self.correction.as_ref()
+    }
+}
+
+impl Rest {
+    /// Takes off what is too much of a panel of rows of `width`, vectors of `lanes`.
+    fn take(&mut self, panel: &mut [i32], width: usize, lanes: usize) -> Result<()> {
+        for vector in 0..width / lanes {
+            for (group, row) in panel.chunks_exact_mut(width).enumerate() {
+                let row = &mut row[vector * lanes..][..lanes];
+                let first = self.weights.len();
+                for (lane, weights) in row.iter_mut().enumerate() {
+                    let [kept, rest] = split(bytemuck::cast(*weights));
+                    if rest == [0; 4] {
+                        continue;
+                    }
+                    if self.weights.len() == first {
+                        self.groups.push(group as u32);
+                        self.weights.resize(first + lanes, 0);
+                    }
+                    *weights = bytemuck::cast(kept);
+                    self.weights[first + lane] = bytemuck::cast(rest);
+                }
+            }
+            let end = u32::try_from(self.groups.len());
+            self.ends.push(end.map_err(|_| Error::new("too many weights to split"))?);
+        }
+        Ok(())
+    }
+}
+
+/// Weights of a group as two sums, neither of which can leave 16 bits when neighbours meet bytes up to 255.
+fn split(weights: [i8; 4]) -> [[i8; 4]; 2] {
+    let (mut kept, mut rest) = (weights, [0; 4]);
+    for pair in [0, 2] {
+        let [a, b] = [0, 1].map(|i| i16::from(weights[pair + i]));
+        // Of different signs they cannot; and 128 times 255 fits.
+        let excess = a + b - (a + b).clamp(-128, 128);
+        kept[pair] = (a - excess) as i8;
+        rest[pair] = excess as i8;
+    }
+    [kept, rest]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_pair_of_weights_saturates() {
+        let fits = |pair: [i8; 2]| {
+            let [a, b] = pair.map(i32::from);
+            let (most, least) = (255 * (a.max(0) + b.max(0)), 255 * (a.min(0) + b.min(0)));
+            most <= i16::MAX.into() && least >= i16::MIN.into()
+        };
+        for a in i8::MIN..=i8::MAX {
+            for b in i8::MIN..=i8::MAX {
+                let [kept, rest] = split([a, b, b, a]);
+                for i in 0..4 {
+                    assert_eq!(i32::from(kept[i]) + i32::from(rest[i]), [a, b, b, a][i].into());
+                }
+                for x in [kept, rest] {
+                    assert!(fits([x[0], x[1]]) && fits([x[2], x[3]]), "{a} {b}: {x:?}");
+                }
+                assert_eq!(rest == [0; 4], fits([a, b]), "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_that_splitting_does_not_pay_for_are_widened() {
+        let isa = Isa::best();
+        if !Form::available(isa).contains(&Form::Split) {
+            return;
+        }
+        let pack = |weight: i8| {
+            let data = vec![weight; 64 * 64];
+            PackedQ::new(isa, Form::Split, QMatrix::new(Bytes::I8(&data), 64, 64), &[0]).unwrap().form()
+        };
+        assert_eq!([pack(64), pack(65)], [Form::Split, Form::Wide]);
     }
 }

@@ -13,19 +13,41 @@ pub(crate) struct Tile {
     pub(crate) nrv: usize,
     /// Groups along k per pass: `kc` x `nrv` vectors of B stay in the first-level cache.
     pub(crate) kc: usize,
-    /// Whether there are tiles for interleaved rows of A, as for floats.
-    pub(crate) interleaves: bool,
+    /// How tiles read the rows of A.
+    pub(crate) rows: Rows,
+    /// Whether there are tiles of one vector for the last columns; where code is short, they are filled up instead.
+    pub(crate) narrows: bool,
+}
+
+/// How tiles read the rows of A.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// As they were gathered.
+    Plain,
+    /// Interleaved where it pays, as for floats.
+    Either,
+    /// Always interleaved: where code is short.
+    Interleaved,
 }
 
 impl Tile {
-    /// Whether there is a tile for interleaved rows of A. Lower ones are rare, and left out.
-    pub(super) const fn has_interleaved(&self, height: usize) -> bool {
-        self.interleaves && height + 1 >= self.mr && height <= self.mr
+    /// Whether there is a tile of this size. Lower ones with interleaved rows are rare, and left out.
+    pub(super) const fn has(&self, height: usize, vectors: usize, interleaved: bool) -> bool {
+        let rows = match self.rows {
+            Rows::Plain => !interleaved,
+            Rows::Either => !interleaved || height + 1 >= self.mr,
+            Rows::Interleaved => interleaved,
+        };
+        rows && height <= self.mr && (vectors == self.nrv || self.narrows && vectors < self.nrv)
     }
 
-    /// Whether rows of A are worth interleaving for tiles of at least `height` rows.
+    /// Whether rows of A are interleaved for tiles of at least `height` rows.
     pub(super) const fn interleaves(&self, height: usize, n: usize, groups: usize) -> bool {
-        self.has_interleaved(height) && n >= MIN_COLUMNS && groups >= INTERLEAVE_GROUPS
+        match self.rows {
+            Rows::Plain => false,
+            Rows::Either => self.has(height, self.nrv, true) && n >= MIN_COLUMNS && groups >= INTERLEAVE_GROUPS,
+            Rows::Interleaved => true,
+        }
     }
 }
 
@@ -44,17 +66,32 @@ pub(crate) const MAX_NRV: usize = 2;
 /// (Zen 3, builds in turns, `cargo xtask bench gemm --filter int8`) 66.6 and 73.3 GOP/s at 1024^3 as medians, 70.9 and
 /// 74.5 as best ones; products with k = 64 were up to 8% slower.
 pub(crate) const fn tile(isa: Isa, form: Form) -> Tile {
+    let scalar = Tile { mr: 4, nrv: 2, kc: 512, rows: Rows::Either, narrows: true };
     match (isa, form) {
-        (Isa::Scalar, _) => Tile { mr: 4, nrv: 2, kc: 512, interleaves: true },
-        (Isa::WasmSimd128 | Isa::WasmRelaxedSimd, _) => Tile { mr: 5, nrv: 2, kc: 512, interleaves: true },
-        (Isa::Sse41 | Isa::Fma128, _) => Tile { mr: 4, nrv: 2, kc: 512, interleaves: false },
-        (Isa::Neon, _) => Tile { mr: 8, nrv: 2, kc: 512, interleaves: false },
-        (Isa::Avx2, _) => Tile { mr: 6, nrv: 2, kc: 256, interleaves: false },
-        (Isa::Avx512, _) => Tile { mr: 12, nrv: 2, kc: 256, interleaves: false },
+        (Isa::Scalar, Form::Split) => Tile { rows: Rows::Interleaved, narrows: false, ..scalar },
+        (Isa::Scalar, _) => scalar,
+        (Isa::WasmSimd128 | Isa::WasmRelaxedSimd, form) => {
+            let rows = if matches!(form, Form::Split) { Rows::Interleaved } else { Rows::Either };
+            Tile { mr: 5, nrv: 2, kc: 512, rows, narrows: false }
+        }
+        (Isa::Sse41 | Isa::Fma128, _) => Tile { mr: 4, nrv: 2, kc: 512, rows: Rows::Plain, narrows: true },
+        (Isa::Neon, _) => Tile { mr: 8, nrv: 2, kc: 512, rows: Rows::Plain, narrows: true },
+        (Isa::Avx2, _) => Tile { mr: 6, nrv: 2, kc: 256, rows: Rows::Plain, narrows: true },
+        (Isa::Avx512, _) => Tile { mr: 12, nrv: 2, kc: 256, rows: Rows::Plain, narrows: true },
     }
 }
 
 /// Width of a panel of packed B in elements.
 pub(crate) const fn panel_width(isa: Isa, form: Form) -> usize {
     tile(isa, form).nrv * isa.lanes()
+}
+
+/// Columns of packed B are filled up to a multiple of this.
+pub(super) const fn unit(isa: Isa, form: Form) -> usize {
+    if tile(isa, form).narrows { isa.lanes() } else { panel_width(isa, form) }
+}
+
+/// Width of the panel of `n` columns of packed B that begins at column `first`.
+pub(super) fn width(isa: Isa, form: Form, first: usize, n: usize) -> usize {
+    panel_width(isa, form).min(n - first).next_multiple_of(unit(isa, form))
 }

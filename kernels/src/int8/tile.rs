@@ -6,6 +6,11 @@
 //!     b = NV vectors of row p of the panel
 //!     for i in 0..H
 //!         acc[i] += dot(splat(a[i][p]), b)
+//! if B is split and this is the last pass
+//!     for each step of its rest                   whose groups are few and anywhere
+//!         b = one vector
+//!         for i in 0..H
+//!             acc[i] += dot(splat(a[i][p]), b)
 //! sums = acc
 //! ```
 //!
@@ -13,12 +18,13 @@
 //! outputs, see `output.rs`.
 
 use super::Form;
+use super::pack::Steps;
 use super::table::{self, MAX_MR, MAX_NRV};
 use crate::simd::{Dot, DotKernel, Isa, Simd, dispatch_dot, opaque};
 
 /// Tiles of one height, one below the other, times one panel of B.
 #[derive(Clone, Copy)]
-pub(super) struct Strip {
+pub(super) struct Strip<'a> {
     /// Rows of each tile.
     pub(super) height: usize,
     /// Number of tiles.
@@ -27,13 +33,15 @@ pub(super) struct Strip {
     pub(super) interleaved: bool,
     /// Vectors of the panel.
     pub(super) vectors: usize,
-    /// Groups along k.
+    /// Groups along k of this pass.
     pub(super) k: usize,
+    /// Groups before them.
+    pub(super) before: usize,
     /// First row of A, or the first tile's interleaved rows.
     pub(super) a: *const i32,
     /// Groups between rows of A; the first ones of tiles if interleaved.
     pub(super) lda: usize,
-    /// First row of the panel of B; rows are as wide as the tile, without gaps.
+    /// First row of this pass of the panel of B; rows are as wide as the tile, without gaps.
     pub(super) b: *const i32,
     /// First sum.
     pub(super) sums: *mut i32,
@@ -41,14 +49,16 @@ pub(super) struct Strip {
     pub(super) ld: usize,
     /// What sums begin with in the first pass over k, as wide as the tile; null in others, which add to what is there.
     pub(super) start: *const i32,
+    /// Of [`Form::Split`] in the last pass: what each vector of the panel has besides.
+    pub(super) rest: [Steps<'a>; MAX_NRV],
 }
 
-impl Strip {
+impl Strip<'_> {
     /// Computes it.
     ///
     /// # Safety
-    /// A: `tiles * height` rows of `k`; B: `k` rows of `vectors`; start: one row or null; sums: `tiles * height` rows of `vectors`, which nobody
-    /// else uses. `height` and `vectors` are at most what the table says, and the form is available.
+    /// A: `tiles * height` rows of `before + k`, and of what the rest asks for; B: `k` rows of `vectors`; start: one row or
+    /// null; sums: `tiles * height` rows of `vectors`, which nobody else uses. `height` and `vectors` are at most what the table says, and the form is available.
     pub(super) unsafe fn run(self, isa: Isa, form: Form) {
         macro_rules! heights {
             ($nv:literal: $($h:literal)*) => {
@@ -69,9 +79,9 @@ impl Strip {
 }
 
 /// A [`Strip`] of tiles of `H` rows and `NV` vectors; [`Strip::run`]'s contract holds for whoever makes one.
-struct Tiles<const H: usize, const NV: usize, const INTERLEAVED: bool>(Strip);
+struct Tiles<'a, const H: usize, const NV: usize, const INTERLEAVED: bool>(Strip<'a>);
 
-impl<const H: usize, const NV: usize, const INTERLEAVED: bool> DotKernel for Tiles<H, NV, INTERLEAVED> {
+impl<const H: usize, const NV: usize, const INTERLEAVED: bool> DotKernel for Tiles<'_, H, NV, INTERLEAVED> {
     type Output = ();
 
     #[inline(always)]
@@ -79,7 +89,7 @@ impl<const H: usize, const NV: usize, const INTERLEAVED: bool> DotKernel for Til
         // Constant: tiles that the table does not use leave no code.
         if const {
             let tile = table::tile(D::S::ISA, D::FORM);
-            H <= tile.mr && NV <= tile.nrv && (!INTERLEAVED || tile.has_interleaved(H))
+            tile.has(H, NV, INTERLEAVED)
         } {
             // SAFETY: the contract of `Strip::run`.
             unsafe { strip::<D, H, NV, INTERLEAVED>(d, &self.0) }
@@ -96,10 +106,10 @@ impl<const H: usize, const NV: usize, const INTERLEAVED: bool> DotKernel for Til
 /// As [`Strip::run`].
 #[cfg_attr(target_arch = "wasm32", inline(never))]
 #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-unsafe fn strip<D: Dot, const H: usize, const NV: usize, const INTERLEAVED: bool>(d: D, strip: &Strip) {
+unsafe fn strip<D: Dot, const H: usize, const NV: usize, const INTERLEAVED: bool>(d: D, strip: &Strip<'_>) {
     let s = d.simd();
     let lanes = D::S::LANES;
-    let Strip { tiles, k, lda, ld, start, .. } = *strip;
+    let Strip { tiles, k, before, lda, ld, start, .. } = *strip;
     // SAFETY: the caller promises that all rows are there, and every offset below stays inside them.
     unsafe {
         for tile in 0..tiles {
@@ -113,13 +123,33 @@ unsafe fn strip<D: Dot, const H: usize, const NV: usize, const INTERLEAVED: bool
                 }
             }
             let a = strip.a.add(tile * H * lda);
+            // The group of the first row, and how far those of the other rows are.
+            let (at, row) = if INTERLEAVED { (H, 1) } else { (1, lda) };
             if INTERLEAVED {
-                interleaved_rows(d, &mut acc, a, strip.b, k);
+                interleaved_rows(d, &mut acc, a.add(before * H), strip.b, k);
             } else {
                 let mut b = strip.b;
-                for p in 0..k {
+                for p in before..before + k {
                     step(d, &mut acc, core::array::from_fn(|i| a.add(i * lda + p)), b);
                     b = b.add(NV * lanes);
+                }
+            }
+            if const { matches!(D::FORM, Form::Split) } {
+                // No loop over vectors: sums that it counts through would stay in memory.
+                macro_rules! rest {
+                    ($v:literal) => {
+                        for (group, b) in strip.rest[$v].iter(lanes) {
+                            let (a, b) = (a.add(group * at), s.load_i32_ptr(b));
+                            for (i, acc) in acc.iter_mut().enumerate() {
+                                acc[$v % NV] = d.dot(acc[$v % NV], s.splat_i32_ptr(a.add(i * row)), b);
+                            }
+                        }
+                    };
+                }
+                const { assert!(MAX_NRV == 2) };
+                rest!(0);
+                if NV == 2 {
+                    rest!(1);
                 }
             }
             for (i, row) in acc.iter().enumerate() {
@@ -130,6 +160,9 @@ unsafe fn strip<D: Dot, const H: usize, const NV: usize, const INTERLEAVED: bool
         }
     }
 }
+
+/// Lowest tile whose steps along k are written out several times.
+const MIN_UNROLLED: usize = 4;
 
 /// All steps along k with interleaved rows of A; for its shape see the same for floats, in `gemm/tile.rs`.
 ///
@@ -161,9 +194,12 @@ unsafe fn interleaved_rows<D: Dot, const H: usize, const NV: usize>(
         while b != end {
             let next = opaque(&next);
             step!(next);
-            step!(next);
-            step!(next);
-            step!(next);
+            // Low tiles are rare, and are kept short.
+            if const { H >= MIN_UNROLLED } {
+                step!(next);
+                step!(next);
+                step!(next);
+            }
         }
     }
 }

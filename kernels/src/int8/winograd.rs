@@ -68,7 +68,7 @@ const MOST: i64 = 255;
 impl QWinograd {
     /// Whether a convolution can run here.
     pub(super) fn supports(isa: Isa, form: Form, params: &ConvParams) -> bool {
-        form == Form::Wide && fits(params, 2 * isa.lanes())
+        matches!(form, Form::Wide | Form::Split) && fits(params, 2 * isa.lanes())
     }
 
     /// Transforms and packs `weights` laid out `[out, in, 3, 3]`, whose lengths were checked; `None` if the sums of a
@@ -82,8 +82,8 @@ impl QWinograd {
     ) -> Result<Option<Self>> {
         let (k, n) = (params.in_channels, params.out_channels);
         let points = size.inputs() * size.inputs();
-        let (nr, lanes, groups) = (table::panel_width(isa, Form::Wide), isa.lanes(), k.div_ceil(2));
-        let columns = n.next_multiple_of(lanes);
+        let (nr, groups) = (table::panel_width(isa, Form::Wide), k.div_ceil(2));
+        let columns = n.next_multiple_of(table::unit(isa, Form::Wide));
         let point = volume(&[columns, groups])?;
         let mut packed = Aligned::zeros(volume(&[point, points])?)?;
         let words: &mut [i32] = bytemuck::cast_slice_mut(packed.as_mut_slice());
@@ -99,7 +99,7 @@ impl QWinograd {
             let (mut positive, mut negative) = (0i64, 0i64);
             // Where the column of panels is.
             let panel = j / nr * nr;
-            let width = nr.min(n - panel).next_multiple_of(lanes);
+            let width = table::width(isa, Form::Wide, panel, n);
             let at = panel * groups + j - panel;
             for g in 0..groups {
                 let mut pair = [[0; 36]; 2];

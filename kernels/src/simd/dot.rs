@@ -4,7 +4,7 @@
 //! each lane of an accumulator the products of the lanes of two operands, exactly. The kernels are generic over it, and
 //! only they: the instructions that not every processor of an [`Isa`] has (VNNI, say) get functions of their own here.
 
-use super::{Isa, Kernel, Simd, dispatch};
+use super::{Isa, Kernel, Simd, dispatch, opaque};
 use crate::int8::Form;
 #[cfg(target_arch = "aarch64")]
 use core::arch::aarch64::int32x4_t;
@@ -62,6 +62,38 @@ impl<K: DotKernel> Kernel for OnWide<K> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> K::Output {
         self.0.run(Wide(s))
+    }
+}
+
+/// [`Form::Split`] on any instruction set.
+#[derive(Clone, Copy)]
+struct Split<S: Simd> {
+    s: S,
+    /// Pairs of ones.
+    ones: S::I32,
+}
+
+impl<S: Simd> Dot for Split<S> {
+    type S = S;
+    const FORM: Form = Form::Split;
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.s
+    }
+    #[inline(always)]
+    fn dot(self, acc: S::I32, a: S::I32, b: S::I32) -> S::I32 {
+        self.s.add_i32(acc, self.s.dot_i16(self.s.dot_pairs_u8_i8(a, b), self.ones))
+    }
+}
+
+struct OnSplit<K>(K);
+
+impl<K: DotKernel> Kernel for OnSplit<K> {
+    type Output = K::Output;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> K::Output {
+        // A compiler that knows the ones makes additions of neighbours of it, whose ones an engine then loads each time.
+        self.0.run(Split { s, ones: s.splat_i16(opaque(&1)) })
     }
 }
 
@@ -192,6 +224,8 @@ pub(crate) fn available(isa: Isa, form: Form) -> bool {
     match (isa, form) {
         (_, Form::Wide) => true,
         #[cfg(target_arch = "x86_64")]
+        (isa, Form::Split) => isa != Isa::Scalar,
+        #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, Form::U8S8) => is_x86_feature_detected!("avx512vnni"),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, Form::U8S8) => is_x86_feature_detected!("avxvnni"),
@@ -204,20 +238,27 @@ pub(crate) fn available(isa: Isa, form: Form) -> bool {
 }
 
 /// Computes relaxed products whose second operands exceed 127 and compares them with the exact ones, once per process:
-/// an engine on x86 with VNNI takes them as unsigned, one on Arm as signed, and one on x86 without VNNI saturates.
+/// an engine on x86 takes them as unsigned, and saturates without VNNI, one on Arm takes them as signed.
 #[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
 fn probe(form: Form) -> bool {
     use core::hint::black_box;
-    static EXACT: std::sync::OnceLock<[bool; 2]> = std::sync::OnceLock::new();
+    static EXACT: std::sync::OnceLock<[bool; 3]> = std::sync::OnceLock::new();
     let exact = EXACT.get_or_init(|| {
-        let mut exact = [true; 2];
-        for weight in [-128i8, -127, -1, 1, 64, 127] {
-            for x in [0u8, 1, 127, 128, 129, 200, 255] {
+        let mut exact = [true; 3];
+        for x in [0u8, 1, 127, 128, 129, 200, 255] {
+            for weight in [-128i8, -127, -1, 1, 64, 127] {
                 // The compiler must not compute it: its idea of the instruction is not the engine's.
                 let (w, a, acc) = black_box((i8x16_splat(weight), u8x16_splat(x), i32x4_splat(-7)));
                 let got = i32x4_extract_lane::<2>(black_box(i32x4_relaxed_dot_i8x16_i7x16_add(w, a, acc)));
                 exact[0] &= got == 4 * i32::from(weight) * i32::from(x) - 7;
                 exact[1] &= got == 4 * i32::from(weight) * i32::from(x as i8) - 7;
+            }
+            // Neighbours that `Form::Split` allows.
+            for [first, second] in [[-128i8, 0], [0, -128], [-64, -64], [64, 64], [1, 127], [127, 1], [-128, 127]] {
+                let pair = i16::from_le_bytes([first as u8, second as u8]);
+                let (w, a) = black_box((i16x8_splat(pair), u8x16_splat(x)));
+                let got = i16x8_extract_lane::<5>(black_box(i16x8_relaxed_dot_i8x16_i7x16(w, a)));
+                exact[2] &= i32::from(got) == (i32::from(first) + i32::from(second)) * i32::from(x);
             }
         }
         exact
@@ -226,6 +267,7 @@ fn probe(form: Form) -> bool {
         Form::Wide => true,
         Form::U8S8 => exact[0],
         Form::S8S8 => exact[1],
+        Form::Split => exact[2],
     }
 }
 
@@ -237,6 +279,8 @@ fn probe(form: Form) -> bool {
 pub(crate) fn dispatch_dot<K: DotKernel>(isa: Isa, form: Form, kernel: K) -> K::Output {
     match (isa, form) {
         (_, Form::Wide) => dispatch(isa, OnWide(kernel)),
+        #[cfg(any(test, target_arch = "x86_64", all(target_arch = "wasm32", target_feature = "relaxed-simd")))]
+        (_, Form::Split) => dispatch(isa, OnSplit(kernel)),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the features were looked for.
         (Isa::Avx512, Form::U8S8) if available(isa, form) => unsafe { trampolines::vnni(kernel) },

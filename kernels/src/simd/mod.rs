@@ -321,6 +321,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sub_i16(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a0 b0 + a1 b1` of the two `i16` in each lane, wrapping.
     fn dot_i16(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Two `i16` in each lane, `a0 b0 + a1 b1` and `a2 b2 + a3 b3` of its four bytes, saturating; those of `a` are
+    /// unsigned, those of `b` signed.
+    fn dot_pairs_u8_i8(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `2 LANES` bytes as `i16`, two in each lane.
     ///
     /// # Safety

@@ -175,6 +175,15 @@ impl Simd for Neon {
             let (a, b) = (vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
             vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b))
         };
+        dot_pairs_u8_i8(a: int32x4_t, b: int32x4_t) -> int32x4_t = {
+            let (a, b) = (vreinterpretq_u8_s32(a), vreinterpretq_s8_s32(b));
+            let (low, high) = (vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(a))), vreinterpretq_s16_u16(vmovl_high_u8(a)));
+            let products = |a: int16x8_t, b: int16x8_t| {
+                vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b))
+            };
+            let (low, high) = (products(low, vmovl_s8(vget_low_s8(b))), products(high, vmovl_high_s8(b)));
+            vreinterpretq_s32_s16(vqmovn_high_s32(vqmovn_s32(low), high))
+        };
         splat_i32(x: i32) -> int32x4_t = vdupq_n_s32(x);
         add_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = vaddq_s32(a, b);
         sub_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t = vsubq_s32(a, b);

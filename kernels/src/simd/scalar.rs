@@ -267,6 +267,13 @@ impl Simd for Scalar {
         (i32::from(a as i16) * i32::from(b as i16)).wrapping_add((a >> 16) * (b >> 16))
     }
     #[inline(always)]
+    fn dot_pairs_u8_i8(self, a: i32, b: i32) -> i32 {
+        let (a, b) = (a.to_le_bytes(), b.to_le_bytes());
+        let product = |i: usize| i32::from(a[i]) * i32::from(b[i] as i8);
+        let sum = |i: usize| (product(i) + product(i + 1)).clamp(i16::MIN.into(), i16::MAX.into()) as i16;
+        pair(sum(0), sum(2))
+    }
+    #[inline(always)]
     unsafe fn widen_bytes<const SIGNED: bool>(self, p: *const u8) -> i32 {
         // SAFETY: the caller's contract.
         unsafe { pair(widen::<SIGNED>(*p), widen::<SIGNED>(*p.add(1))) }

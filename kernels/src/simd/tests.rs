@@ -294,6 +294,11 @@ impl Kernel for Shorts {
                 let products: Vec<i32> = both().map(|(a, b)| i32::from(a) * i32::from(b)).collect();
                 let dots: Vec<i32> = products.chunks(2).map(|pair| pair[0].wrapping_add(pair[1])).collect();
                 assert_eq!(get(s.dot_i16(a, b)), dots, "{name} dot_i16");
+                let product = |(&a, &b): (&u8, &u8)| i32::from(a) * i32::from(b as i8);
+                let products: Vec<i32> = bytes[at..].iter().zip(&bytes[at + 50..]).take(4 * n).map(product).collect();
+                let saturated = |pair: &[i32]| (pair[0] + pair[1]).clamp(i16::MIN.into(), i16::MAX.into()) as i16;
+                let pairs: Vec<i16> = products.chunks(2).map(saturated).collect();
+                assert_eq!(shorts(s.dot_pairs_u8_i8(a, b)), pairs, "{name} dot_pairs_u8_i8");
                 let times: Vec<i32> = get(a).iter().zip(get(b)).map(|(a, b)| a.wrapping_mul(b)).collect();
                 assert_eq!(get(s.mul_i32(a, b)), times, "{name} mul_i32");
                 assert_eq!(get(s.splat_i32_ptr(p.cast())), vec![get(a)[0]; n], "{name} splat_i32_ptr");

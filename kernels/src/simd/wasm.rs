@@ -8,7 +8,8 @@ macro_rules! implement {
         $(#[$doc:meta])* $name:ident, $isa:expr,
         mul_add |$a:ident, $b:ident, $c:ident| $mul_add:expr,
         min_fast $min_fast:ident, max_fast $max_fast:ident, to_i32_fast $to_i32_fast:ident,
-        bound |$x:ident, $bound:ident| at_least $at_least:expr, at_most $at_most:expr
+        bound |$x:ident, $bound:ident| at_least $at_least:expr, at_most $at_most:expr,
+        dot_pairs |$bytes:ident, $weights:ident| $dot_pairs:expr
     ) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
@@ -158,6 +159,7 @@ macro_rules! implement {
                 add_i16(a: v128, b: v128) -> v128 = i16x8_add(a, b);
                 sub_i16(a: v128, b: v128) -> v128 = i16x8_sub(a, b);
                 dot_i16(a: v128, b: v128) -> v128 = i32x4_dot_i16x8(a, b);
+                dot_pairs_u8_i8($bytes: v128, $weights: v128) -> v128 = $dot_pairs;
                 splat_i32(x: i32) -> v128 = i32x4_splat(x);
                 add_i32(a: v128, b: v128) -> v128 = i32x4_add(a, b);
                 sub_i32(a: v128, b: v128) -> v128 = i32x4_sub(a, b);
@@ -195,7 +197,11 @@ implement! {
     // `pmin` and `pmax` are one instruction on x86, where `min` and `max` are up to ten.
     mul_add |a, b, c| f32x4_add(f32x4_mul(a, b), c),
     min_fast f32x4_pmin, max_fast f32x4_pmax, to_i32_fast i32x4_trunc_sat_f32x4,
-    bound |x, bound| at_least f32x4_pmax(x, bound), at_most f32x4_pmin(x, bound)
+    bound |x, bound| at_least f32x4_pmax(x, bound), at_most f32x4_pmin(x, bound),
+    dot_pairs |bytes, weights| i16x8_narrow_i32x4(
+        i32x4_dot_i16x8(i16x8_extend_low_u8x16(bytes), i16x8_extend_low_i8x16(weights)),
+        i32x4_dot_i16x8(i16x8_extend_high_u8x16(bytes), i16x8_extend_high_i8x16(weights))
+    )
 }
 
 #[cfg(target_feature = "relaxed-simd")]
@@ -206,5 +212,7 @@ implement! {
     min_fast f32x4_relaxed_min, max_fast f32x4_relaxed_max, to_i32_fast i32x4_relaxed_trunc_f32x4,
     // With relaxed SIMD LLVM makes `pmax(x, lo)` a `relaxed_max(x, lo)`, which on x86 is `lo` where x is NaN; the other way
     // round it is x there, and on Arm too.
-    bound |x, bound| at_least f32x4_relaxed_max(bound, x), at_most f32x4_relaxed_min(bound, x)
+    bound |x, bound| at_least f32x4_relaxed_max(bound, x), at_most f32x4_relaxed_min(bound, x),
+    // Unsigned and saturating on x86; what it is here, the forms of the dot product find out.
+    dot_pairs |bytes, weights| i16x8_relaxed_dot_i8x16_i7x16(weights, bytes)
 }

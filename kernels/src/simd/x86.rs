@@ -199,6 +199,7 @@ macro_rules! impl_128 {
                 add_i16(a: __m128i, b: __m128i) -> __m128i = _mm_add_epi16(a, b);
                 sub_i16(a: __m128i, b: __m128i) -> __m128i = _mm_sub_epi16(a, b);
                 dot_i16(a: __m128i, b: __m128i) -> __m128i = _mm_madd_epi16(a, b);
+                dot_pairs_u8_i8(a: __m128i, b: __m128i) -> __m128i = _mm_maddubs_epi16(a, b);
                 splat_i32(x: i32) -> __m128i = _mm_set1_epi32(x);
                 add_i32(a: __m128i, b: __m128i) -> __m128i = _mm_add_epi32(a, b);
                 sub_i32(a: __m128i, b: __m128i) -> __m128i = _mm_sub_epi32(a, b);
@@ -410,6 +411,7 @@ impl Simd for Avx2 {
         add_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi16(a, b);
         sub_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_sub_epi16(a, b);
         dot_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_madd_epi16(a, b);
+        dot_pairs_u8_i8(a: __m256i, b: __m256i) -> __m256i = _mm256_maddubs_epi16(a, b);
         splat_i32(x: i32) -> __m256i = _mm256_set1_epi32(x);
         add_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(a, b);
         sub_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_sub_epi32(a, b);
@@ -612,6 +614,7 @@ impl Simd for Avx512 {
         add_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi16(a, b);
         sub_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi16(a, b);
         dot_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_madd_epi16(a, b);
+        dot_pairs_u8_i8(a: __m512i, b: __m512i) -> __m512i = _mm512_maddubs_epi16(a, b);
         splat_i32(x: i32) -> __m512i = _mm512_set1_epi32(x);
         add_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi32(a, b);
         sub_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi32(a, b);

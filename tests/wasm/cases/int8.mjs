@@ -3,7 +3,7 @@
  * of the native tests, see kernels/src/int8/digest.rs.
  */
 const DIGEST = 7_108_366_732_288_917_522n;
-const FORMS = ["i16", "u8s8", "s8s8"];
+const FORMS = ["i16", "u8s8 split", "u8s8", "s8s8"];
 
 /** The build's own exports, without its glue: the digest calls nothing from outside. */
 async function exportsOf(ctx, variant) {
