@@ -44,7 +44,7 @@ pub(super) struct QDepthwise {
 /// Most taps with those of the partner of an odd row; of other kernels each group is a product of its own.
 const MAX_TAPS: usize = 64;
 /// Multiplications that a task should have at least.
-const TASK_COST: u64 = 1 << 18;
+const TASK_COST: u64 = 1 << 16;
 /// More tasks than this would not balance better.
 const MAX_TASKS: u64 = 64;
 /// Sums that are kept before they go to the output; 16 KiB.

@@ -335,6 +335,9 @@ impl Block<'_> {
                 to.chunks_mut(lda).take(some.len()).for_each(|row| row[groups - 1] = 0);
             }
             lhs.gather(isa, form, a_zero, some.clone(), k, to, lda);
+            if let Some(order) = b.order() {
+                dispatch(isa, Permute { order, rows: &mut to[..some.len() * lda], lda });
+            }
             if zeros.is_some() {
                 let sums = &mut row_sums[some.start - rows.start..][..some.len()];
                 dispatch_dot(isa, form, RowSums { a: to, lda, groups, sums });
@@ -375,6 +378,40 @@ impl Block<'_> {
             }
             // SAFETY: the caller's contract.
             unsafe { sink.finish(isa, sums.as_ptr(), ld, rows.clone(), column + cols.start..column + cols.end) };
+        }
+    }
+}
+
+/// Rows of bytes in the order of [`PackedQ::order`].
+struct Permute<'a> {
+    order: &'a [u8],
+    /// `lda` groups each, with room for whole vectors.
+    rows: &'a mut [i32],
+    lda: usize,
+}
+
+impl Kernel for Permute<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { order, rows, lda } = self;
+        for row in rows.chunks_exact_mut(lda) {
+            let row: &mut [u8] = &mut bytemuck::cast_slice_mut(row)[..order.len()];
+            if S::LANES < 4 {
+                // A vector is less than a window.
+                for (row, order) in row.as_chunks_mut::<16>().0.iter_mut().zip(order.as_chunks::<16>().0) {
+                    *row = order.map(|place| row[usize::from(place) % 16]);
+                }
+                continue;
+            }
+            for (row, order) in row.chunks_exact_mut(4 * S::LANES).zip(order.chunks_exact(4 * S::LANES)) {
+                let row = row.as_mut_ptr().cast();
+                // SAFETY: a whole vector each.
+                unsafe {
+                    s.store_i32_ptr(row, s.permute_bytes(s.load_i32_ptr(row), s.load_i32_ptr(order.as_ptr().cast())))
+                };
+            }
         }
     }
 }

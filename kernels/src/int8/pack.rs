@@ -7,7 +7,8 @@
 //! of bytes        G = 4: b as i8 (u8 less 128), so that for a' and b', the bytes as the dot product reads them,
 //!                 sum = dot(a', b') - a_zero' (colsum[j] - k zero'[j]) - zero'[j] rowsum[i]
 //! Form::Split     the same, and where two neighbours of a group could saturate, |b[0] + b[1]| > 128 of one sign,
-//!                 b[0] = (+-128 - b[1]) + rest; the rest, whole vectors of few groups, gets steps of its own
+//!                 b[0] = (+-128 - b[1]) + rest; the rest, whole vectors of few groups, gets steps of its own.
+//!                 Before, k is permuted in windows of 16, in which a row of A is by one instruction, for few to be split
 //! ```
 
 use super::{Bytes, Form, QMatrix, table};
@@ -24,9 +25,17 @@ pub struct PackedQ {
     k: usize,
     n: usize,
     data: Aligned,
+    order: Option<Vec<u8>>,
     rest: Option<Rest>,
     correction: Option<Correction>,
 }
+
+/// Neighbours along k that [`Form::Split`] permutes.
+const WINDOW: usize = 16;
+/// Rows of the order are filled up to the widest vector.
+const ORDER_UNIT: usize = 64;
+/// A window with so many columns to each pair that has to be split, or more, stays as it is.
+const FEW: usize = 64;
 
 /// What [`Form::Split`] took off: steps of one vector each, in the order of the vectors.
 #[derive(Clone, Debug, Default)]
@@ -109,6 +118,9 @@ impl PackedQ {
         let shift = if matches!(b.data, Bytes::U8(_)) { 128 } else { 0 };
         let mut columns = vec![0i32; if form == Form::Wide { 0 } else { n }];
         let mut rest = Rest::default();
+        let stored = |p: usize, j: usize| b.data.get(p * b.row_stride + j * b.col_stride) - shift;
+        let order = if form == Form::Split { order(k, n, stored) } else { None };
+        let place = |p: usize| order.as_ref().map_or(p, |order| p / WINDOW * WINDOW + usize::from(order[p]));
         let mut panels: &mut [i32] = bytemuck::cast_slice_mut(data.as_mut_slice());
         let mut first = 0;
         while first < n {
@@ -118,15 +130,14 @@ impl PackedQ {
             panels = others;
             for q in 0..cols {
                 let j = first + q;
-                let element = |p: usize| if p < k { b.data.get(p * b.row_stride + j * b.col_stride) } else { 0 };
                 if form == Form::Wide {
-                    let zero = zero_of(j);
-                    let centred = |p: usize| if p < k { (element(p) - zero) as i16 } else { 0 };
+                    let zero = zero_of(j) - shift;
+                    let centred = |p: usize| if p < k { (stored(p, j) - zero) as i16 } else { 0 };
                     for g in 0..groups {
                         panel[g * width + q] = bytemuck::cast([centred(2 * g), centred(2 * g + 1)]);
                     }
                 } else {
-                    let shifted = |p: usize| if p < k { (element(p) - shift) as i8 } else { 0 };
+                    let shifted = |p: usize| if p < k { stored(place(p), j) as i8 } else { 0 };
                     let mut sum = 0i32;
                     for g in 0..groups {
                         let x = [0, 1, 2, 3].map(|i| shifted(4 * g + i));
@@ -146,7 +157,7 @@ impl PackedQ {
             Correction { columns, zeros: zeros.clone().any(|zero| zero != 0).then(|| zeros.collect()) }
         });
         let rest = (form == Form::Split).then_some(rest);
-        Ok(Self { isa, form, k, n, data, rest, correction })
+        Ok(Self { isa, form, k, n, data, order, rest, correction })
     }
 
     /// Rows of the matrix: the length of the dot products.
@@ -173,12 +184,18 @@ impl PackedQ {
     pub fn bytes(&self) -> usize {
         let correction = self.correction.as_ref().map_or(0, |c| c.columns.len() + c.zeros.as_ref().map_or(0, Vec::len));
         let rest = self.rest.as_ref().map_or(0, |rest| rest.ends.len() + rest.groups.len() + rest.weights.len());
-        size_of_val(self.data.as_slice()) + (correction + rest) * size_of::<i32>()
+        let order = self.order.as_ref().map_or(0, Vec::len);
+        size_of_val(self.data.as_slice()) + order + (correction + rest) * size_of::<i32>()
     }
 
     /// All panels.
     pub(super) fn data(&self) -> &[i32] {
         bytemuck::cast_slice(self.data.as_slice())
+    }
+
+    /// The order of the rows if it is another one: for each its place in its window of 16. Filled up to whole vectors.
+    pub(super) fn order(&self) -> Option<&[u8]> {
+        self.order.as_deref()
     }
 
     /// What a vector of columns has besides; nothing in other forms, and beyond the last vector.
@@ -193,6 +210,56 @@ impl PackedQ {
     pub(super) fn correction(&self) -> Option<&Correction> {
         self.correction.as_ref()
     }
+}
+
+/// An order of the rows in which few neighbours have to be split; none if it is theirs.
+fn order(k: usize, n: usize, stored: impl Fn(usize, usize) -> i32) -> Option<Vec<u8>> {
+    if n == 0 {
+        return None;
+    }
+    let mut rows = vec![0i16; WINDOW * n];
+    let mut order: Vec<u8> = (0..k.next_multiple_of(ORDER_UNIT)).map(|p| (p % WINDOW) as u8).collect();
+    let mut changed = false;
+    for (window, order) in order.chunks_exact_mut(WINDOW).take(k / WINDOW).enumerate() {
+        for (i, row) in rows.chunks_exact_mut(n).enumerate() {
+            row.iter_mut().enumerate().for_each(|(j, x)| *x = stored(window * WINDOW + i, j) as i16);
+        }
+        // Columns in which two rows would have to be split as neighbours. Of different signs they never are.
+        let split = |i: usize, j: usize| -> usize {
+            let [a, b] = [i, j].map(|i| &rows[i * n..][..n]);
+            a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > 128)).sum()
+        };
+        let mut pairs: [[usize; 2]; WINDOW / 2] = core::array::from_fn(|i| [2 * i, 2 * i + 1]);
+        if pairs.iter().map(|&[i, j]| split(i, j)).sum::<usize>() * FEW <= n {
+            continue;
+        }
+        let mut cost = [[0; WINDOW]; WINDOW];
+        for i in 0..WINDOW {
+            for j in 0..i {
+                let split = split(i, j);
+                (cost[i][j], cost[j][i]) = (split, split);
+            }
+        }
+        // Exchanges between two pairs for as long as one is better: each makes the whole cheaper, so it ends.
+        let mut better = true;
+        while better {
+            better = false;
+            for p in 0..pairs.len() {
+                for q in 0..p {
+                    let ([a, b], [c, d]) = (pairs[p], pairs[q]);
+                    for [x, y] in [[[a, c], [b, d]], [[a, d], [b, c]]] {
+                        let ([i, j], [k, l]) = (pairs[p], pairs[q]);
+                        if cost[x[0]][x[1]] + cost[y[0]][y[1]] < cost[i][j] + cost[k][l] {
+                            (pairs[p], pairs[q]) = (x, y);
+                            (better, changed) = (true, true);
+                        }
+                    }
+                }
+            }
+        }
+        order.iter_mut().zip(pairs.as_flattened()).for_each(|(place, &row)| *place = row as u8);
+    }
+    changed.then_some(order)
 }
 
 impl Rest {
@@ -258,6 +325,26 @@ mod tests {
                 assert_eq!(rest == [0; 4], fits([a, b]), "{a} {b}");
             }
         }
+    }
+
+    #[test]
+    fn rows_change_places_so_that_few_weights_are_split() {
+        // Neighbours that add up, behind which stand the ones that they go with.
+        let (k, n) = (40, 8);
+        let stored = |p: usize, _: usize| if p / 8 % 2 == 0 { 100 } else { -100 };
+        let order = order(k, n, stored).expect("another order");
+        assert_eq!(order.len(), 64);
+        for (window, places) in order.chunks(WINDOW).enumerate() {
+            let mut sorted = places.to_vec();
+            sorted.sort_unstable();
+            assert!(sorted.iter().copied().eq(0..16));
+            let at = |i: usize| stored(window * WINDOW + usize::from(places[i]), 0);
+            let split = (0..8).filter(|i| at(2 * i) == at(2 * i + 1)).count();
+            // The rows behind the last whole window keep theirs.
+            assert!(if window < 2 { split == 0 } else { places.is_sorted() }, "{places:?}");
+        }
+        assert_eq!(super::order(k, n, |p, _| if p % 2 == 0 { 100 } else { -100 }), None, "nothing to split");
+        assert_eq!(super::order(k, 0, stored), None);
     }
 
     #[test]

@@ -324,6 +324,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Two `i16` in each lane, `a0 b0 + a1 b1` and `a2 b2 + a3 b3` of its four bytes, saturating; those of `a` are
     /// unsigned, those of `b` signed.
     fn dot_pairs_u8_i8(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// The bytes of `a` at the places that `places` says, 0 to 15 each: in each sixteen of their own, or, with vectors of
+    /// fewer, in all.
+    fn permute_bytes(self, a: Self::I32, places: Self::I32) -> Self::I32;
     /// `2 LANES` bytes as `i16`, two in each lane.
     ///
     /// # Safety

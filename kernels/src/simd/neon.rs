@@ -175,6 +175,8 @@ impl Simd for Neon {
             let (a, b) = (vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
             vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b))
         };
+        permute_bytes(a: int32x4_t, places: int32x4_t) -> int32x4_t =
+            vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(places)));
         dot_pairs_u8_i8(a: int32x4_t, b: int32x4_t) -> int32x4_t = {
             let (a, b) = (vreinterpretq_u8_s32(a), vreinterpretq_s8_s32(b));
             let (low, high) = (vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(a))), vreinterpretq_s16_u16(vmovl_high_u8(a)));

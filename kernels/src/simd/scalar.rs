@@ -267,6 +267,11 @@ impl Simd for Scalar {
         (i32::from(a as i16) * i32::from(b as i16)).wrapping_add((a >> 16) * (b >> 16))
     }
     #[inline(always)]
+    fn permute_bytes(self, a: i32, places: i32) -> i32 {
+        let a = a.to_le_bytes();
+        i32::from_le_bytes(places.to_le_bytes().map(|place| a[usize::from(place) % 4]))
+    }
+    #[inline(always)]
     fn dot_pairs_u8_i8(self, a: i32, b: i32) -> i32 {
         let (a, b) = (a.to_le_bytes(), b.to_le_bytes());
         let product = |i: usize| i32::from(a[i]) * i32::from(b[i] as i8);

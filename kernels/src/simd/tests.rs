@@ -294,6 +294,12 @@ impl Kernel for Shorts {
                 let products: Vec<i32> = both().map(|(a, b)| i32::from(a) * i32::from(b)).collect();
                 let dots: Vec<i32> = products.chunks(2).map(|pair| pair[0].wrapping_add(pair[1])).collect();
                 assert_eq!(get(s.dot_i16(a, b)), dots, "{name} dot_i16");
+                let places: Vec<u8> = bytes[at + 7..at + 7 + 4 * n].iter().map(|x| x % 16).collect();
+                let window = (4 * n).min(16);
+                let permuted: Vec<u8> =
+                    (0..4 * n).map(|i| bytes[at + i / window * window + usize::from(places[i]) % window]).collect();
+                let got = get(s.permute_bytes(a, s.load_i32_ptr(places.as_ptr().cast())));
+                assert_eq!(bytemuck::cast_slice::<i32, u8>(&got), permuted, "{name} permute_bytes");
                 let product = |(&a, &b): (&u8, &u8)| i32::from(a) * i32::from(b as i8);
                 let products: Vec<i32> = bytes[at..].iter().zip(&bytes[at + 50..]).take(4 * n).map(product).collect();
                 let saturated = |pair: &[i32]| (pair[0] + pair[1]).clamp(i16::MIN.into(), i16::MAX.into()) as i16;

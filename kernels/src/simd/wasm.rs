@@ -9,7 +9,8 @@ macro_rules! implement {
         mul_add |$a:ident, $b:ident, $c:ident| $mul_add:expr,
         min_fast $min_fast:ident, max_fast $max_fast:ident, to_i32_fast $to_i32_fast:ident,
         bound |$x:ident, $bound:ident| at_least $at_least:expr, at_most $at_most:expr,
-        dot_pairs |$bytes:ident, $weights:ident| $dot_pairs:expr
+        dot_pairs |$bytes:ident, $weights:ident| $dot_pairs:expr,
+        swizzle $swizzle:ident
     ) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
@@ -160,6 +161,7 @@ macro_rules! implement {
                 sub_i16(a: v128, b: v128) -> v128 = i16x8_sub(a, b);
                 dot_i16(a: v128, b: v128) -> v128 = i32x4_dot_i16x8(a, b);
                 dot_pairs_u8_i8($bytes: v128, $weights: v128) -> v128 = $dot_pairs;
+                permute_bytes(a: v128, places: v128) -> v128 = $swizzle(a, places);
                 splat_i32(x: i32) -> v128 = i32x4_splat(x);
                 add_i32(a: v128, b: v128) -> v128 = i32x4_add(a, b);
                 sub_i32(a: v128, b: v128) -> v128 = i32x4_sub(a, b);
@@ -201,7 +203,8 @@ implement! {
     dot_pairs |bytes, weights| i16x8_narrow_i32x4(
         i32x4_dot_i16x8(i16x8_extend_low_u8x16(bytes), i16x8_extend_low_i8x16(weights)),
         i32x4_dot_i16x8(i16x8_extend_high_u8x16(bytes), i16x8_extend_high_i8x16(weights))
-    )
+    ),
+    swizzle i8x16_swizzle
 }
 
 #[cfg(target_feature = "relaxed-simd")]
@@ -214,5 +217,6 @@ implement! {
     // round it is x there, and on Arm too.
     bound |x, bound| at_least f32x4_relaxed_max(bound, x), at_most f32x4_relaxed_min(bound, x),
     // Unsigned and saturating on x86; what it is here, the forms of the dot product find out.
-    dot_pairs |bytes, weights| i16x8_relaxed_dot_i8x16_i7x16(weights, bytes)
+    dot_pairs |bytes, weights| i16x8_relaxed_dot_i8x16_i7x16(weights, bytes),
+    swizzle i8x16_relaxed_swizzle
 }

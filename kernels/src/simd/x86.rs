@@ -200,6 +200,7 @@ macro_rules! impl_128 {
                 sub_i16(a: __m128i, b: __m128i) -> __m128i = _mm_sub_epi16(a, b);
                 dot_i16(a: __m128i, b: __m128i) -> __m128i = _mm_madd_epi16(a, b);
                 dot_pairs_u8_i8(a: __m128i, b: __m128i) -> __m128i = _mm_maddubs_epi16(a, b);
+                permute_bytes(a: __m128i, places: __m128i) -> __m128i = _mm_shuffle_epi8(a, places);
                 splat_i32(x: i32) -> __m128i = _mm_set1_epi32(x);
                 add_i32(a: __m128i, b: __m128i) -> __m128i = _mm_add_epi32(a, b);
                 sub_i32(a: __m128i, b: __m128i) -> __m128i = _mm_sub_epi32(a, b);
@@ -412,6 +413,7 @@ impl Simd for Avx2 {
         sub_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_sub_epi16(a, b);
         dot_i16(a: __m256i, b: __m256i) -> __m256i = _mm256_madd_epi16(a, b);
         dot_pairs_u8_i8(a: __m256i, b: __m256i) -> __m256i = _mm256_maddubs_epi16(a, b);
+        permute_bytes(a: __m256i, places: __m256i) -> __m256i = _mm256_shuffle_epi8(a, places);
         splat_i32(x: i32) -> __m256i = _mm256_set1_epi32(x);
         add_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(a, b);
         sub_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_sub_epi32(a, b);
@@ -615,6 +617,7 @@ impl Simd for Avx512 {
         sub_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi16(a, b);
         dot_i16(a: __m512i, b: __m512i) -> __m512i = _mm512_madd_epi16(a, b);
         dot_pairs_u8_i8(a: __m512i, b: __m512i) -> __m512i = _mm512_maddubs_epi16(a, b);
+        permute_bytes(a: __m512i, places: __m512i) -> __m512i = _mm512_shuffle_epi8(a, places);
         splat_i32(x: i32) -> __m512i = _mm512_set1_epi32(x);
         add_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi32(a, b);
         sub_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi32(a, b);
