@@ -59,6 +59,7 @@ impl State {
     }
 
     /// Half of them extremes.
+    #[inline(never)]
     fn bytes(&mut self, len: usize) -> Vec<u8> {
         let byte = |x: u32| if x & 256 == 0 { [0, 255, 127, 128][x as usize & 3] } else { x as u8 };
         (0..len).map(|_| byte(self.next())).collect()
@@ -69,6 +70,7 @@ impl State {
         if signed { i32::from(zero as u8 as i8) } else { zero }
     }
 
+    #[inline(never)]
     fn add(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             self.hash = (self.hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
@@ -76,7 +78,8 @@ impl State {
     }
 
     /// All outputs of one product with `n` columns.
-    fn outputs(&mut self, len: usize, n: usize, mut run: impl FnMut(Output<'_>) -> Result<()>) -> Result<()> {
+    #[inline(never)]
+    fn outputs(&mut self, len: usize, n: usize, run: &dyn Fn(Output<'_>) -> Result<()>) -> Result<()> {
         let mut sums = vec![0i32; len];
         run(Output::Sums(&mut sums))?;
         sums.iter().for_each(|x| self.add(&x.to_le_bytes()));
@@ -125,7 +128,7 @@ pub(super) fn cases(cx: &Cx<'_>, form: Form) -> Result<u64> {
         let b_zero: Vec<i32> = (0..n).map(|_| if case < 3 { 0 } else { s.zero(b_signed) }).collect();
         let packed = PackedQ::pack(cx.isa(), form, QMatrix::new(kind(&b, b_signed), k, n), &b_zero)?;
         let a = QMatrix::new(kind(&a, a_signed), m, k);
-        s.outputs(m * n, n, |output| qgemm(cx, a, a_zero, &packed, Some(&bias), output))?;
+        s.outputs(m * n, n, &|output| qgemm(cx, a, a_zero, &packed, Some(&bias), output))?;
     }
     for (case, [ic, oc, groups, kernel, stride, size]) in CONVOLUTIONS.into_iter().enumerate() {
         let (x_signed, w_signed) = (case % 2 == 0, case % 3 < 2);
@@ -148,7 +151,7 @@ pub(super) fn cases(cx: &Cx<'_>, form: Form) -> Result<u64> {
             _ => Algorithm::Direct,
         };
         let conv = QConv::pack(cx.isa(), form, params, algorithm, kind(&w, w_signed), &w_zero)?;
-        s.outputs(out[1] * out[2] * oc, oc, |output| conv.run(cx, &input, kind(&x, x_signed), x_zero, None, output))?;
+        s.outputs(out[1] * out[2] * oc, oc, &|output| conv.run(cx, &input, kind(&x, x_signed), x_zero, None, output))?;
     }
     for ([outer, n, inner], signed, scale) in SOFTMAXES {
         let x = s.bytes(outer * n * inner);

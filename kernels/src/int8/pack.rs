@@ -224,42 +224,50 @@ fn order(k: usize, n: usize, stored: impl Fn(usize, usize) -> i32) -> Option<Vec
         for (i, row) in rows.chunks_exact_mut(n).enumerate() {
             row.iter_mut().enumerate().for_each(|(j, x)| *x = stored(window * WINDOW + i, j) as i16);
         }
-        // Columns in which two rows would have to be split as neighbours. Of different signs they never are.
-        let split = |i: usize, j: usize| -> usize {
-            let [a, b] = [i, j].map(|i| &rows[i * n..][..n]);
-            a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > 128)).sum()
-        };
-        let mut pairs: [[usize; 2]; WINDOW / 2] = core::array::from_fn(|i| [2 * i, 2 * i + 1]);
-        if pairs.iter().map(|&[i, j]| split(i, j)).sum::<usize>() * FEW <= n {
-            continue;
+        changed |= pair_up(&rows, n, order);
+    }
+    changed.then_some(order)
+}
+
+/// Columns in which two rows would have to be split as neighbours. Numbers of different signs never are.
+#[inline(never)]
+fn split_columns(a: &[i16], b: &[i16]) -> usize {
+    a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > 128)).sum()
+}
+
+/// Exchanges rows of `n` columns between two pairs of neighbours for as long as that leaves less to split; each time the
+/// whole becomes less, so it ends. Whether the order is another one then.
+#[inline(never)]
+fn pair_up(rows: &[i16], n: usize, order: &mut [u8]) -> bool {
+    let row = |i: u8| &rows[usize::from(i) * n..][..n];
+    let cost = |i: u8, j: u8| split_columns(row(i), row(j));
+    if order.chunks_exact(2).map(|pair| cost(pair[0], pair[1])).sum::<usize>() * FEW <= n {
+        return false;
+    }
+    let window = order.len();
+    let mut costs = vec![0; window * window];
+    for i in 0..window {
+        for j in 0..i {
+            let cost = cost(i as u8, j as u8);
+            (costs[i * window + j], costs[j * window + i]) = (cost, cost);
         }
-        let mut cost = [[0; WINDOW]; WINDOW];
-        for i in 0..WINDOW {
-            for j in 0..i {
-                let split = split(i, j);
-                (cost[i][j], cost[j][i]) = (split, split);
-            }
-        }
-        // Exchanges between two pairs for as long as one is better: each makes the whole cheaper, so it ends.
-        let mut better = true;
-        while better {
-            better = false;
-            for p in 0..pairs.len() {
-                for q in 0..p {
-                    let ([a, b], [c, d]) = (pairs[p], pairs[q]);
-                    for [x, y] in [[[a, c], [b, d]], [[a, d], [b, c]]] {
-                        let ([i, j], [k, l]) = (pairs[p], pairs[q]);
-                        if cost[x[0]][x[1]] + cost[y[0]][y[1]] < cost[i][j] + cost[k][l] {
-                            (pairs[p], pairs[q]) = (x, y);
-                            (better, changed) = (true, true);
-                        }
-                    }
+    }
+    let cost = |i: u8, j: u8| costs[usize::from(i) * window + usize::from(j)];
+    let (mut changed, mut better) = (false, true);
+    while better {
+        better = false;
+        for p in (0..window).step_by(2) {
+            for q in 0..p {
+                // One of the first pair's for either of another's.
+                let ([a, b], [c, d]) = ([order[p], order[p + 1]], [order[q], order[q ^ 1]]);
+                if cost(c, b) + cost(a, d) < cost(a, b) + cost(c, d) {
+                    (order[p], order[q]) = (c, a);
+                    (better, changed) = (true, true);
                 }
             }
         }
-        order.iter_mut().zip(pairs.as_flattened()).for_each(|(place, &row)| *place = row as u8);
     }
-    changed.then_some(order)
+    changed
 }
 
 impl Rest {
