@@ -39,17 +39,6 @@ try {
   console.log(
     `${isa}: GFLOP/s, share of the peak of multiply-add, or of the dot product that 8-bit products use`,
   );
-  const [wide, bytes, split] = await driver.call("dotPeaks", { rounds, ms: Number(options.ms) });
-  dots = {
-    form: about.forms[0],
-    exact: about.forms.slice(1),
-    pairs_gops: round(wide),
-    bytes_gops: round(bytes),
-    split_gops: round(split),
-  };
-  console.log(
-    `8-bit products as ${dots.form} (exact: ${dots.exact}); peak of pairs ${dots.pairs_gops}, of the relaxed dot ${dots.bytes_gops}, of split bytes ${dots.split_gops} GOP/s`,
-  );
   const works = [...about.names.entries()].filter(([, name]) => name.includes(options.filter));
   // All of them several times over: what else the machine does comes and goes within seconds.
   const ratesOf = new Map(works.map(([index]) => [index, []]));
@@ -74,6 +63,17 @@ try {
         `${(100 * row.share).toFixed(1)}% (${row.share_quartiles.map((q) => (100 * q).toFixed(1)).join(" .. ")})`,
     );
   }
+  const [wide, bytes, split] = await driver.call("dotPeaks", { rounds, ms: Number(options.ms) });
+  dots = {
+    form: about.forms[0],
+    exact: about.forms.slice(1),
+    pairs_gops: round(wide),
+    bytes_gops: round(bytes),
+    split_gops: round(split),
+  };
+  console.log(
+    `8-bit products as ${dots.form} (exact: ${dots.exact}); peak of pairs ${dots.pairs_gops}, of the relaxed dot ${dots.bytes_gops}, of split bytes ${dots.split_gops} GOP/s`,
+  );
   const gains = await driver.call("lanesOverOne", { lanes: LANES, rounds: 50, ms: Number(options.ms) });
   const [low, middle, high] = [0.25, 0.5, 0.75].map((q) => round(quantile(gains, q)));
   lanesOverOne = { lanes: LANES, ratio: middle, quartiles: [low, high] };

@@ -65,7 +65,9 @@ impl Kernel for DotPeak {
     }
 }
 
-/// Operations per step of the peak of a form, and the peak itself.
+/// Computes the peak of a form for some steps; its operations. A function of its own: an engine goes over to what its
+/// optimising compiler made when one is called anew.
+#[inline(never)]
 fn dot_peak(isa: Isa, form: Form, steps: usize) -> f64 {
     let products = match form {
         Form::Wide | Form::Split => {
