@@ -345,7 +345,7 @@ mod tests {
     fn rows_change_places_so_that_few_weights_are_split() {
         // Neighbours that add up, behind which stand the ones that they go with.
         let (k, n) = (40, 8);
-        let stored = |p: usize, _: usize| if p / 8 % 2 == 0 { 100 } else { -100 };
+        let stored = |p: usize, _: usize| if (p / 8).is_multiple_of(2) { 100 } else { -100 };
         let order = order(k, n, stored).expect("another order");
         assert_eq!(order.len(), 64);
         for (window, places) in order.chunks(WINDOW).enumerate() {
@@ -357,7 +357,7 @@ mod tests {
             // The rows behind the last whole window keep theirs.
             assert!(if window < 2 { split == 0 } else { places.is_sorted() }, "{places:?}");
         }
-        assert_eq!(super::order(k, n, |p, _| if p % 2 == 0 { 100 } else { -100 }), None, "nothing to split");
+        assert_eq!(super::order(k, n, |p, _| if p.is_multiple_of(2) { 100 } else { -100 }), None, "nothing to split");
         assert_eq!(super::order(k, 0, stored), None);
     }
 
