@@ -36,6 +36,8 @@ const WINDOW: usize = 16;
 const ORDER_UNIT: usize = 64;
 /// A window with so many columns to each pair that has to be split, or more, stays as it is.
 const FEW: usize = 64;
+/// Most columns that an order is chosen by.
+const MOST_COLUMNS: usize = 256;
 
 /// What [`Form::Split`] took off: steps of one vector each, in the order of the vectors.
 #[derive(Clone, Debug, Default)]
@@ -223,14 +225,18 @@ fn order(k: usize, n: usize, stored: impl Fn(usize, usize) -> i32) -> Option<Vec
     if n == 0 {
         return None;
     }
-    let mut rows = vec![0i16; WINDOW * n];
+    // Some of many columns tell enough.
+    let step = n.div_ceil(MOST_COLUMNS);
+    let columns = n.div_ceil(step);
+    let mut rows = vec![0i16; WINDOW * columns];
     let mut order: Vec<u8> = (0..k.next_multiple_of(ORDER_UNIT)).map(|p| (p % WINDOW) as u8).collect();
     let mut changed = false;
     for (window, order) in order.chunks_exact_mut(WINDOW).take(k / WINDOW).enumerate() {
-        for (i, row) in rows.chunks_exact_mut(n).enumerate() {
-            row.iter_mut().enumerate().for_each(|(j, x)| *x = stored(window * WINDOW + i, j) as i16);
+        // Column by column, which is how weights mostly lie.
+        for j in 0..columns {
+            (0..WINDOW).for_each(|i| rows[i * columns + j] = stored(window * WINDOW + i, j * step) as i16);
         }
-        changed |= pair_up(&rows, n, order);
+        changed |= pair_up(&rows, columns, order);
     }
     changed.then_some(order)
 }
@@ -282,6 +288,9 @@ impl Rest {
         for vector in 0..width / lanes {
             for (group, row) in panel.chunks_exact_mut(width).enumerate() {
                 let row = &mut row[vector * lanes..][..lanes];
+                if !row.iter().fold(false, |any, weights| any | must_be_split(bytemuck::cast(*weights))) {
+                    continue;
+                }
                 let first = self.weights.len();
                 for (lane, weights) in row.iter_mut().enumerate() {
                     let [kept, rest] = split(bytemuck::cast(*weights));
@@ -303,12 +312,18 @@ impl Rest {
     }
 }
 
+/// Whether neighbours among the weights of a group could leave 16 bits when they meet bytes up to 255. Of different signs
+/// they cannot, and 128 times 255 fits.
+fn must_be_split([a, b, c, d]: [i8; 4]) -> bool {
+    let excess = |a: i8, b: i8| (i16::from(a) + i16::from(b)).unsigned_abs() > 128;
+    excess(a, b) | excess(c, d)
+}
+
 /// Weights of a group as two sums, neither of which can leave 16 bits when neighbours meet bytes up to 255.
 fn split(weights: [i8; 4]) -> [[i8; 4]; 2] {
     let (mut kept, mut rest) = (weights, [0; 4]);
     for pair in [0, 2] {
         let [a, b] = [0, 1].map(|i| i16::from(weights[pair + i]));
-        // Of different signs they cannot; and 128 times 255 fits.
         let excess = a + b - (a + b).clamp(-128, 128);
         kept[pair] = (a - excess) as i8;
         rest[pair] = excess as i8;
