@@ -137,7 +137,7 @@ struct Sweep<'a> {
     groups: usize,
     n: usize,
     panels: Range<usize>,
-    /// What the sums begin with, for all columns of the panels filled up to whole vectors.
+    /// What the sums begin with, for all columns of the panels filled up to whole tiles.
     start: &'a [i32],
     /// First sum.
     sums: *mut i32,
@@ -198,7 +198,7 @@ impl Sweep<'_> {
 /// pairs along k, `n` columns. `zeros` are as many as a row of sums has.
 ///
 /// # Safety
-/// A has the rows, `lda` of at least `groups` each, and so have the sums, `ld` of at least `n` filled up to whole vectors
+/// A has the rows, `lda` of at least `groups` each, and so have the sums, `ld` of at least `n` filled up to whole tiles
 /// each, which nobody else uses.
 pub(super) unsafe fn multiply(
     isa: Isa,

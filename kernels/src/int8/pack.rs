@@ -30,6 +30,9 @@ pub struct PackedQ {
     correction: Option<Correction>,
 }
 
+/// Largest sum of two neighbours among weights that meet bytes up to 255: 128 times 255 fits 16 bits. Neighbours of
+/// different signs are never added up.
+const MOST_OF_PAIR: i16 = 128;
 /// Neighbours along k that [`Form::Split`] permutes.
 const WINDOW: usize = 16;
 /// Rows of the order are filled up to the widest vector.
@@ -241,10 +244,10 @@ fn order(k: usize, n: usize, stored: impl Fn(usize, usize) -> i32) -> Option<Vec
     changed.then_some(order)
 }
 
-/// Columns in which two rows would have to be split as neighbours. Numbers of different signs never are.
+/// Columns in which two rows would have to be split as neighbours.
 #[inline(never)]
 fn split_columns(a: &[i16], b: &[i16]) -> usize {
-    a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > 128)).sum()
+    a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > MOST_OF_PAIR as u16)).sum()
 }
 
 /// Exchanges rows of `n` columns between two pairs of neighbours for as long as that leaves less to split; each time the
@@ -312,19 +315,18 @@ impl Rest {
     }
 }
 
-/// Whether neighbours among the weights of a group could leave 16 bits when they meet bytes up to 255. Of different signs
-/// they cannot, and 128 times 255 fits.
+/// Whether neighbours among the weights of a group could leave 16 bits.
 fn must_be_split([a, b, c, d]: [i8; 4]) -> bool {
-    let excess = |a: i8, b: i8| (i16::from(a) + i16::from(b)).unsigned_abs() > 128;
+    let excess = |a: i8, b: i8| (i16::from(a) + i16::from(b)).unsigned_abs() > MOST_OF_PAIR as u16;
     excess(a, b) | excess(c, d)
 }
 
-/// Weights of a group as two sums, neither of which can leave 16 bits when neighbours meet bytes up to 255.
+/// Weights of a group as two sums, in neither of which neighbours can leave 16 bits.
 fn split(weights: [i8; 4]) -> [[i8; 4]; 2] {
     let (mut kept, mut rest) = (weights, [0; 4]);
     for pair in [0, 2] {
         let [a, b] = [0, 1].map(|i| i16::from(weights[pair + i]));
-        let excess = a + b - (a + b).clamp(-128, 128);
+        let excess = a + b - (a + b).clamp(-MOST_OF_PAIR, MOST_OF_PAIR);
         kept[pair] = (a - excess) as i8;
         rest[pair] = excess as i8;
     }

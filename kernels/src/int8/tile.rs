@@ -58,7 +58,8 @@ impl Strip<'_> {
     ///
     /// # Safety
     /// A: `tiles * height` rows of `before + k`, and of what the rest asks for; B: `k` rows of `vectors`; start: one row or
-    /// null; sums: `tiles * height` rows of `vectors`, which nobody else uses. `height` and `vectors` are at most what the table says, and the form is available.
+    /// null; sums: `tiles * height` rows of `vectors`, which nobody else uses. The table has a tile of `height` and
+    /// `vectors`, and the form is available.
     pub(super) unsafe fn run(self, isa: Isa, form: Form) {
         macro_rules! heights {
             ($nv:literal: $($h:literal)*) => {
