@@ -52,12 +52,18 @@ impl Kernel for DotPeak {
     type Output = bool;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> bool {
-        let x = s.splat_i32(black_box(0x0003_0005));
+        let [x, y] = [0x0003_0005, 0x0007_000b].map(|x| s.splat_i32(black_box(x)));
         let ones = s.splat_i32(black_box(0x0001_0001));
         let mut acc: [S::I32; CHAINS] = core::array::from_fn(|i| s.splat_i32(i as i32));
         for _ in 0..self.steps {
             for acc in &mut acc {
-                let product = if self.split { s.dot_i16(s.dot_pairs_u8_i8(*acc, x), ones) } else { s.dot_i16(*acc, x) };
+                let product = if self.split {
+                    // As of two groups in a pair.
+                    let sums = s.add_i16(s.dot_pairs_u8_i8(*acc, x), s.dot_pairs_u8_i8(*acc, y));
+                    s.dot_i16(sums, ones)
+                } else {
+                    s.dot_i16(*acc, x)
+                };
                 *acc = s.add_i32(*acc, product);
             }
         }
@@ -73,7 +79,7 @@ fn dot_peak(isa: Isa, form: Form, steps: usize) -> f64 {
         Form::Wide | Form::Split => {
             let split = form == Form::Split;
             let _ = black_box(dispatch(isa, DotPeak { steps: black_box(steps), split }));
-            if split { 4 } else { 2 }
+            if split { 8 } else { 2 }
         }
         Form::U8S8 | Form::S8S8 => {
             relaxed_dot(black_box(steps));

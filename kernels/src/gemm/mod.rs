@@ -569,7 +569,7 @@ pub(crate) fn run<'a, A: Lhs>(
                         };
                         let to = bytemuck::cast_slice_mut(&mut a_scratch[(first_row - rows.start) * depth..]);
                         // SAFETY: A has these rows and columns, and the scratch memory is not a part of it.
-                        unsafe { interleave_tiles(some, |tile| grid.row(tile), a.cast(), lda, depth, to) };
+                        unsafe { interleave_tiles(some, |tile| grid.row(tile), a.cast(), lda, depth, to, None) };
                     }
                     (a_scratch.as_ptr(), depth)
                 }

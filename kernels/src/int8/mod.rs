@@ -38,6 +38,7 @@ use depthwise::QDepthwise;
 use gather::{Lhs, Matrix, Patches};
 use nest::Problem;
 use output::{Sink, largest_sum};
+use std::borrow::Cow;
 use winograd::QWinograd;
 
 /// 8-bit elements.
@@ -359,6 +360,20 @@ enum Weights {
     Winograd(QWinograd),
 }
 
+/// Weights `[out, in, tap]` as `[out, tap, in]`, the order in which patches lie in memory.
+fn taps_first(weights: &[u8], ipg: usize, taps: usize) -> Cow<'_, [u8]> {
+    if taps == 1 || ipg == 1 {
+        return weights.into();
+    }
+    let mut rows = Vec::with_capacity(weights.len());
+    for filter in weights.chunks_exact(ipg * taps) {
+        for tap in 0..taps {
+            rows.extend(filter[tap..].iter().step_by(taps));
+        }
+    }
+    rows.into()
+}
+
 impl QConv {
     /// The fastest algorithm for a convolution and an input that is worth its memory. All give the same sums.
     pub fn choose(isa: Isa, form: Form, params: &ConvParams, input: &ConvInput) -> Algorithm {
@@ -385,17 +400,10 @@ impl QConv {
         zero: &[i32],
     ) -> Result<Self> {
         form.check(isa)?;
-        let conv = Self::pack(isa, form, params.clone(), algorithm, weights, zero)?;
-        match &conv.weights {
-            // One form for all.
-            Weights::Products(groups) if !groups.iter().all(PackedQ::pays) => {
-                Self::pack(isa, Form::Wide, params, algorithm, weights, zero)
-            }
-            _ => Ok(conv),
-        }
+        Self::pack(isa, form, params, algorithm, weights, zero, PackedQ::new)
     }
 
-    /// [`QConv::new`] for any form, whether it pays or not.
+    /// [`QConv::new`] with another way to pack the first group; the others follow it in its form.
     fn pack(
         isa: Isa,
         form: Form,
@@ -403,6 +411,7 @@ impl QConv {
         algorithm: Algorithm,
         weights: Bytes<'_>,
         zero: &[i32],
+        pack: fn(Isa, Form, QMatrix<'_>, &[i32]) -> Result<PackedQ>,
     ) -> Result<Self> {
         params.check()?;
         let ConvParams { in_channels, out_channels, groups, kernel, .. } = params;
@@ -427,25 +436,22 @@ impl QConv {
             let weights = Weights::Depthwise(QDepthwise::new(&params, weights, zero)?);
             return Ok(Self { isa, params, weights });
         }
-        let pack = |group: usize| {
+        let mut packed: Vec<PackedQ> = Vec::with_capacity(groups);
+        for group in 0..groups {
             let zero = if zero.len() == 1 { zero } else { &zero[group * opg..][..opg] };
-            let from = group * opg * k;
-            // [out, in, tap] to [out, tap, in]: the order in which patches lie in memory.
-            let source = |i: usize| from + i / k * k + i % ipg * taps + i % k / ipg;
-            let matrix = |data| QMatrix::new(data, opg, k).transposed();
-            match weights {
-                Bytes::U8(w) => {
-                    let rows: Vec<u8> = (0..opg * k).map(|i| w[source(i)]).collect();
-                    PackedQ::pack(isa, form, matrix(Bytes::U8(&rows)), zero)
-                }
-                Bytes::I8(w) => {
-                    let rows: Vec<i8> = (0..opg * k).map(|i| w[source(i)]).collect();
-                    PackedQ::pack(isa, form, matrix(Bytes::I8(&rows)), zero)
-                }
-            }
-        };
-        let weights = Weights::Products((0..groups).map(pack).collect::<Result<_>>()?);
-        Ok(Self { isa, params, weights })
+            let (rows, signed): (&[u8], _) = match weights {
+                Bytes::U8(w) => (w, false),
+                Bytes::I8(w) => (bytemuck::cast_slice(w), true),
+            };
+            let rows = taps_first(&rows[group * opg * k..][..opg * k], ipg, taps);
+            let data = if signed { Bytes::I8(bytemuck::cast_slice(&rows)) } else { Bytes::U8(&rows) };
+            let matrix = QMatrix::new(data, opg, k).transposed();
+            packed.push(match packed.first() {
+                Some(first) => PackedQ::pack(isa, first.form(), matrix, zero)?,
+                None => pack(isa, form, matrix, zero)?,
+            });
+        }
+        Ok(Self { isa, params, weights: Weights::Products(packed) })
     }
 
     /// What it was made with.

@@ -18,7 +18,7 @@
 
 use super::gather::Lhs;
 use super::output::Sink;
-use super::pack::Steps;
+use super::pack::{Pieces, Sequence};
 use super::tile::Strip;
 use super::{Form, PackedQ, table};
 use crate::error::{Error, Result};
@@ -102,14 +102,14 @@ impl Grid {
         tile * self.height + tile.min(self.tall)
     }
 
-    /// Some tiles as strips of one height, of which the first may be none; rows count from the first tile.
+    /// Some tiles as strips of one height, of which the first may be none; tiles and rows count from the first one.
     fn strips(&self, tiles: Range<usize>) -> [Tall; 2] {
         // Tall tiles come first.
         let border = self.tall.clamp(tiles.start, tiles.end);
         let row = self.row(border) - self.row(tiles.start);
         [
-            Tall { row: 0, tiles: border - tiles.start, height: self.height + 1 },
-            Tall { row, tiles: tiles.end - border, height: self.height },
+            Tall { first: 0, row: 0, tiles: border - tiles.start, height: self.height + 1 },
+            Tall { first: border - tiles.start, row, tiles: tiles.end - border, height: self.height },
         ]
     }
 }
@@ -117,6 +117,7 @@ impl Grid {
 /// Tiles of one height, one below the other.
 #[derive(Clone, Copy)]
 struct Tall {
+    first: usize,
     row: usize,
     tiles: usize,
     height: usize,
@@ -132,8 +133,8 @@ struct Sweep<'a> {
     interleaved: bool,
     /// All panels of the right-hand side, of `groups` along k and `n` columns.
     b: &'a [i32],
-    /// What each vector of its columns has besides.
-    rest: &'a dyn Fn(usize) -> Steps<'a>,
+    /// What takes the place of the panels in [`Form::Split`].
+    pieces: Option<&'a Pieces>,
     groups: usize,
     n: usize,
     panels: Range<usize>,
@@ -150,23 +151,28 @@ impl Sweep<'_> {
     /// the panels each, which nobody else uses.
     unsafe fn run(&self, isa: Isa) {
         let Self { form, groups, n, lda, interleaved, ld, .. } = *self;
-        let (nr, kc) = (table::panel_width(isa, form), table::tile(isa, form).kc);
+        let (mr, nr) = (table::tile(isa, form).mr, table::panel_width(isa, form));
+        let kc = if self.pieces.is_some() { groups } else { table::tile(isa, form).kc };
         let mut pc = 0;
         loop {
             let depth = kc.min(groups - pc);
             for panel in self.panels.clone() {
                 let width = table::width(isa, form, panel * nr, n);
                 // All panels before this one are of full width.
-                let b = &self.b[panel * nr * groups + pc * width..][..depth * width];
+                let (b, sequence) = match self.pieces {
+                    Some(pieces) => pieces.panel(self.b, panel, nr),
+                    None => (&self.b[panel * nr * groups + pc * width..][..depth * width], Sequence::default()),
+                };
                 let column = (panel - self.panels.start) * nr;
-                let last = pc + depth == groups;
-                let vectors = [0, 1].map(|v| panel * nr / isa.lanes() + v);
-                let rest = vectors.map(|vector| if last { (self.rest)(vector) } else { Steps::default() });
                 let start = if pc == 0 { self.start[column..][..width].as_ptr() } else { core::ptr::null() };
-                for Tall { row, tiles, height } in self.strips {
+                for Tall { first, row, tiles, height } in self.strips {
                     if tiles == 0 {
                         continue;
                     }
+                    let (a, next) = match self.pieces {
+                        Some(_) => (first * mr * groups, mr * groups),
+                        None => (row * lda, height * lda),
+                    };
                     let strip = Strip {
                         height,
                         tiles,
@@ -174,13 +180,14 @@ impl Sweep<'_> {
                         k: depth,
                         before: pc,
                         interleaved,
-                        a: self.a.wrapping_add(row * lda),
+                        a: self.a.wrapping_add(a),
                         lda,
+                        next,
                         b: b.as_ptr(),
                         sums: self.sums.wrapping_add(row * ld + column),
                         ld,
                         start,
-                        rest,
+                        sequence,
                     };
                     // SAFETY: the caller's contract.
                     unsafe { strip.run(isa, form) };
@@ -215,9 +222,8 @@ pub(super) unsafe fn multiply(
     let grid = Grid { tiles, height: m / tiles, tall: m % tiles, panels, row_blocks: 1, panel_blocks: 1 };
     let strips = grid.strips(0..tiles);
     let interleaved = false;
-    let rest = &|_| Steps::default();
     let panels = 0..panels;
-    let sweep = Sweep { form, strips, a, lda, interleaved, b, rest, groups, n, panels, start: zeros, sums, ld };
+    let sweep = Sweep { form, strips, a, lda, interleaved, b, pieces: None, groups, n, panels, start: zeros, sums, ld };
     // SAFETY: the caller's contract.
     unsafe { sweep.run(isa) };
 }
@@ -257,7 +263,8 @@ pub(super) unsafe fn run<'a>(
     // Whole cache lines, so that the rows of A start at one too.
     let sums_len = (rows * together * nr).next_multiple_of(16);
     let too_many = || Error::new("too many products for the address space");
-    let a_len = rows.checked_mul(lda).ok_or_else(too_many)?;
+    let stride = (form == Form::Split).then_some(table::tile(isa, form).mr);
+    let a_len = (block_tiles * stride.unwrap_or(grid.height + 1)).checked_mul(lda).ok_or_else(too_many)?;
     let per_problem = grid.row_blocks * grid.panel_blocks;
     let tasks = per_problem.checked_mul(problems).ok_or_else(too_many)?;
     let cost = (m as u64).saturating_mul(n as u64).saturating_mul(k as u64).saturating_mul(problems as u64);
@@ -278,6 +285,7 @@ pub(super) unsafe fn run<'a>(
             a_zero,
             lda,
             interleaved,
+            stride,
             gather_tiles,
             together,
         };
@@ -297,6 +305,8 @@ struct Block<'a> {
     /// Groups between rows that were gathered.
     lda: usize,
     interleaved: bool,
+    /// Of [`Form::Split`]: elements between interleaved groups, whatever a tile's height is.
+    stride: Option<usize>,
     /// Tiles whose rows are gathered at once.
     gather_tiles: usize,
     together: usize,
@@ -345,9 +355,14 @@ impl Block<'_> {
             if !self.interleaved {
                 continue;
             }
-            let to = bytemuck::cast_slice_mut(&mut a[(some.start - rows.start) * groups..]);
+            let before = match self.stride {
+                Some(stride) => (tiles.start - self.tiles.start) * stride,
+                None => some.start - rows.start,
+            };
+            let to = bytemuck::cast_slice_mut(&mut a[before * groups..]);
+            let from = gathered.as_ptr().cast();
             // SAFETY: the rows were gathered, into memory of their own.
-            unsafe { interleave_tiles(tiles, |tile| grid.row(tile), gathered.as_ptr().cast(), lda, groups, to) };
+            unsafe { interleave_tiles(tiles, |tile| grid.row(tile), from, lda, groups, to, self.stride) };
         }
         let strips = grid.strips(self.tiles.clone());
         let ld = together * nr;
@@ -362,7 +377,7 @@ impl Block<'_> {
                 lda: if self.interleaved { groups } else { lda },
                 interleaved: self.interleaved,
                 b: b.data(),
-                rest: &|vector| b.rest(vector),
+                pieces: b.pieces(),
                 groups,
                 n,
                 panels,

@@ -6,10 +6,17 @@
 //! Form::Wide      G = 2: b - zero as i16; A is widened likewise, and nothing has to be corrected
 //! of bytes        G = 4: b as i8 (u8 less 128), so that for a' and b', the bytes as the dot product reads them,
 //!                 sum = dot(a', b') - a_zero' (colsum[j] - k zero'[j]) - zero'[j] rowsum[i]
-//! Form::Split     the same, and where two neighbours of a group could saturate, |b[0] + b[1]| > 128 of one sign,
-//!                 b[0] = (+-128 - b[1]) + rest; the rest, whole vectors of few groups, gets steps of its own.
+//! Form::Split     the same, but a panel is rows of groups in a sequence of its own:
+//!                 for each group g: row = b[g]
+//!                     where two neighbours could saturate, |b[0] + b[1]| > 128 of one sign, a half of both goes to
+//!                     another row of the same group
+//!                 pairs of rows whose products can be added in 16 bits, and then the others
 //!                 Before, k is permuted in windows of 16, in which a row of A is by one instruction, for few to be split
 //! ```
+//!
+//! Products of bytes up to 255 fit 16 bits as long as what they are multiplied by adds up to at most 128 on either side of
+//! zero. Any two rows of a panel can be a pair, so nearly all of them find a partner: those of weights that are
+//! quantised per tensor at once, of a normal distribution's per channel after a few tries.
 
 use super::{Bytes, Form, QMatrix, table};
 use crate::conv::volume;
@@ -26,13 +33,12 @@ pub struct PackedQ {
     n: usize,
     data: Aligned,
     order: Option<Vec<u8>>,
-    rest: Option<Rest>,
+    pieces: Option<Pieces>,
     correction: Option<Correction>,
 }
 
-/// Largest sum of two neighbours among weights that meet bytes up to 255: 128 times 255 fits 16 bits. Neighbours of
-/// different signs are never added up.
-const MOST_OF_PAIR: i16 = 128;
+/// Largest sum of weights of one sign that meet bytes up to 255 and are added in 16 bits: 128 times 255 fits.
+const MOST: i16 = 128;
 /// Neighbours along k that [`Form::Split`] permutes.
 const WINDOW: usize = 16;
 /// Rows of the order are filled up to the widest vector.
@@ -42,40 +48,38 @@ const FEW: usize = 64;
 /// Most columns that an order is chosen by.
 const MOST_COLUMNS: usize = 256;
 
-/// What [`Form::Split`] took off: steps of one vector each, in the order of the vectors.
+/// What the panels of [`Form::Split`], a vector wide, are: a row of groups for each step.
 #[derive(Clone, Debug, Default)]
-struct Rest {
-    /// For each vector of columns the end of its steps.
-    ends: Vec<u32>,
-    /// For each step its group along k.
-    groups: Vec<u32>,
-    /// For each step a vector of groups.
-    weights: Vec<i32>,
+pub(super) struct Pieces {
+    /// Where the groups of the rows that come in pairs are, panel by panel: bytes from the first interleaved group of A on.
+    pairs: Vec<[u32; 2]>,
+    /// The same of the others.
+    others: Vec<u32>,
+    /// For each panel where its pairs and its others end.
+    ends: Vec<[usize; 2]>,
 }
 
-/// The steps of one vector of columns that [`Form::Split`] has besides.
+/// Where the groups along k of the rows of a panel in [`Form::Split`] are, bytes from the first one on: pairs, and then others.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Steps<'a> {
-    groups: &'a [u32],
-    weights: &'a [i32],
+pub(super) struct Sequence<'a> {
+    pub(super) pairs: &'a [[u32; 2]],
+    pub(super) others: &'a [u32],
 }
 
-impl Steps<'_> {
-    /// Groups along k and the `lanes` weights of each.
-    #[inline(always)]
-    pub(super) fn iter(&self, lanes: usize) -> impl Iterator<Item = (usize, *const i32)> {
-        debug_assert_eq!(self.groups.len() * lanes, self.weights.len());
-        let weights = self.weights.as_ptr();
-        self.groups.iter().enumerate().map(move |(i, &group)| (group as usize, weights.wrapping_add(i * lanes)))
-    }
-}
+/// Longest products of [`Form::Split`]: places in rows of A are counted in 32 bits.
+const MAX_K: usize = 1 << 24;
+/// Rows that are tried as the partner of one; nearly all that find one do so before.
+const TRIES: usize = 128;
 
-/// When [`Form::Split`] pays: a step of it takes 0.8 of those of [`Form::Wide`] in Chromium, one of the rest a little more;
-/// rows of A are permuted and interleaved, which costs them as much as some columns do, short ones more. Fitted to the
-/// layers of MobileNetV2.
-const MAX_REST: f64 = 0.22;
-const ROW_COLUMNS: f64 = 2.0;
+/// What steps of [`Form::Split`] take of those of [`Form::Wide`] for as many products, in Chromium: two in a pair, and one.
+const PAIR: f64 = 1.41;
+const OTHER: f64 = 0.85;
+/// When [`Form::Split`] pays besides: rows of A are permuted and interleaved, which costs them as much as some columns do,
+/// short ones more. Fitted to the layers of MobileNetV2.
+const ROW_COLUMNS: f64 = 1.8;
 const MIN_K: usize = 64;
+/// Columns by which that is judged first, where there are several times as many.
+const SAMPLE: usize = 64;
 
 /// What the forms of bytes need to take zero points back.
 #[derive(Clone, Debug)]
@@ -96,22 +100,32 @@ impl PackedQ {
     /// range of `b`'s elements, the form is not of this instruction set, or memory is short.
     pub fn new(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32]) -> Result<Self> {
         form.check(isa)?;
+        b.check("B")?;
+        if form == Form::Split && b.cols >= 4 * SAMPLE {
+            // A few columns tell mostly.
+            let sample = Self::pack(isa, form, QMatrix { cols: SAMPLE, ..b }, &zero[..zero.len().min(SAMPLE)])?;
+            if !sample.pays(b.cols) {
+                return Self::pack(isa, Form::Wide, b, zero);
+            }
+        }
         let packed = Self::pack(isa, form, b, zero)?;
-        if packed.pays() { Ok(packed) } else { Self::pack(isa, Form::Wide, b, zero) }
+        if packed.pays(b.cols) { Ok(packed) } else { Self::pack(isa, Form::Wide, b, zero) }
     }
 
-    /// Whether [`Form::Wide`] would not be faster.
-    pub(super) fn pays(&self) -> bool {
-        self.rest.as_ref().is_none_or(|rest| {
-            let steps = self.k.div_ceil(self.form.group()) as f64 * rest.ends.len() as f64;
-            self.k >= MIN_K && rest.groups.len() as f64 / steps + ROW_COLUMNS / self.n as f64 <= MAX_REST
+    /// Whether [`Form::Wide`] would not be faster with `n` columns like these.
+    fn pays(&self, n: usize) -> bool {
+        self.pieces.as_ref().is_none_or(|Pieces { pairs, others, ends }| {
+            let groups = self.k.div_ceil(self.form.group()) as f64 * ends.len() as f64;
+            let steps = PAIR * pairs.len() as f64 + OTHER * others.len() as f64;
+            self.k >= MIN_K && steps / groups + ROW_COLUMNS / n as f64 <= 1.0
         })
     }
 
-    /// [`PackedQ::new`] for any form, whether it pays or not.
+    /// [`PackedQ::new`] for any form, whether it pays or not; but products that are too long are [`Form::Wide`].
     pub(super) fn pack(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32]) -> Result<Self> {
         b.check("B")?;
         let (k, n) = (b.rows, b.cols);
+        let form = if form == Form::Split && k > MAX_K { Form::Wide } else { form };
         if zero.len() != 1 && zero.len() != n {
             return Err(Error::new(format!("{} zero points for {n} columns", zero.len())));
         }
@@ -122,23 +136,29 @@ impl PackedQ {
         let (group, nr) = (form.group(), table::panel_width(isa, form));
         let groups = k.div_ceil(group);
         let len = n.checked_next_multiple_of(table::unit(isa, form)).and_then(|width| width.checked_mul(groups));
-        let len = len.ok_or_else(|| Error::new(format!("a packed {k} x {n} matrix does not fit the address space")))?;
-        let mut data = Aligned::zeros(len)?;
+        let too_large = || Error::new(format!("a packed {k} x {n} matrix does not fit the address space"));
+        let len = len.ok_or_else(too_large)?;
+        // Of a panel at a time in the form whose panels have as many rows as it turns out.
+        let split = form == Form::Split;
+        let mut data = Aligned::zeros(if split { groups * nr } else { len })?;
         let zero_of = |j: usize| zero[if zero.len() == 1 { 0 } else { j }];
         // What the dot product reads is signed.
         let shift = if matches!(b.data, Bytes::U8(_)) { 128 } else { 0 };
         let mut columns = vec![0i32; if form == Form::Wide { 0 } else { n }];
-        let mut rest = Rest::default();
+        let (mut pieces, mut rows) = (Pieces::default(), Vec::new());
+        rows.try_reserve(if split { len } else { 0 }).map_err(|_| too_large())?;
         let stored = |p: usize, j: usize| b.data.get(p * b.row_stride + j * b.col_stride) - shift;
-        let order = if form == Form::Split { order(k, n, stored) } else { None };
+        let order = if split { order(k, n, stored) } else { None };
         let place = |p: usize| order.as_ref().map_or(p, |order| p / WINDOW * WINDOW + usize::from(order[p]));
-        let mut panels: &mut [i32] = bytemuck::cast_slice_mut(data.as_mut_slice());
-        let mut first = 0;
-        while first < n {
+        for first in (0..n).step_by(nr) {
             let cols = nr.min(n - first);
             let width = table::width(isa, form, first, n);
-            let (panel, others) = panels.split_at_mut(groups * width);
-            panels = others;
+            let panels: &mut [i32] = bytemuck::cast_slice_mut(data.as_mut_slice());
+            let panel = if split { panels } else { &mut panels[first * groups..][..groups * width] };
+            if split && cols < width {
+                // What the panel before has left there.
+                panel.fill(0);
+            }
             for q in 0..cols {
                 let j = first + q;
                 if form == Form::Wide {
@@ -158,17 +178,20 @@ impl PackedQ {
                     columns[j] = sum.wrapping_sub((zero_of(j) - shift).wrapping_mul(k as i32));
                 }
             }
-            if form == Form::Split {
-                rest.take(panel, width, isa.lanes())?;
+            if split {
+                pieces.add(panel, width, table::tile(isa, form).mr * size_of::<i32>(), &mut rows);
             }
-            first += nr;
+        }
+        if split {
+            data = Aligned::zeros(rows.len())?;
+            bytemuck::cast_slice_mut(data.as_mut_slice()).copy_from_slice(&rows);
         }
         let correction = (form != Form::Wide).then(|| {
             let zeros = (0..n).map(|j| zero_of(j) - shift);
             Correction { columns, zeros: zeros.clone().any(|zero| zero != 0).then(|| zeros.collect()) }
         });
-        let rest = (form == Form::Split).then_some(rest);
-        Ok(Self { isa, form, k, n, data, order, rest, correction })
+        let pieces = split.then_some(pieces);
+        Ok(Self { isa, form, k, n, data, order, pieces, correction })
     }
 
     /// Rows of the matrix: the length of the dot products.
@@ -194,9 +217,11 @@ impl PackedQ {
     /// Memory it holds.
     pub fn bytes(&self) -> usize {
         let correction = self.correction.as_ref().map_or(0, |c| c.columns.len() + c.zeros.as_ref().map_or(0, Vec::len));
-        let rest = self.rest.as_ref().map_or(0, |rest| rest.ends.len() + rest.groups.len() + rest.weights.len());
+        let pieces = self.pieces.as_ref().map_or(0, |Pieces { pairs, others, ends }| {
+            size_of_val(&pairs[..]) + size_of_val(&others[..]) + size_of_val(&ends[..])
+        });
         let order = self.order.as_ref().map_or(0, Vec::len);
-        size_of_val(self.data.as_slice()) + order + (correction + rest) * size_of::<i32>()
+        size_of_val(self.data.as_slice()) + order + pieces + correction * size_of::<i32>()
     }
 
     /// All panels.
@@ -209,13 +234,9 @@ impl PackedQ {
         self.order.as_deref()
     }
 
-    /// What a vector of columns has besides; nothing in other forms, and beyond the last vector.
-    pub(super) fn rest(&self, vector: usize) -> Steps<'_> {
-        let Some(rest) = &self.rest else { return Steps::default() };
-        let Some(&end) = rest.ends.get(vector) else { return Steps::default() };
-        let start = if vector == 0 { 0 } else { rest.ends[vector - 1] };
-        let (start, end, lanes) = (start as usize, end as usize, self.isa.lanes());
-        Steps { groups: &rest.groups[start..end], weights: &rest.weights[start * lanes..end * lanes] }
+    /// Of [`Form::Split`] what the panels are.
+    pub(super) fn pieces(&self) -> Option<&Pieces> {
+        self.pieces.as_ref()
     }
 
     pub(super) fn correction(&self) -> Option<&Correction> {
@@ -247,7 +268,7 @@ fn order(k: usize, n: usize, stored: impl Fn(usize, usize) -> i32) -> Option<Vec
 /// Columns in which two rows would have to be split as neighbours.
 #[inline(never)]
 fn split_columns(a: &[i16], b: &[i16]) -> usize {
-    a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > MOST_OF_PAIR as u16)).sum()
+    a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > MOST as u16)).sum()
 }
 
 /// Exchanges rows of `n` columns between two pairs of neighbours for as long as that leaves less to split; each time the
@@ -285,52 +306,127 @@ fn pair_up(rows: &[i16], n: usize, order: &mut [u8]) -> bool {
     changed
 }
 
-impl Rest {
-    /// Takes off what is too much of a panel of rows of `width`, vectors of `lanes`.
-    fn take(&mut self, panel: &mut [i32], width: usize, lanes: usize) -> Result<()> {
-        for vector in 0..width / lanes {
-            for (group, row) in panel.chunks_exact_mut(width).enumerate() {
-                let row = &mut row[vector * lanes..][..lanes];
-                if !row.iter().fold(false, |any, weights| any | must_be_split(bytemuck::cast(*weights))) {
-                    continue;
-                }
-                let first = self.weights.len();
-                for (lane, weights) in row.iter_mut().enumerate() {
-                    let [kept, rest] = split(bytemuck::cast(*weights));
-                    if rest == [0; 4] {
-                        continue;
-                    }
-                    if self.weights.len() == first {
-                        self.groups.push(group as u32);
-                        self.weights.resize(first + lanes, 0);
-                    }
-                    *weights = bytemuck::cast(kept);
-                    self.weights[first + lane] = bytemuck::cast(rest);
-                }
+impl Pieces {
+    /// The rows of a panel among those of all, `width` each, and their groups.
+    pub(super) fn panel<'a>(&'a self, rows: &'a [i32], panel: usize, width: usize) -> (&'a [i32], Sequence<'a>) {
+        let start = panel.checked_sub(1).map_or([0; 2], |before| self.ends[before]);
+        let end = self.ends[panel];
+        let [first, last] = [start, end].map(|[pairs, others]| (2 * pairs + others) * width);
+        let sequence = Sequence { pairs: &self.pairs[start[0]..end[0]], others: &self.others[start[1]..end[1]] };
+        (&rows[first..last], sequence)
+    }
+
+    /// Adds the next panel, of whose `groups` each has a row of `width`, and its rows to those of all. Groups of A are
+    /// `stride` bytes apart.
+    fn add(&mut self, groups: &[i32], width: usize, stride: usize, rows: &mut Vec<i32>) {
+        let mut own = groups.to_vec();
+        let mut group_of: Vec<usize> = (0..groups.len() / width).collect();
+        let mut loads = Loads { lines: Vec::new(), per_row: (4 * width).div_ceil(LINE) };
+        own.chunks_exact(width).for_each(|row| loads.push(row));
+        for group in 0..group_of.len() {
+            if loads.row(group).as_flattened().iter().fold(true, |fits, &load| fits & (load <= MOST as u8)) {
+                continue;
             }
-            let end = u32::try_from(self.groups.len());
-            self.ends.push(end.map_err(|_| Error::new("too many weights to split"))?);
+            let end = own.len();
+            for at in group * width..(group + 1) * width {
+                let [kept, other] = split(bytemuck::cast(own[at]));
+                own[at] = bytemuck::cast(kept);
+                own.push(bytemuck::cast(other));
+            }
+            loads.set(group, &own[group * width..][..width]);
+            loads.push(&own[end..]);
+            group_of.push(group);
         }
-        Ok(())
+        let partners = loads.partners();
+        let mut add = |row: usize| {
+            rows.extend_from_slice(&own[row * width..][..width]);
+            (group_of[row] * stride) as u32
+        };
+        // In the order of the rows: those of A are read from front to back then.
+        for (row, &partner) in partners.iter().enumerate().filter(|(row, partner)| row < partner) {
+            self.pairs.push([row, partner].map(&mut add));
+        }
+        self.others.extend((0..partners.len()).filter(|row| partners[*row] == *row).map(add));
+        self.ends.push([self.pairs.len(), self.others.len()]);
     }
 }
 
-/// Whether neighbours among the weights of a group could leave 16 bits.
-fn must_be_split([a, b, c, d]: [i8; 4]) -> bool {
-    let excess = |a: i8, b: i8| (i16::from(a) + i16::from(b)).unsigned_abs() > MOST_OF_PAIR as u16;
-    excess(a, b) | excess(c, d)
+/// Bytes that are compared at once.
+const LINE: usize = 16;
+
+/// What each two neighbours of the rows of a panel add up to on either side of zero.
+struct Loads {
+    lines: Vec<[u8; LINE]>,
+    per_row: usize,
+}
+
+impl Loads {
+    fn row(&self, row: usize) -> &[[u8; LINE]] {
+        &self.lines[row * self.per_row..][..self.per_row]
+    }
+
+    fn push(&mut self, weights: &[i32]) {
+        self.lines.resize(self.lines.len() + self.per_row, [0; LINE]);
+        self.set(self.lines.len() / self.per_row - 1, weights);
+    }
+
+    fn set(&mut self, row: usize, weights: &[i32]) {
+        let lines = self.lines[row * self.per_row..][..self.per_row].as_flattened_mut();
+        for (loads, weights) in lines.as_chunks_mut().0.iter_mut().zip(weights) {
+            *loads = loads_of(bytemuck::cast(*weights));
+        }
+    }
+
+    /// For each row another one with which its products can be added in 16 bits, itself if there is none.
+    ///
+    /// The heaviest look for theirs first, as heavy as can be: they have the fewest to choose from.
+    fn partners(&self) -> Vec<usize> {
+        const CLASSES: usize = 256;
+        let class = |row: usize| {
+            let sum: usize = self.row(row).as_flattened().iter().map(|load| usize::from(*load)).sum();
+            sum * CLASSES / (self.per_row * LINE * 2 * MOST as usize)
+        };
+        let mut partners: Vec<usize> = (0..self.lines.len() / self.per_row).collect();
+        // Sorted by counting, the lightest first.
+        let classes: Vec<usize> = partners.iter().map(|row| class(*row)).collect();
+        let mut ends = [0; CLASSES + 1];
+        classes.iter().for_each(|class| ends[class + 1] += 1);
+        (0..CLASSES).for_each(|class| ends[class + 1] += ends[class]);
+        let mut left = vec![0; partners.len()];
+        for (row, &class) in classes.iter().enumerate() {
+            left[ends[class]] = row;
+            ends[class] += 1;
+        }
+        let fits =
+            |(p, q): (&[u8; LINE], &[u8; LINE])| (0..LINE).fold(true, |fits, i| fits & (p[i] <= MOST as u8 - q[i]));
+        while let Some(row) = left.pop() {
+            let both = |other: &usize| self.row(row).iter().zip(self.row(*other)).all(fits);
+            if let Some(at) = left.iter().rev().take(TRIES).position(both) {
+                let other = left.remove(left.len() - 1 - at);
+                (partners[row], partners[other]) = (other, row);
+            }
+        }
+        partners
+    }
+}
+
+/// What the neighbours among the weights of a group add up to on either side of zero, 255 if it is more.
+fn loads_of(weights: [i8; 4]) -> [u8; 4] {
+    let [a, b, c, d] = weights.map(i16::from);
+    [a.max(0) + b.max(0), c.max(0) + d.max(0), -(a.min(0) + b.min(0)), -(c.min(0) + d.min(0))]
+        .map(|load| load.min(255) as u8)
 }
 
 /// Weights of a group as two sums, in neither of which neighbours can leave 16 bits.
 fn split(weights: [i8; 4]) -> [[i8; 4]; 2] {
-    let (mut kept, mut rest) = (weights, [0; 4]);
-    for pair in [0, 2] {
-        let [a, b] = [0, 1].map(|i| i16::from(weights[pair + i]));
-        let excess = a + b - (a + b).clamp(-MOST_OF_PAIR, MOST_OF_PAIR);
-        kept[pair] = (a - excess) as i8;
-        rest[pair] = excess as i8;
-    }
-    [kept, rest]
+    let [a, b, c, d] = weights;
+    let half = |a: i8, b: i8| {
+        let too_much = (i16::from(a) + i16::from(b)).unsigned_abs() > MOST as u16;
+        if too_much { [a / 2, b / 2] } else { [0; 2] }
+    };
+    let ([p, q], [r, t]) = (half(a, b), half(c, d));
+    let other = [p, q, r, t];
+    [core::array::from_fn(|i| weights[i] - other[i]), other]
 }
 
 #[cfg(test)]
@@ -355,6 +451,51 @@ mod tests {
                 }
                 assert_eq!(rest == [0; 4], fits([a, b]), "{a} {b}");
             }
+        }
+    }
+
+    #[test]
+    fn rows_of_a_panel_add_up_to_it_and_no_pair_saturates() {
+        for (width, groups, spread) in [(4, 40, 60), (4, 300, 255), (8, 50, 120), (16, 30, 30), (1, 7, 200), (4, 0, 1)]
+        {
+            let mut random = 1u32;
+            let mut weight = || {
+                random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((random >> 8) as i32 % (spread + 1) - spread / 2) as i8
+            };
+            let panel: Vec<i32> = (0..groups * width).map(|_| bytemuck::cast([0; 4].map(|_: u8| weight()))).collect();
+            let (mut pieces, mut rows) = (Pieces::default(), Vec::new());
+            // Another panel before it.
+            pieces.add(&panel[..groups / 2 * width], width, 3, &mut rows);
+            pieces.add(&panel, width, 3, &mut rows);
+            let (rows, Sequence { pairs, others }) = pieces.panel(&rows, 1, width);
+            assert_eq!(rows.len(), (2 * pairs.len() + others.len()) * width);
+            if spread <= 120 && groups > 0 {
+                assert!(2 * others.len() < groups, "{width} {groups} {spread}: {} without partner", others.len());
+            }
+            let mut sums = vec![0i32; groups * width * 4];
+            let mut add = |place: u32, row: &[i32]| {
+                let group = place as usize / 3;
+                let bytes: &[i8] = bytemuck::cast_slice(row);
+                sums[group * 4 * width..].iter_mut().zip(bytes).for_each(|(sum, x)| *sum += i32::from(*x));
+            };
+            let (in_pairs, alone) = rows.split_at(2 * pairs.len() * width);
+            let fits = |load: u8| assert!(i32::from(load) * 255 <= i16::MAX.into());
+            for (pair, rows) in pairs.iter().zip(in_pairs.chunks_exact(2 * width)) {
+                let (first, second) = rows.split_at(width);
+                add(pair[0], first);
+                add(pair[1], second);
+                for (p, q) in first.iter().zip(second) {
+                    let (p, q) = (loads_of(bytemuck::cast(*p)), loads_of(bytemuck::cast(*q)));
+                    p.iter().zip(q).for_each(|(p, q)| fits(p + q));
+                }
+            }
+            for (group, row) in others.iter().zip(alone.chunks_exact(width)) {
+                add(*group, row);
+                row.iter().flat_map(|weights| loads_of(bytemuck::cast(*weights))).for_each(fits);
+            }
+            let want: Vec<i32> = bytemuck::cast_slice(&panel).iter().map(|x: &i8| i32::from(*x)).collect();
+            assert_eq!(sums, want);
         }
     }
 

@@ -65,14 +65,18 @@ pub(crate) const MAX_NRV: usize = 2;
 /// accumulators leave what a wasm compiler keeps besides, and need fewer broadcasts per product than 4 x 2. In Chromium
 /// (Zen 3, builds in turns, `cargo xtask bench gemm --filter int8`) 66.6 and 73.3 GOP/s at 1024^3 as medians, 70.9 and
 /// 74.5 as best ones; products with k = 64 were up to 8% slower.
+///
+/// [`Form::Split`] keeps two rows of B besides and the products of one, for which 4 x 2 leaves room. In Chromium's engine
+/// (Zen 4, builds in turns, medians over whole models, over the tile of 5 x 2 without pairs) 4 x 2 was 1.124 times as fast on
+/// DistilBERT and 1.047 on ResNet-50, 10 x 1, of whose narrow panels more rows make pairs, 1.053 and 1.044, 3 x 2 1.12 and
+/// 1.03. It makes no passes along k: its rows are in no order that could be cut.
 pub(crate) const fn tile(isa: Isa, form: Form) -> Tile {
-    let scalar = Tile { mr: 4, nrv: 2, kc: 512, rows: Rows::Either, narrows: true };
     match (isa, form) {
-        (Isa::Scalar, Form::Split) => Tile { rows: Rows::Interleaved, narrows: false, ..scalar },
-        (Isa::Scalar, _) => scalar,
-        (Isa::WasmSimd128 | Isa::WasmRelaxedSimd, form) => {
-            let rows = if matches!(form, Form::Split) { Rows::Interleaved } else { Rows::Either };
-            Tile { mr: 5, nrv: 2, kc: 512, rows, narrows: false }
+        (Isa::Avx512, Form::Split) => Tile { mr: 8, nrv: 2, kc: 512, rows: Rows::Interleaved, narrows: false },
+        (_, Form::Split) => Tile { mr: 4, nrv: 2, kc: 512, rows: Rows::Interleaved, narrows: false },
+        (Isa::Scalar, _) => Tile { mr: 4, nrv: 2, kc: 512, rows: Rows::Either, narrows: true },
+        (Isa::WasmSimd128 | Isa::WasmRelaxedSimd, _) => {
+            Tile { mr: 5, nrv: 2, kc: 512, rows: Rows::Either, narrows: false }
         }
         (Isa::Sse41 | Isa::Fma128, _) => Tile { mr: 4, nrv: 2, kc: 512, rows: Rows::Plain, narrows: true },
         (Isa::Neon, _) => Tile { mr: 8, nrv: 2, kc: 512, rows: Rows::Plain, narrows: true },

@@ -43,12 +43,16 @@ impl Random {
         from[self.below(from.len())]
     }
 
-    /// Bytes of either kind; a third of the time the extremes alone.
+    /// Bytes of either kind; a quarter of the time the extremes alone, another one those near the middle alone.
     fn bytes(&mut self, len: usize) -> Owned {
-        let extremes = self.below(3) == 0;
-        let bytes =
-            (0..len).map(|_| if extremes { self.pick(&[0, 255, 127, 128]) } else { self.next() as u8 }).collect();
-        Owned { bytes, signed: self.below(2) == 0 }
+        let (range, signed) = (self.below(4), self.below(2) == 0);
+        let middle = if signed { 0 } else { 128 };
+        let byte = |r: &mut Self| match range {
+            0 => r.pick(&[0, 255, 127, 128]),
+            1 => (r.next() as u8 % 61).wrapping_add(middle).wrapping_sub(30),
+            _ => r.next() as u8,
+        };
+        Owned { bytes: (0..len).map(|_| byte(self)).collect(), signed }
     }
 
     fn reals(&mut self, len: usize, scale: f32) -> Vec<f32> {
@@ -323,7 +327,8 @@ fn convolutions_match_the_oracle() {
                 let bias = (r.below(2) == 0).then_some(&bias[..]);
                 let sums = crate::reference::int8::conv(params, &input, out, x.get(), x_zero, &centred, bias).unwrap();
                 for algorithm in algorithms(cx.isa(), form, params) {
-                    let conv = QConv::pack(cx.isa(), form, params.clone(), algorithm, w.get(), &w_zero).unwrap();
+                    let conv = QConv::pack(cx.isa(), form, params.clone(), algorithm, w.get(), &w_zero, PackedQ::pack)
+                        .unwrap();
                     assert_eq!(conv.algorithm(), algorithm);
                     let what = format!("{} {form} {algorithm:?} {params:?} {input:?}", cx.isa());
                     compare(&what, &mut r, &sums, params.out_channels, |output| {

@@ -6,19 +6,23 @@
 //!     b = NV vectors of row p of the panel
 //!     for i in 0..H
 //!         acc[i] += dot(splat(a[i][p]), b)
-//! if B is split and this is the last pass
-//!     for each step of its rest                   whose groups are few and anywhere
-//!         b = one vector
-//!         for i in 0..H
-//!             acc[i] += dot(splat(a[i][p]), b)
 //! sums = acc
+//!
+//! and with Form::Split, whose groups are in a sequence of the panel's own, instead of the loop along k
+//!
+//! for (p, q) in pairs of groups                   whose products may be added in 16 bits
+//!     for i in 0..H
+//!         acc[i] += dot_two(splat(a[i][p]), splat(a[i][q]), row of p, row of q)
+//! for p in other groups
+//!     for i in 0..H
+//!         acc[i] += dot(splat(a[i][p]), row of p)
 //! ```
 //!
 //! The sums go to a buffer that stays in the first-level cache, whose rows are whole vectors: a tile knows no edges and no
 //! outputs, see `output.rs`.
 
 use super::Form;
-use super::pack::Steps;
+use super::pack::Sequence;
 use super::table::{self, MAX_MR, MAX_NRV};
 use crate::simd::{Dot, DotKernel, Isa, Simd, dispatch_dot, opaque};
 
@@ -41,6 +45,8 @@ pub(super) struct Strip<'a> {
     pub(super) a: *const i32,
     /// Groups between rows of A; the first ones of tiles if interleaved.
     pub(super) lda: usize,
+    /// Elements between tiles of A.
+    pub(super) next: usize,
     /// First row of this pass of the panel of B; rows are as wide as the tile, without gaps.
     pub(super) b: *const i32,
     /// First sum.
@@ -49,16 +55,16 @@ pub(super) struct Strip<'a> {
     pub(super) ld: usize,
     /// What sums begin with in the first pass over k, as wide as the tile; null in others, which add to what is there.
     pub(super) start: *const i32,
-    /// Of [`Form::Split`] in the last pass: what each vector of the panel has besides.
-    pub(super) rest: [Steps<'a>; MAX_NRV],
+    /// Of [`Form::Split`]: which groups the rows of the panel are, instead of `k` from `before` on.
+    pub(super) sequence: Sequence<'a>,
 }
 
 impl Strip<'_> {
     /// Computes it.
     ///
     /// # Safety
-    /// A: `tiles * height` rows of `before + k`, and of what the rest asks for; B: `k` rows of `vectors`; start: one row or
-    /// null; sums: `tiles * height` rows of `vectors`, which nobody else uses. The table has a tile of `height` and
+    /// A: `tiles * height` rows of `before + k`, and of what the sequence asks for; B: `k` rows of `vectors`, or as many as the
+    /// sequence has; start: one row or null; sums: `tiles * height` rows of `vectors`, which nobody else uses. The table has a tile of `height` and
     /// `vectors`, and the form is available.
     pub(super) unsafe fn run(self, isa: Isa, form: Form) {
         macro_rules! heights {
@@ -123,34 +129,16 @@ unsafe fn strip<D: Dot, const H: usize, const NV: usize, const INTERLEAVED: bool
                     *x = s.load_i32_ptr(from.add(i * next + v * lanes));
                 }
             }
-            let a = strip.a.add(tile * H * lda);
-            // The group of the first row, and how far those of the other rows are.
-            let (at, row) = if INTERLEAVED { (H, 1) } else { (1, lda) };
-            if INTERLEAVED {
+            let a = strip.a.add(tile * strip.next);
+            if const { matches!(D::FORM, Form::Split) } {
+                sequence_of_rows(d, &mut acc, a, strip.b, strip.sequence);
+            } else if INTERLEAVED {
                 interleaved_rows(d, &mut acc, a.add(before * H), strip.b, k);
             } else {
                 let mut b = strip.b;
                 for p in before..before + k {
                     step(d, &mut acc, core::array::from_fn(|i| a.add(i * lda + p)), b);
                     b = b.add(NV * lanes);
-                }
-            }
-            if const { matches!(D::FORM, Form::Split) } {
-                // No loop over vectors: sums that it counts through would stay in memory.
-                macro_rules! rest {
-                    ($v:literal) => {
-                        for (group, b) in strip.rest[$v].iter(lanes) {
-                            let (a, b) = (a.add(group * at), s.load_i32_ptr(b));
-                            for (i, acc) in acc.iter_mut().enumerate() {
-                                acc[$v % NV] = d.dot(acc[$v % NV], s.splat_i32_ptr(a.add(i * row)), b);
-                            }
-                        }
-                    };
-                }
-                const { assert!(MAX_NRV == 2) };
-                rest!(0);
-                if NV == 2 {
-                    rest!(1);
                 }
             }
             for (i, row) in acc.iter().enumerate() {
@@ -201,6 +189,44 @@ unsafe fn interleaved_rows<D: Dot, const H: usize, const NV: usize>(
                 step!(next);
                 step!(next);
             }
+        }
+    }
+}
+
+/// All groups of a panel in its sequence, with interleaved rows of A.
+///
+/// # Safety
+/// As [`Strip::run`].
+#[inline(always)]
+unsafe fn sequence_of_rows<D: Dot, const H: usize, const NV: usize>(
+    d: D,
+    acc: &mut [[<D::S as Simd>::I32; NV]; H],
+    a: *const i32,
+    mut b: *const i32,
+    Sequence { pairs, others }: Sequence<'_>,
+) {
+    let s = d.simd();
+    let ldb = NV * D::S::LANES;
+    // SAFETY: promised by the caller.
+    unsafe {
+        for pair in pairs {
+            let [p, q] = pair.map(|place| a.byte_add(place as usize));
+            let mut bv = [[s.splat_i32(0); 2]; NV];
+            for (v, x) in bv.iter_mut().enumerate() {
+                *x = [0, ldb].map(|row| s.load_i32_ptr(b.add(row + v * D::S::LANES)));
+            }
+            for (i, acc) in acc.iter_mut().enumerate() {
+                let a = [p, q].map(|a| s.splat_i32_ptr(a.add(i)));
+                for v in 0..NV {
+                    acc[v] = d.dot_two(acc[v], a, bv[v]);
+                }
+            }
+            b = b.add(2 * ldb);
+        }
+        for &place in others {
+            let a = a.byte_add(place as usize);
+            step(d, acc, core::array::from_fn(|i| a.add(i)), b);
+            b = b.add(ldb);
         }
     }
 }

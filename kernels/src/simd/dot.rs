@@ -28,6 +28,16 @@ pub(crate) trait Dot: Copy {
         a: <Self::S as Simd>::I32,
         b: <Self::S as Simd>::I32,
     ) -> <Self::S as Simd>::I32;
+    /// The products of two vectors each at once. Of [`Form::Split`] the sums of neighbours of both together must fit 16 bits.
+    #[inline(always)]
+    fn dot_two(
+        self,
+        acc: <Self::S as Simd>::I32,
+        a: [<Self::S as Simd>::I32; 2],
+        b: [<Self::S as Simd>::I32; 2],
+    ) -> <Self::S as Simd>::I32 {
+        self.dot(self.dot(acc, a[0], b[0]), a[1], b[1])
+    }
 }
 
 /// A computation that is compiled once per instruction set and form.
@@ -83,6 +93,12 @@ impl<S: Simd> Dot for Split<S> {
     #[inline(always)]
     fn dot(self, acc: S::I32, a: S::I32, b: S::I32) -> S::I32 {
         self.s.add_i32(acc, self.s.dot_i16(self.s.dot_pairs_u8_i8(a, b), self.ones))
+    }
+    #[inline(always)]
+    fn dot_two(self, acc: S::I32, a: [S::I32; 2], b: [S::I32; 2]) -> S::I32 {
+        let s = self.s;
+        let sums = s.add_i16(s.dot_pairs_u8_i8(a[0], b[0]), s.dot_pairs_u8_i8(a[1], b[1]));
+        s.add_i32(acc, s.dot_i16(sums, self.ones))
     }
 }
 

@@ -18,27 +18,27 @@ pub(crate) const GATHERED: usize = 4096;
 /// Columns that are transposed at once.
 const COLUMNS: usize = 4;
 
-/// Interleaves `height` rows of `k` elements of 32 bits, `ld` apart at `src`.
+/// Interleaves `height` rows of `k` elements of 32 bits, `ld` apart at `src`, into groups that are `stride` apart.
 ///
 /// Rows are taken by fours, then by twos: transpositions in registers, as long as there are four columns.
 ///
 /// # Safety
-/// `src` has the rows, and `dst` is writable for `height * k` elements that do not overlap them.
-unsafe fn interleave(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32) {
+/// `src` has the rows, and `dst` is writable for `stride * k` elements that do not overlap them.
+unsafe fn interleave(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32, stride: usize) {
     // SAFETY: promised by the caller.
     unsafe {
-        // Known heights of tiles, so that places in `dst` are constants of its addresses.
-        match height {
-            4 => all_rows(src, ld, 4, k, dst),
-            5 => all_rows(src, ld, 5, k, dst),
-            6 => all_rows(src, ld, 6, k, dst),
-            height => all_rows(src, ld, height, k, dst),
+        // Strides of usual tiles, so that places in `dst` are constants of its addresses.
+        match stride {
+            4 => all_rows(src, ld, height, k, dst, 4),
+            5 => all_rows(src, ld, height, k, dst, 5),
+            6 => all_rows(src, ld, height, k, dst, 6),
+            stride => all_rows(src, ld, height, k, dst, stride),
         }
     }
 }
 
 /// Interleaves the rows of some tiles, of which `row` says the first; the first of all is at `src`. Tiles follow each
-/// other in `dst`.
+/// other in `dst`; their groups are `stride` apart, or as many as a tile has rows.
 ///
 /// # Safety
 /// `src` has the rows, `ld` apart, of `k` elements, and is no part of `dst`.
@@ -50,13 +50,18 @@ pub(crate) unsafe fn interleave_tiles(
     ld: usize,
     k: usize,
     dst: &mut [u32],
+    stride: Option<usize>,
 ) {
     let start = row(tiles.start);
+    let mut to = 0;
     for tile in tiles {
         let (first, height) = (row(tile) - start, row(tile + 1) - row(tile));
-        let dst = &mut dst[first * k..][..height * k];
+        let stride = stride.unwrap_or(height);
+        assert!(height <= stride);
+        let dst = &mut dst[to..][..stride * k];
         // SAFETY: promised by the caller; `dst` was just checked.
-        unsafe { interleave(src.wrapping_add(first * ld), ld, height, k, dst.as_mut_ptr()) };
+        unsafe { interleave(src.wrapping_add(first * ld), ld, height, k, dst.as_mut_ptr(), stride) };
+        to += stride * k;
     }
 }
 
@@ -65,8 +70,8 @@ pub(crate) unsafe fn interleave_tiles(
 /// # Safety
 /// As there.
 #[inline(always)]
-unsafe fn all_rows(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32) {
-    // SAFETY: all rows and columns below are less than `height` and `k`.
+unsafe fn all_rows(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32, stride: usize) {
+    // SAFETY: all rows and columns below are less than `height` and `k`, and heights than strides.
     unsafe {
         let mut row = 0;
         while row < height {
@@ -79,30 +84,30 @@ unsafe fn all_rows(src: *const u32, ld: usize, height: usize, k: usize, dst: *mu
             let mut left = k;
             while left >= COLUMNS {
                 match rows {
-                    4 => four(from, ld, to, height),
-                    2 => two(from, ld, to, height),
-                    _ => elements(from, ld, to, height, 1, COLUMNS),
+                    4 => four(from, ld, to, stride),
+                    2 => two(from, ld, to, stride),
+                    _ => elements(from, ld, to, stride, 1, COLUMNS),
                 }
                 from = from.add(COLUMNS);
-                to = to.add(COLUMNS * height);
+                to = to.add(COLUMNS * stride);
                 left -= COLUMNS;
             }
-            elements(from, ld, to, height, rows, left);
+            elements(from, ld, to, stride, rows, left);
             row += rows;
         }
     }
 }
 
-/// `dst[p * height + row] = src[row * ld + p]`.
+/// `dst[p * stride + row] = src[row * ld + p]`.
 ///
 /// # Safety
 /// `src` has `rows` rows of `columns`, `dst` the places.
 #[inline(always)]
-unsafe fn elements(src: *const u32, ld: usize, dst: *mut u32, height: usize, rows: usize, columns: usize) {
+unsafe fn elements(src: *const u32, ld: usize, dst: *mut u32, stride: usize, rows: usize, columns: usize) {
     for p in 0..columns {
         for row in 0..rows {
             // SAFETY: promised by the caller.
-            unsafe { *dst.add(p * height + row) = *src.add(row * ld + p) };
+            unsafe { *dst.add(p * stride + row) = *src.add(row * ld + p) };
         }
     }
 }
@@ -112,7 +117,7 @@ unsafe fn elements(src: *const u32, ld: usize, dst: *mut u32, height: usize, row
 /// # Safety
 /// As [`elements`].
 #[inline(always)]
-unsafe fn four(src: *const u32, ld: usize, dst: *mut u32, height: usize) {
+unsafe fn four(src: *const u32, ld: usize, dst: *mut u32, stride: usize) {
     // SAFETY: promised by the caller.
     unsafe {
         #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
@@ -121,13 +126,13 @@ unsafe fn four(src: *const u32, ld: usize, dst: *mut u32, height: usize) {
             let [a, b, c, d] = [0, 1, 2, 3].map(|row| v128_load(src.add(row * ld).cast()));
             let (ab, cd) = (i32x4_shuffle::<0, 4, 1, 5>(a, b), i32x4_shuffle::<0, 4, 1, 5>(c, d));
             v128_store(dst.cast(), i64x2_shuffle::<0, 2>(ab, cd));
-            v128_store(dst.add(height).cast(), i64x2_shuffle::<1, 3>(ab, cd));
+            v128_store(dst.add(stride).cast(), i64x2_shuffle::<1, 3>(ab, cd));
             let (ab, cd) = (i32x4_shuffle::<2, 6, 3, 7>(a, b), i32x4_shuffle::<2, 6, 3, 7>(c, d));
-            v128_store(dst.add(2 * height).cast(), i64x2_shuffle::<0, 2>(ab, cd));
-            v128_store(dst.add(3 * height).cast(), i64x2_shuffle::<1, 3>(ab, cd));
+            v128_store(dst.add(2 * stride).cast(), i64x2_shuffle::<0, 2>(ab, cd));
+            v128_store(dst.add(3 * stride).cast(), i64x2_shuffle::<1, 3>(ab, cd));
         }
         #[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
-        elements(src, ld, dst, height, 4, COLUMNS);
+        elements(src, ld, dst, stride, 4, COLUMNS);
     }
 }
 
@@ -136,7 +141,7 @@ unsafe fn four(src: *const u32, ld: usize, dst: *mut u32, height: usize) {
 /// # Safety
 /// As [`elements`].
 #[inline(always)]
-unsafe fn two(src: *const u32, ld: usize, dst: *mut u32, height: usize) {
+unsafe fn two(src: *const u32, ld: usize, dst: *mut u32, stride: usize) {
     // SAFETY: promised by the caller.
     unsafe {
         #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
@@ -145,13 +150,13 @@ unsafe fn two(src: *const u32, ld: usize, dst: *mut u32, height: usize) {
             let [a, b] = [0, 1].map(|row| v128_load(src.add(row * ld).cast()));
             let low = i32x4_shuffle::<0, 4, 1, 5>(a, b);
             v128_store64_lane::<0>(low, dst.cast());
-            v128_store64_lane::<1>(low, dst.add(height).cast());
+            v128_store64_lane::<1>(low, dst.add(stride).cast());
             let high = i32x4_shuffle::<2, 6, 3, 7>(a, b);
-            v128_store64_lane::<0>(high, dst.add(2 * height).cast());
-            v128_store64_lane::<1>(high, dst.add(3 * height).cast());
+            v128_store64_lane::<0>(high, dst.add(2 * stride).cast());
+            v128_store64_lane::<1>(high, dst.add(3 * stride).cast());
         }
         #[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
-        elements(src, ld, dst, height, 2, COLUMNS);
+        elements(src, ld, dst, stride, 2, COLUMNS);
     }
 }
 
@@ -163,19 +168,15 @@ mod tests {
     fn all_heights_and_depths() {
         for height in 1..=9 {
             for k in [0, 1, 3, 4, 5, 8, 11] {
-                let ld = k + 2;
+                let (ld, stride) = (k + 2, height + k % 3);
                 let src: Vec<u32> = (0..(height * ld) as u32).collect();
-                let mut dst = vec![u32::MAX; height * k];
+                let mut dst = vec![u32::MAX; stride * k];
                 // SAFETY: both have the elements.
-                unsafe { interleave(src.as_ptr(), ld, height, k, dst.as_mut_ptr()) };
-                for p in 0..k {
-                    for row in 0..height {
-                        assert_eq!(
-                            dst[p * height + row],
-                            src[row * ld + p],
-                            "{height} rows of {k}: row {row}, column {p}"
-                        );
-                    }
+                unsafe { interleave(src.as_ptr(), ld, height, k, dst.as_mut_ptr(), stride) };
+                for (i, x) in dst.into_iter().enumerate() {
+                    let (p, row) = (i / stride, i % stride);
+                    let want = if row < height { src[row * ld + p] } else { u32::MAX };
+                    assert_eq!(x, want, "{height} rows of {k}, {stride} apart: row {row}, column {p}");
                 }
             }
         }
