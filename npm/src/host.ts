@@ -1,6 +1,7 @@
 /**
  * The worker's side of the protocol: sessions, their queues, and runs in steps.
  */
+import { readError } from "./download.js";
 import { abortError, type ErrorShape, isErrorCode, toWeblaneError, WeblaneError } from "./errors.js";
 import { LISTEN_MS, Mailbox } from "./mailbox.js";
 import type { FromWorker, In, Method, Out, Progress, Request, RuntimeInfo, WireTensor } from "./protocol.js";
@@ -240,24 +241,23 @@ export class Host {
         await flush();
         report();
       } catch (error) {
-        if (error instanceof WeblaneError && error.code === "not_onnx" && isHtml) {
-          throw new WeblaneError("not_onnx", `${url} is an HTML page, not a model`, { cause: error });
-        }
-        throw toWeblaneError(error, "network", `${url} could not be read to its end: `);
+        throw readError(error, url, isHtml);
       } finally {
         this.#endWarmUp();
       }
       return undefined;
     },
 
-    push: async ({ session, file, bytes, total }) => {
+    push: async ({ session, file, bytes, total, left, lent }) => {
       await this.#started;
       if (total !== undefined) this.#expect(session, file, total);
       this.#push(session, file, bytes);
-      return undefined;
+      if (left > WARM_UP_BYTES) this.#warmUp();
+      return lent ? bytes.buffer : undefined;
     },
 
     finish: async ({ session }, { progress }) => {
+      this.#endWarmUp();
       const slot = this.#slot(session);
       if (!slot.parsed) {
         const externals = this.#guard(() => [...slot.wasm.externals()]);
@@ -605,6 +605,7 @@ function transferables(method: Method, result: Out<Method>): Transferable[] {
     const { outputs, returned } = result as Out<"run">;
     return [...large(outputs), ...returned];
   }
+  if (method === "push") return result === undefined ? [] : [result as ArrayBuffer];
   if (method === "quantize") return [(result as Out<"quantize">).model.buffer];
   return method === "mail" ? large((result as Out<"mail">) ?? []) : [];
 }

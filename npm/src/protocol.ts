@@ -211,9 +211,16 @@ export interface Protocol {
   fetch: { in: OfFile & { readonly url: string }; out: undefined; progress: LoadProgress };
   /** The page hands over a file piece by piece. */
   push: {
-    /** The first piece of a file says how long it will be, where that is known. */
-    in: OfFile & { readonly bytes: Uint8Array; readonly total: number | undefined };
-    out: undefined;
+    in: OfFile & {
+      readonly bytes: Uint8Array<ArrayBuffer>;
+      /** The first piece of a file says how long it will be, where that is known. */
+      readonly total: number | undefined;
+      /** How much is still to come, as far as it takes time. */
+      readonly left: number;
+      /** Whether the page wants the buffer back. */
+      readonly lent: boolean;
+    };
+    out: ArrayBuffer | undefined;
     progress: never;
   };
   /**

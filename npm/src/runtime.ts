@@ -38,6 +38,8 @@ export interface Engine {
   readonly client: Client;
   /** Settles when the WebAssembly build runs. */
   readonly ready: Promise<RuntimeInfo>;
+  /** Whether it does. */
+  readonly started: boolean;
   /** A number that no other session of this worker has. */
   nextSession(): number;
 }
@@ -59,14 +61,23 @@ export function startEngine(
     wasmUrls: urls,
     early: early?.variant,
   };
+  let started = false;
   const ready = client.call("start", start, { onProgress }).then(({ info, stop }) => {
+    started = true;
     if (stop !== undefined) client.useStopWords(stop);
     return info;
   });
   // Whoever waits for it gets the rejection; nobody may be waiting yet.
   ready.catch(() => {});
   let sessions = 0;
-  return { client, ready, nextSession: () => ++sessions };
+  return {
+    client,
+    ready,
+    get started() {
+      return started;
+    },
+    nextSession: () => ++sessions,
+  };
 }
 
 /** The absolute address of each build whose place the caller gave. */

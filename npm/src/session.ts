@@ -3,7 +3,8 @@
  * A loaded model.
  */
 import type { CallOptions } from "./client.js";
-import type { Spawn } from "./environment.js";
+import { download, READ_BYTES, readError } from "./download.js";
+import { nodeModule, type Spawn } from "./environment.js";
 import { abortError, toWeblaneError, WeblaneError } from "./errors.js";
 import { decodeTensor, encodeFeeds, type Feeds, show } from "./feeds.js";
 import { areLike, type Described, describe, describeInputs, type Mailbox, openMailbox } from "./mailbox.js";
@@ -330,15 +331,20 @@ async function transfer(
 
 /** Sends one file; returns its address, if it has one. @internal */
 export async function sendFile(
-  { client }: Engine,
+  engine: Engine,
   session: number,
   file: string,
   source: ModelSource,
-  { signal, onProgress }: Pick<LoadOptions, "signal" | "onProgress">,
+  options: Pick<LoadOptions, "signal" | "onProgress">,
 ): Promise<string | undefined> {
+  const { client } = engine;
+  const { signal, onProgress } = options;
   const open = await openSource(source, signal);
   if ("url" in open) {
-    await client.call("fetch", { session, file, url: open.url }, { signal, onProgress });
+    // Its script alone takes a worker a tenth of a second, in which the page can have the file come.
+    if (!engine.started && nodeModule("node:fs") === undefined) {
+      await sendDownload(engine, session, file, open.url, options);
+    } else await client.call("fetch", { session, file, url: open.url }, { signal, onProgress });
     return open.url;
   }
   let loaded = 0;
@@ -349,11 +355,78 @@ export async function sendFile(
     // The buffer moves away with the message, and its length with it.
     const { byteLength } = bytes;
     const total = loaded === 0 && open.total > 0 ? open.total : undefined;
-    await client.call("push", { session, file, bytes, total }, { signal, transfer: [bytes.buffer] });
+    const chunk = { session, file, bytes, total, left: 0, lent: false };
+    await client.call("push", chunk, { signal, transfer: [bytes.buffer] });
     loaded += byteLength;
     report();
   }
   return undefined;
+}
+
+/** Bytes that are on their way to a worker at most. */
+const WINDOW_BYTES = 32 << 20;
+/** Buffers that are kept for the next reads. */
+const SPARE = 8;
+
+/** Reads a file here, and sends on what has come. */
+async function sendDownload(
+  { client, ready }: Engine,
+  session: number,
+  file: string,
+  url: string,
+  { signal, onProgress }: Pick<LoadOptions, "signal" | "onProgress">,
+): Promise<void> {
+  const spare: ArrayBuffer[] = [];
+  const take = () => spare.pop() ?? new ArrayBuffer(READ_BYTES);
+  const { total, isHtml, chunks } = await download(url, signal, take).catch(async (error: unknown) => {
+    // When the build cannot be started either, that is what gets reported.
+    await ready;
+    throw error;
+  });
+  let loaded = 0;
+  const report = () => onProgress?.({ phase: "download", loaded, total: loaded > total ? 0 : total });
+  report();
+  const sent = new Set<Promise<void>>();
+  let underWay = 0;
+  let failure: unknown;
+  try {
+    for await (const bytes of chunks) {
+      const { byteLength } = bytes;
+      loaded += byteLength;
+      const first = loaded === byteLength && total > 0;
+      const chunk = {
+        session,
+        file,
+        bytes,
+        total: first ? total : undefined,
+        left: total - loaded,
+        lent: true,
+      };
+      underWay += byteLength;
+      const push = client
+        .call("push", chunk, { signal, transfer: [bytes.buffer] })
+        .then(
+          (buffer) => {
+            if (buffer?.byteLength === READ_BYTES && spare.length < SPARE) spare.push(buffer);
+          },
+          (error: unknown) => {
+            failure ??= error;
+          },
+        )
+        .finally(() => {
+          underWay -= byteLength;
+          sent.delete(push);
+        });
+      sent.add(push);
+      while (underWay > WINDOW_BYTES && failure === undefined) await Promise.race(sent);
+      if (failure !== undefined) throw failure;
+      report();
+    }
+    await Promise.all(sent);
+    if (failure !== undefined) throw failure;
+  } catch (error) {
+    throw readError(error, url, isHtml);
+  }
 }
 
 /** The source of a file of external data. @internal */

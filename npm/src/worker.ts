@@ -6,7 +6,8 @@ import relaxedSt from "glue:relaxed_st";
 import simdMt from "glue:simd_mt";
 import simdSt from "glue:simd_st";
 import { compileBuild } from "./builds.js";
-import { fetchOk, nodeModule, openNodeFile } from "./environment.js";
+import { download, READ_BYTES } from "./download.js";
+import { nodeModule, openNodeFile } from "./environment.js";
 import { toWeblaneError, WeblaneError } from "./errors.js";
 import { describeTrap, Host } from "./host.js";
 import { onPoolWanted } from "./pool.js";
@@ -132,53 +133,18 @@ function avoidBaselineCompiler(): void {
 
 async function openFile(url: string, signal: AbortSignal) {
   if (url.startsWith("file:") && nodePort) return openNodeFile(new URL(url));
-  const response = await fetchOk(url, signal);
-  // The length of a compressed transfer says nothing about the bytes that come out.
-  const plain = response.headers.get("content-encoding") === null;
-  const total = plain ? Number(response.headers.get("content-length") ?? 0) || 0 : 0;
-  const isHtml = (response.headers.get("content-type") ?? "").startsWith("text/html");
-  return { total, isHtml, chunks: chunksOf(response) };
-}
-
-/** Bytes of one read: few enough to stay in a cache on their way, enough to make the cost of reads vanish. */
-const READ_BYTES = 512 << 10;
-
-/** The bytes as they arrive, each chunk valid until the next one is asked for. */
-async function* chunksOf({ body }: Response): AsyncGenerator<Uint8Array> {
-  if (body === null) return;
-  const read = reader(body);
   // One buffer serves all reads: chunks of their own would pile up as garbage until the collector looks.
-  let buffer: ArrayBuffer | undefined = new ArrayBuffer(READ_BYTES);
-  try {
-    for (;;) {
-      const { done, value } = await read.next(buffer);
-      if (done || value === undefined) return;
-      yield value;
-      buffer = read.reuses ? (value.buffer as ArrayBuffer) : undefined;
-    }
-  } finally {
-    // Ends the transfer when the consumer gave up early.
-    read.cancel().catch(() => {});
-  }
-}
-
-interface Reader {
-  /** Whether the chunk comes in the buffer that was given. */
-  readonly reuses: boolean;
-  next(buffer: ArrayBuffer | undefined): Promise<{ done: boolean; value?: Uint8Array | undefined }>;
-  cancel(): Promise<void>;
-}
-
-function reader(body: ReadableStream<Uint8Array>): Reader {
-  try {
-    const reader = body.getReader({ mode: "byob" });
-    const next = (buffer = new ArrayBuffer(READ_BYTES)) => reader.read(new Uint8Array(buffer));
-    return { reuses: true, next, cancel: () => reader.cancel() };
-  } catch {
-    // Streams that cannot fill buffers say so with a TypeError.
-    const reader = body.getReader();
-    return { reuses: false, next: () => reader.read(), cancel: () => reader.cancel() };
-  }
+  let last: ArrayBuffer | undefined;
+  const opened = await download(url, signal, () => last ?? new ArrayBuffer(READ_BYTES));
+  return {
+    ...opened,
+    chunks: (async function* () {
+      for await (const chunk of opened.chunks) {
+        yield chunk;
+        last = chunk.buffer;
+      }
+    })(),
+  };
 }
 
 /** One turn of the event loop. Timers would do, but browsers stretch nested ones to 4 ms. */
