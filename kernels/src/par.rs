@@ -230,10 +230,17 @@ impl Pool {
     ///
     /// There are fewer if the build has no threads or the system does not give that many; see [`Pool::threads`].
     pub fn new(threads: usize) -> Self {
-        let wanted = if cfg!(feature = "threads") { threads.clamp(1, MAX_LANES) } else { 1 };
         #[cfg(all(feature = "threads", target_arch = "wasm32"))]
         // A global pool of one is what rayon makes up where nobody started workers: its only lane is the caller.
-        let wanted = if wanted == 1 { 1 } else { wanted.min(rayon::current_num_threads() + 1) };
+        let threads = if threads <= 1 { 1 } else { threads.min(rayon::current_num_threads() + 1) };
+        let pool = Self::without_helpers(threads);
+        pool.start_helpers();
+        pool
+    }
+
+    /// [`Pool::new`], but the helpers of a page come with [`Pool::start_helpers`]; until then the caller does without.
+    pub fn without_helpers(threads: usize) -> Self {
+        let wanted = if cfg!(feature = "threads") { threads.clamp(1, MAX_LANES) } else { 1 };
         let shared = Arc::new(Shared {
             gate: Line(AtomicU32::new(0)),
             spans: (0..wanted).map(|_| Line(Span::default())).collect(),
@@ -270,19 +277,22 @@ impl Pool {
             let threads = if helpers.is_some() { wanted } else { 1 };
             Self { shared, threads, _helpers: helpers }
         }
+        #[cfg(not(all(feature = "threads", not(target_arch = "wasm32"))))]
+        Self { shared, threads: wanted }
+    }
+
+    /// Has the workers of `wasm-bindgen-rayon` help, which must have been started; natively there is nothing to do. Once.
+    pub fn start_helpers(&self) {
         #[cfg(all(feature = "threads", target_arch = "wasm32"))]
         {
-            for lane in 1..wanted {
-                let shared = shared.clone();
+            for lane in 1..self.threads {
+                let shared = self.shared.clone();
                 rayon::spawn(move || shared.help(lane));
             }
-            if wanted > 1 {
+            if self.threads > 1 {
                 aborting::install_hook();
             }
-            Self { shared, threads: wanted }
         }
-        #[cfg(not(feature = "threads"))]
-        Self { shared, threads: 1 }
     }
 
     /// How many lanes there are, the caller included.

@@ -35,6 +35,8 @@ export class Client {
   readonly #pool = new Set<Port>();
   /** Pool workers that have no seat yet. */
   readonly #hired: Port[] = [];
+  /** How many have one and do not sit. */
+  #standing = 0;
   readonly #pending = new Map<number, Pending>();
   #nextId = 1;
   #closed: WeblaneError | undefined;
@@ -179,10 +181,11 @@ export class Client {
   }
 
   /**
-   * Gives seats to pool workers and tells the worker whether all of them could be started. Nobody waits until they sit:
-   * the pool does without those that are late.
+   * Gives seats to pool workers and tells the worker whether all of them could be started. Runs do not wait until they
+   * sit: the pool does without until then.
    */
   #seatPool(seat: PoolSeat, count: number): void {
+    this.#standing = count;
     let outcome: true | string = true;
     try {
       for (let i = 0; i < count; i++) (this.#hired.shift() ?? this.#poolWorker()).post({ seat });
@@ -197,6 +200,7 @@ export class Client {
     const port = this.#start({
       onMessage: (message) => {
         if ("crash" in message) this.close(fromShape(message.crash));
+        else if ("sits" in message && --this.#standing === 0) this.#worker.post({ seated: true });
       },
       onFailure: (text, code) => this.close(new WeblaneError(code, `a pool worker failed: ${text}`)),
     });

@@ -11,7 +11,7 @@ interface PoolBuilder {
   build(): void;
 }
 
-/** Asks the page for pool workers; resolves when they are ready. Set by the worker before it starts a build. */
+/** Asks the page for pool workers; resolves when all of them sit. Set by the worker before it starts a build. */
 type AskForWorkers = (
   module: WebAssembly.Module,
   memory: WebAssembly.Memory,
@@ -34,5 +34,6 @@ export async function startWorkers(
 ): Promise<void> {
   if (asking.ask === undefined) throw new Error("the thread pool was started outside of the engine's worker");
   await asking.ask(module, memory, builder.receiver(), builder.numThreads());
+  // This waits for all threads in a way that nothing else happens meanwhile.
   builder.build();
 }

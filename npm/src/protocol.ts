@@ -311,6 +311,8 @@ export type ToWorker =
   | { readonly compiled: WebAssembly.Module | undefined }
   /** The pool workers that the worker asked for have been started, or could not be. */
   | { readonly spawned: true | string }
+  /** All of them sit. */
+  | { readonly seated: true }
   /** First and only message to a pool worker. */
   | { readonly seat: PoolSeat };
 
@@ -326,5 +328,7 @@ export type FromWorker =
   | { readonly hire: number }
   /** The pool workers get their seats. */
   | { readonly spawn: { readonly seat: PoolSeat; readonly count: number } }
+  /** From a pool worker: it sits, and will hear of nothing any more. */
+  | { readonly sits: true }
   /** From a pool worker: it has crashed. */
   | { readonly crash: ErrorShape };

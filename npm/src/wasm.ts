@@ -91,8 +91,8 @@ export interface WasmSession extends WasmFiles {
 export interface Wasm {
   readonly memory: WebAssembly.Memory;
   /**
-   * Starts the pool, which the first run needs and reading a file does not; gives the number of threads that it has
-   * got, which may be fewer than asked for.
+   * Starts the pool, whose threads may come when runs are under way already; gives how many there will be, which may be
+   * fewer than asked for.
    */
   startThreads(threads: number): Promise<number>;
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
@@ -119,8 +119,10 @@ export interface Glue {
   readonly lastFailure: Wasm["lastFailure"];
   /** Starts workers for the pool; builds with threads only. */
   initThreadPool?(workers: number): Promise<unknown>;
-  /** Makes the pool of the worker itself and the workers that were started; returns how many threads it has. */
+  /** Makes the pool, in which this worker is alone at first; returns how many threads it will have. */
   startPool(threads: number): number;
+  /** Has the workers that were started for it join the pool. */
+  startHelpers(): void;
   /** Makes the calling worker a thread of the pool and never returns; builds with threads only. */
   wbg_rayon_start_worker?(receiver: number): void;
 }

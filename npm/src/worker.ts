@@ -35,7 +35,19 @@ function glueOf(variant: Variant): Glue {
   return glue;
 }
 
-let onSpawned: ((outcome: true | string) => void) | undefined;
+let onSpawned!: (outcome: true | string) => void;
+/** Whether the page could start the workers of the pool. */
+const spawned = new Promise<void>((resolve, reject) => {
+  onSpawned = (outcome) =>
+    outcome === true ? resolve() : reject(new WeblaneError("unsupported_platform", outcome));
+});
+// Builds without threads wait for none.
+spawned.catch(() => {});
+let onSeated!: () => void;
+/** All of them sit. */
+const seated = new Promise<void>((resolve) => {
+  onSeated = resolve;
+});
 
 let onCompiled!: (module: WebAssembly.Module | undefined) => void;
 /** What the page has made of the build that it compiles early. */
@@ -64,16 +76,24 @@ const host = new Host({
       throw error;
     }
     onPoolWanted((module, memory, receiver, count) => {
-      return new Promise((resolve, reject) => {
-        onSpawned = (outcome) =>
-          outcome === true ? resolve() : reject(new WeblaneError("unsupported_platform", outcome));
-        page.postMessage({ spawn: { seat: { variant, module, memory, receiver }, count } });
-      });
+      page.postMessage({ spawn: { seat: { variant, module, memory, receiver }, count } });
+      return seated;
     });
     return {
       memory,
       async startThreads(threads) {
-        if (threads > 1) await glue.initThreadPool?.(threads - 1);
+        if (threads > 1 && glue.initThreadPool !== undefined) {
+          glue.initThreadPool(threads - 1).then(
+            () => glue.startHelpers(),
+            (error: unknown) => {
+              // As an error that nobody catches the page hears of it.
+              setTimeout(() => {
+                throw error;
+              });
+            },
+          );
+          await spawned;
+        }
         return glue.startPool(threads);
       },
       WasmSession: glue.WasmSession,
@@ -88,7 +108,8 @@ const host = new Host({
 
 function receive(message: ToWorker): void {
   if ("seat" in message) void sit(message.seat);
-  else if ("spawned" in message) onSpawned?.(message.spawned);
+  else if ("spawned" in message) onSpawned(message.spawned);
+  else if ("seated" in message) onSeated();
   else if ("compiled" in message) onCompiled(message.compiled);
   else if ("cancel" in message) host.cancel(message.cancel);
   else void host.handle(message);
@@ -103,6 +124,7 @@ async function sit({ variant, module, memory, receiver }: PoolSeat): Promise<voi
   try {
     glue = glueOf(variant);
     await glue.default({ module_or_path: module, memory });
+    page.postMessage({ sits: true });
     glue.wbg_rayon_start_worker?.(receiver);
   } catch (error) {
     page.postMessage({ crash: describeTrap(error, glue?.lastFailure()).toJSON() });

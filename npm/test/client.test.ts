@@ -41,8 +41,11 @@ test("pool workers start before their seats are there", async () => {
   await workers.say(0, { spawn: { seat, count: 2 } });
   expect(workers.all.length).toBe(4);
   expect(workers.all.slice(1, 3).map((w) => w.posted)).toEqual([[{ seat }], [{ seat }]]);
-  // Nobody waits until they sit.
   expect(workers.all[0]?.posted).toEqual([{ spawned: true }]);
+  await workers.say(1, { sits: true });
+  expect(workers.all[0]?.posted.length).toBe(1);
+  await workers.say(2, { sits: true });
+  expect(workers.all[0]?.posted).toEqual([{ spawned: true }, { seated: true }]);
   client.close(new WeblaneError("disposed", "the end"));
   expect(workers.all.every((w) => w.terminated)).toBe(true);
 });

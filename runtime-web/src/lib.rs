@@ -40,11 +40,16 @@ pub fn on_load() {
     failure::install_hook();
 }
 
-/// Makes the pool; its other lanes run on the workers that `initThreadPool(threads - 1)` started. Returns how many
-/// lanes there are.
+/// Makes the pool, whose other lanes come with [`start_helpers`]. Returns how many lanes there are.
 #[wasm_bindgen(js_name = startPool)]
 pub fn start_pool(threads: usize) -> usize {
-    POOL.with(|pool| pool.get_or_init(|| Arc::new(Pool::new(threads))).threads())
+    POOL.with(|pool| pool.get_or_init(|| Arc::new(Pool::without_helpers(threads))).threads())
+}
+
+/// Has the workers that `initThreadPool(threads - 1)` started join the pool. Once, and after [`start_pool`].
+#[wasm_bindgen(js_name = startHelpers)]
+pub fn start_helpers() {
+    pool().start_helpers();
 }
 
 /// Address of the word that stops the nodes under way when the page sets it. It may be set only while the word at
