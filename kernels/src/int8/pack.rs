@@ -48,7 +48,7 @@ const FEW: usize = 64;
 /// Most columns that an order is chosen by.
 const MOST_COLUMNS: usize = 256;
 
-/// What the panels of [`Form::Split`], a vector wide, are: a row of groups for each step.
+/// What the panels of [`Form::Split`] are: a row of weights for each step, two steps to a pair.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pieces {
     /// Where the groups of the rows that come in pairs are, panel by panel: bytes from the first interleaved group of A on.
