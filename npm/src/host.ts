@@ -253,11 +253,11 @@ export class Host {
       if (total !== undefined) this.#expect(session, file, total);
       this.#push(session, file, bytes);
       if (left > WARM_UP_BYTES) this.#warmUp();
+      else this.#endWarmUp();
       return lent ? bytes.buffer : undefined;
     },
 
     finish: async ({ session }, { progress }) => {
-      this.#endWarmUp();
       const slot = this.#slot(session);
       if (!slot.parsed) {
         const externals = this.#guard(() => [...slot.wasm.externals()]);
