@@ -147,6 +147,19 @@ export default async (ctx) => {
         ctx.rejects(Session.load(ctx.url("/target/models-test/none/model.onnx")), "network").then(() => {}),
     },
     {
+      name: "a page in the place of a model, with a worker that is still starting and one that runs",
+      timeout: 30,
+      async run() {
+        const load = (options) => Session.load(ctx.url("/index.html"), options);
+        const named = (error) => ctx.assert(error.message.includes("HTML page"), error.message);
+        named(await ctx.rejects(load(), "not_onnx"));
+        await withResource(await Runtime.create(), async (runtime) => {
+          named(await ctx.rejects(load({ runtime }), "not_onnx"));
+          await works(await Session.load(ctx.url(MODEL), { runtime }));
+        });
+      },
+    },
+    {
       name: "a session that was disposed of",
       timeout: 30,
       async run() {
