@@ -28,11 +28,15 @@ export async function download(
   take: () => ArrayBuffer,
 ): Promise<Download> {
   const response = await fetchOk(url, signal);
-  // The length of a compressed transfer says nothing about the bytes that come out.
-  const plain = response.headers.get("content-encoding") === null;
-  const total = plain ? Number(response.headers.get("content-length") ?? 0) || 0 : 0;
   const isHtml = (response.headers.get("content-type") ?? "").startsWith("text/html");
-  return { total, isHtml, chunks: chunksOf(response, take) };
+  return { total: lengthOf(response), isHtml, chunks: chunksOf(response, take) };
+}
+
+/** Bytes that a response will give, 0 when that is not known. */
+export function lengthOf({ headers }: Response): number {
+  // The length of a compressed transfer says nothing about the bytes that come out.
+  const plain = headers.get("content-encoding") === null;
+  return plain ? Number(headers.get("content-length") ?? 0) || 0 : 0;
 }
 
 /** What is said of a failure while the bytes of `url` were read and taken. */

@@ -1,6 +1,7 @@
 /**
- * Where a model comes from: addresses are fetched by the worker, everything else is handed over piece by piece.
+ * Where a model comes from: addresses are fetched (see `session.ts`), everything else is handed over piece by piece.
  */
+import { lengthOf } from "./download.js";
 import { absoluteUrl } from "./environment.js";
 import { toWeblaneError, WeblaneError } from "./errors.js";
 import { describe } from "./tensor.js";
@@ -88,10 +89,7 @@ function fromResponse(response: Response): OpenSource {
   }
   const body = response.body;
   if (body === null) return { total: 0, pieces: () => slices(0, async () => new ArrayBuffer(0)) };
-  // The length of a compressed transfer says nothing about the bytes that come out.
-  const plain = response.headers.get("content-encoding") === null;
-  const total = plain ? Number(response.headers.get("content-length") ?? 0) || 0 : 0;
-  return { total, pieces: () => read(body) };
+  return { total: lengthOf(response), pieces: () => read(body) };
 }
 
 function fromBytes(bytes: Uint8Array): OpenSource {
