@@ -420,21 +420,40 @@ def qdq_conv_transpose():
     f = Family("contrib_qdq_conv_transpose")
     f.step = 0.05
     x = real_of(f, f.input([2, 8, 6, 7], np.uint8), 0.03, 120)
-    for kernel, stride, pads, added in (
-        ([2, 2], 2, [0, 0, 0, 0], [0, 0]),
-        ([4, 4], 2, [1, 1, 1, 1], [0, 0]),
-        ([3, 3], 2, [1, 1, 1, 1], [1, 1]),
-        ([5, 4], 1, [0, 3, 1, 0], [0, 0]),
-        ([6, 5], 3, [4, 1, 2, 3], [0, 1]),
+    for kernel, stride, pads, added, groups, columns in (
+        ([2, 2], 2, [0, 0, 0, 0], [0, 0], 1, 5),
+        ([4, 4], 2, [1, 1, 1, 1], [0, 0], 1, 5),
+        ([3, 3], 2, [1, 1, 1, 1], [1, 1], 1, 5),
+        ([5, 4], 1, [0, 3, 1, 0], [0, 0], 1, 5),
+        ([6, 5], 3, [4, 1, 2, 3], [0, 1], 1, 5),
+        ([4, 4], 2, [1, 1, 1, 1], [0, 0], 2, 3),
+        ([3, 3], 2, [1, 1, 1, 1], [1, 1], 8, 1),
     ):
         for per_channel in (False, True):
-            scales = [5] if per_channel else []
-            given = [f.integers([8, 5, *kernel], np.int8, -127, 127), f.scale(0.003, 0.01, scales)]
+            scales = [columns] if per_channel else []
+            given = [f.integers([8, columns, *kernel], np.int8, -127, 127), f.scale(0.003, 0.01, scales)]
             given.append(f.constant(np.zeros(scales, np.int8)))
             w = f.node("DequantizeLinear", given, "", axis=1 if per_channel else 0, output=False)
-            attributes = {"strides": [stride, stride], "pads": pads, "output_padding": added}
-            y = f.node("ConvTranspose", [x, w, f.real([5])], "", output=False, **attributes)
+            attributes = {"strides": [stride, stride], "pads": pads, "output_padding": added, "group": groups}
+            y = f.node("ConvTranspose", [x, w, f.real([groups * columns])], "", output=False, **attributes)
             in_steps(f, f.node("Relu", [y], "", output=False) if per_channel else y, 9 if per_channel else 128)
+    return f
+
+
+def qdq_resize():
+    f = Family("contrib_qdq_resize")
+    f.step = 0.037
+    x = real_of(f, f.input([2, 8, 6, 7], np.uint8), 0.03, 120)
+    for mode, coordinates, scales in (
+        ("linear", "half_pixel", [1, 1, 2, 2]),
+        ("linear", "align_corners", [1, 1, 2.5, 3]),
+        ("linear", "asymmetric", [1, 1, 0.5, 2]),
+        ("cubic", "half_pixel", [1, 1, 2, 2]),
+        ("cubic", "pytorch_half_pixel", [1, 1, 0.75, 1.5]),
+    ):
+        given = [x, None, f.constant(np.array(scales, np.float32))]
+        attributes = {"mode": mode, "coordinate_transformation_mode": coordinates}
+        in_steps(f, f.node("Resize", given, "", output=False, **attributes), 100)
     return f
 
 
@@ -476,6 +495,7 @@ FAMILIES = {
     "dequantize_linear": dequantize_linear,
     "blocked_weights": blocked_weights,
     "qdq_conv_transpose": qdq_conv_transpose,
+    "qdq_resize": qdq_resize,
     "qdq_attention": qdq_attention,
 }
 

@@ -1,5 +1,6 @@
-//! Transposed convolution, channels last: a convolution whose channels become pixels, see [`Phases`], or, with groups,
-//! dilation, or where many places of windows would have no weight, a matrix product and a sum over overlapping patches:
+//! Transposed convolution, channels last: a convolution whose channels become pixels, see [`Phases`], or, with groups and
+//! strides, dilation, or where many places of windows would have no weight, a matrix product and a sum over overlapping
+//! patches:
 //!
 //! ```text
 //! patches[pixel, (kd, kh, kw, o)] = sum over c of x[pixel, c] * W[c, o, kd, kh, kw]
@@ -39,9 +40,9 @@ pub struct ConvTransposeInput {
 /// ```
 ///
 /// Every phase is a convolution with the flipped weights at a distance of `s`; all phases together are one, with as many
-/// times the channels as there are phases, the phase before the channel. What padding cuts off is cut off by whole pixels
-/// of the convolution first, the rest from the result. (Shi et al., "Is the deconvolution layer the same as a convolutional
-/// layer?", 2016)
+/// times the channels as there are phases, the phase before the channel. With groups the channel comes first, so that those
+/// of a group lie together. What padding cuts off is cut off by whole pixels of the convolution first, the rest from the
+/// result. (Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016)
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Phases {
     channels: usize,
@@ -60,7 +61,7 @@ pub struct Trim {
 }
 
 impl Phases {
-    /// For one group without dilation, and channels to compute.
+    /// Without dilation, and with channels to compute.
     pub fn new(params: &ConvParams) -> Option<Self> {
         let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = *params;
         params.check().ok()?;
@@ -70,13 +71,13 @@ impl Phases {
         let conv = ConvParams {
             in_channels,
             out_channels: out_channels.checked_mul(phases)?,
-            groups: 1,
+            groups,
             kernel: taps,
             strides: [1; 3],
             dilations: [1; 3],
         };
         let some = in_channels > 0 && out_channels > 0;
-        (groups == 1 && dense && some).then_some(Self { channels: out_channels, kernel, strides, conv })
+        (dense && some).then_some(Self { channels: out_channels, kernel, strides, conv })
     }
 
     /// Places of all windows; those beyond the number of taps have no weight.
@@ -84,44 +85,57 @@ impl Phases {
         (0..3).fold(1, |n, d| n.saturating_mul(self.conv.kernel[d]).saturating_mul(self.strides[d]))
     }
 
-    /// The convolution, whose output channels are `[phase d, phase h, phase w, channel]`.
+    /// The convolution, whose output channels are `[phase d, phase h, phase w, channel]`, or, with groups,
+    /// `[channel, phase d, phase h, phase w]`.
     pub fn conv(&self) -> &ConvParams {
         &self.conv
     }
 
-    /// Its weights `[out, in, taps]`, from those of the transposed convolution, `[in, out, kernel]`; `zero` is what stands
-    /// where there are none, by output channel.
+    /// Phase and channel of the result that an output channel of the convolution is.
+    fn place(&self, n: usize) -> (usize, usize) {
+        match self.conv.groups {
+            1 => (n / self.channels, n % self.channels),
+            _ => (n % self.phases(), n / self.phases()),
+        }
+    }
+
+    fn phases(&self) -> usize {
+        self.conv.out_channels / self.channels
+    }
+
+    /// Its weights `[out, in / groups, taps]`, from those of the transposed convolution, `[in, out / groups, kernel]`;
+    /// `zero` is what stands where there are none, by output channel.
     ///
     /// # Errors
     /// If `weights` have the wrong length, or those of the convolution would not fit the address space.
     pub fn weights<T: Copy>(&self, weights: &[T], zero: impl Fn(usize) -> T) -> Result<Vec<T>> {
-        let ConvParams { in_channels, out_channels, kernel: taps, .. } = self.conv;
+        let ConvParams { in_channels, out_channels, groups, kernel: taps, .. } = self.conv;
+        let (ipg, opg) = (in_channels / groups, self.channels / groups);
         let [kd, kh, kw] = self.kernel;
         let [_, sh, sw] = self.strides;
         let size = volume(&self.kernel)?;
-        check_len("the weights", weights.len(), volume(&[in_channels, self.channels, size])?)?;
-        let mut packed = Vec::with_capacity(volume(&[out_channels, in_channels, volume(&taps)?])?);
-        for phase in 0..out_channels / self.channels {
+        check_len("the weights", weights.len(), volume(&[in_channels, opg, size])?)?;
+        let mut packed = Vec::with_capacity(volume(&[out_channels, ipg, volume(&taps)?])?);
+        for n in 0..out_channels {
+            let (phase, o) = self.place(n);
             let phase = [phase / sw / sh, phase / sw % sh, phase % sw];
             let places = |d: usize| (0..taps[d]).rev().map(move |tap| tap * self.strides[d] + phase[d]);
-            for o in 0..self.channels {
-                for i in 0..in_channels {
-                    let weights = &weights[(i * self.channels + o) * size..][..size];
-                    for (z, y) in places(0).flat_map(|z| places(1).map(move |y| (z, y))) {
-                        packed.extend(places(2).map(|x| {
-                            let inside = z < kd && y < kh && x < kw;
-                            if inside { weights[(z * kh + y) * kw + x] } else { zero(o) }
-                        }));
-                    }
+            for i in o / opg * ipg..(o / opg + 1) * ipg {
+                let weights = &weights[(i * opg + o % opg) * size..][..size];
+                for (z, y) in places(0).flat_map(|z| places(1).map(move |y| (z, y))) {
+                    packed.extend(places(2).map(|x| {
+                        let inside = z < kd && y < kh && x < kw;
+                        if inside { weights[(z * kh + y) * kw + x] } else { zero(o) }
+                    }));
                 }
             }
         }
         Ok(packed)
     }
 
-    /// What is one value for each channel, for the channels of the convolution.
+    /// What is one value for each channel, or for each of a group, for the channels of the convolution.
     pub fn spread<T: Copy>(&self, values: &[T]) -> Vec<T> {
-        values.repeat(self.conv.out_channels / self.channels)
+        (0..self.conv.out_channels).map(|n| values[self.place(n).1 % values.len()]).collect()
     }
 
     /// What cutting off `begin` and `end` pixels of dimension `d`, and adding `added` before that, asks of the convolution;
@@ -239,8 +253,9 @@ impl ConvTranspose {
             check_len("the bias", bias.len(), out_channels)?;
         }
         let cheaper = |phases: &Phases| {
-            let patches = taps.saturating_mul(in_channels.saturating_add(PATCH_COST));
-            phases.places().saturating_mul(in_channels) < patches
+            let patches = taps.saturating_mul(ipg.saturating_add(PATCH_COST));
+            // Channels of several groups and phases do not lie in the order in which they are copied.
+            (groups == 1 || params.strides == [1; 3]) && phases.places().saturating_mul(ipg) < patches
         };
         if let Some(phases) = Phases::new(&params).filter(cheaper) {
             let bias = bias.map(|bias| phases.spread(bias));

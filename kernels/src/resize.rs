@@ -32,6 +32,20 @@ impl<T> Taps<T> {
         self.index.len() / self.count.max(1)
     }
 
+    /// Whether there is a weight for each tap, and all taps lie inside an axis of so many elements.
+    pub(crate) fn fits(&self, n: usize) -> bool {
+        self.count > 0
+            && self.index.len() == self.weight.len()
+            && self.index.len() == self.len() * self.count
+            && self.index.iter().all(|&i| i < n)
+    }
+
+    /// Indices and weights of an element of the result.
+    pub(crate) fn of(&self, i: usize) -> (&[usize], &[T]) {
+        let taps = i * self.count..(i + 1) * self.count;
+        (&self.index[taps.clone()], &self.weight[taps])
+    }
+
     /// Whether the result has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -51,13 +65,7 @@ pub fn resize_axis<T: Number>(
 ) -> Result<()> {
     let (count, len) = (taps.count, taps.len());
     let size = |n: usize| outer.checked_mul(n).and_then(|s| s.checked_mul(inner));
-    if count == 0
-        || taps.index.len() != taps.weight.len()
-        || taps.index.len() != len * count
-        || taps.index.iter().any(|&i| i >= n)
-        || size(n) != Some(x.len())
-        || size(len) != Some(y.len())
-    {
+    if !taps.fits(n) || size(n) != Some(x.len()) || size(len) != Some(y.len()) {
         return Err(Error::new(format!("taps of {len} elements over [{outer}, {n}, {inner}] do not fit")));
     }
     if y.is_empty() {
@@ -77,7 +85,8 @@ pub fn resize_axis<T: Number>(
                 along(&x[r * n..][..n], taps, y);
             } else {
                 let (o, i) = (r / len, r % len);
-                let taps = taps.index[i * count..][..count].iter().zip(&taps.weight[i * count..][..count]);
+                let (index, weight) = taps.of(i);
+                let taps = index.iter().zip(weight);
                 across(&x[o * n * inner..][..n * inner], taps, y);
             }
         }
@@ -85,7 +94,8 @@ pub fn resize_axis<T: Number>(
     Ok(())
 }
 
-fn along<T: Number>(x: &[T], taps: &Taps<T>, y: &mut [T]) {
+/// A line whose taps are elements.
+pub(crate) fn along<T: Number>(x: &[T], taps: &Taps<T>, y: &mut [T]) {
     let groups = taps.index.chunks_exact(taps.count).zip(taps.weight.chunks_exact(taps.count));
     for (y, (index, weight)) in y.iter_mut().zip(groups) {
         *y = index.iter().zip(weight).fold(T::ZERO, |sum, (&i, &w)| sum.plus(w.times(x[i])));

@@ -48,6 +48,7 @@ impl DynamicLstm {
     fn pack<'a>(
         &self,
         isa: Isa,
+        form: Form,
         layer: &Layer,
         input: usize,
         operand: &dyn Fn(usize) -> Option<TensorView<'a>>,
@@ -67,7 +68,7 @@ impl DynamicLstm {
             r: Quantized { data: r, scale: r_scale, zero: &r_zero },
             bias,
         };
-        Ok(layer.pack_quantized(isa, Form::best(isa), input, &weights)?)
+        Ok(layer.pack_quantized(isa, form, input, &weights)?)
     }
 
     fn pack_constants(&self, cx: &Prepare, layer: &Layer, input: usize) -> Result<Option<Arc<Packed>>> {
@@ -78,7 +79,7 @@ impl DynamicLstm {
         let ids = ALL.iter().filter_map(|&i| cx.constant(i)).map(|t| cx.cache.id(t)).collect::<Result<Vec<_>>>()?;
         let kind = format!("dynamic lstm {} {ids:?}", cx.isa);
         let view = |i: usize| cx.constant(i).map(|t| t.view());
-        Ok(Some(cx.cache.get(w, &kind, |_| self.pack(cx.isa, layer, input, &view))?))
+        Ok(Some(cx.cache.get(w, &kind, |_| self.pack(cx.isa, Form::best(cx.isa), layer, input, &view))?))
     }
 }
 
@@ -133,7 +134,8 @@ impl Operator for DynamicLstm {
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (layer, sizes) = self.sized(io.input(0)?.dims, io.input(2)?.dims)?;
-        let packed = self.pack(cx.isa(), &layer, sizes.input, &|i| io.optional(i))?;
+        let isa = cx.isa();
+        let packed = self.pack(isa, Form::best_unprepared(isa), &layer, sizes.input, &|i| io.optional(i))?;
         Prepared { layer, sizes, packed: Arc::new(packed), flops: 0 }.run(cx, io)
     }
 

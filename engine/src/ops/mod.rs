@@ -335,6 +335,7 @@ ops! {
     quantized_binary
     quantized_matmul
     quantized_pool
+    quantized_resize
     random
     range
     reduce

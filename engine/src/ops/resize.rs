@@ -8,9 +8,11 @@ use crate::for_dtype;
 use crate::tensor::{DType, Dims, TensorView, element_count};
 use smallvec::SmallVec;
 use std::sync::Arc;
+use weblane_kernels::int8::{Bytes, BytesMut, Interpolation, resize};
 use weblane_kernels::movement::FILL;
 use weblane_kernels::naive::Number;
 use weblane_kernels::par::Cx;
+use weblane_kernels::quant::{Grid, Sharing, quantize};
 use weblane_kernels::resize::{Taps, nearest, resize_axis};
 
 /// The operators of this file.
@@ -358,6 +360,21 @@ impl Resize {
         (taps, outside)
     }
 
+    /// Tables for the operands of a run.
+    pub(super) fn tables_of(&self, io: &Io) -> Result<Tables> {
+        let given = Given::of(self, &|k| io.optional(k))?;
+        self.tables(&self.stretches(io.input(0)?.dims, &given)?)
+    }
+
+    /// Tables for all runs, if what they depend on is constant.
+    pub(super) fn known_tables(&self, cx: &Prepare) -> Result<Option<Tables>> {
+        if self.operands.iter().flatten().any(|&k| cx.has(k) && cx.constant(k).is_none()) {
+            return Ok(None);
+        }
+        let given = Given::of(self, &|k| cx.constant(k).map(|t| t.view()))?;
+        self.tables(&self.stretches(&cx.dims(0)?, &given)?).map(Some)
+    }
+
     fn tables(&self, stretches: &[Stretch]) -> Result<Tables> {
         let dims: Dims = stretches.iter().map(|s| s.output).collect();
         // Nothing to compute, and an axis of any length beside one of length 0 wants no table.
@@ -389,7 +406,7 @@ impl Resize {
 
 /// Everything that depends on sizes only.
 #[derive(Debug)]
-struct Tables {
+pub(super) struct Tables {
     /// Mode nearest: the element along each axis.
     maps: Vec<Vec<usize>>,
     /// The other modes: one pass for each axis that changes.
@@ -435,6 +452,60 @@ impl Tables {
                 Ok(())
             }, else Err(wrong_dtype("X", other, "numbers"))),
         }
+    }
+
+    /// Interpolates bytes, of a mode other than nearest and without a region of interest.
+    pub(super) fn run_bytes(
+        &self,
+        cx: &Cx,
+        f: &Interpolation,
+        dims: &[usize],
+        x: Bytes<'_>,
+        y: BytesMut<'_>,
+    ) -> Result<()> {
+        if y.is_empty() {
+            return Ok(());
+        }
+        let mut passes: Vec<&Pass> = self.passes.iter().collect();
+        passes.sort_by_key(|p| p.axis);
+        let ([outer, rows, columns, inner], taps) = match passes[..] {
+            [] => ([1, 1, x.len(), 1], [None, None]),
+            [p] => match super::reduce::around(dims, p.axis) {
+                [outer, n, 1] => ([outer, 1, n, 1], [None, Some(&p.narrow)]),
+                [outer, n, inner] => ([outer, n, inner, 1], [Some(&p.narrow), None]),
+            },
+            [p, q] if p.axis + 1 == q.axis => {
+                let [outer, rows, _] = super::reduce::around(dims, p.axis);
+                let [_, columns, inner] = super::reduce::around(dims, q.axis);
+                ([outer, rows, columns, inner], [Some(&p.narrow), Some(&q.narrow)])
+            }
+            // Axes apart from each other, or more than two.
+            _ => return self.run_apart(cx, f, dims, x, y),
+        };
+        Ok(resize(cx, f, [outer, rows, columns, inner], taps, x, y)?)
+    }
+
+    /// [`Tables::run_bytes`] by way of a tensor of real numbers.
+    fn run_apart(
+        &self,
+        cx: &Cx,
+        f: &Interpolation,
+        dims: &[usize],
+        x: Bytes<'_>,
+        y: BytesMut<'_>,
+    ) -> Result<()> {
+        let from: Vec<f32> = (0..x.len()).map(|i| (x.get(i) - f.x_zero) as f32).collect();
+        let mut real = vec![0.0; y.len()];
+        let mut work = vec![0.0; 2 * self.workspace(dims)?];
+        self.passes(cx, &from, dims, &mut real, &mut work, 0.0, |p| &p.narrow)?;
+        real.iter_mut().for_each(|v| *v *= f.multiplier);
+        let grid = Grid { outer: 1, n: 1, inner: real.len(), sharing: Sharing::Tensor };
+        let bounds = [f.lo as f32, f.hi as f32];
+        match y {
+            BytesMut::U8(y) => quantize(cx, &real, &grid, &[1.0], Some(&[f.zero as u8]), bounds, y)?,
+            BytesMut::I8(y) => quantize(cx, &real, &grid, &[1.0], Some(&[f.zero as i8]), bounds, y)?,
+        }
+        Ok(())
     }
 
     /// Elements of the largest intermediate result.
@@ -544,18 +615,12 @@ impl Operator for Resize {
     }
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
-        let given = Given::of(self, &|k| io.optional(k))?;
-        let tables = self.tables(&self.stretches(io.input(0)?.dims, &given)?)?;
-        tables.run(cx, self, io)
+        self.tables_of(io)?.run(cx, self, io)
     }
 
     fn prepare(&self, cx: &Prepare) -> Result<Option<Arc<dyn Compute>>> {
-        if self.operands.iter().flatten().any(|&k| cx.has(k) && cx.constant(k).is_none()) {
-            return Ok(None);
-        }
-        let given = Given::of(self, &|k| cx.constant(k).map(|t| t.view()))?;
-        let tables = self.tables(&self.stretches(&cx.dims(0)?, &given)?)?;
-        Ok(Some(Arc::new(Prepared { op: self.clone(), tables })))
+        let tables = self.known_tables(cx)?;
+        Ok(tables.map(|tables| -> Arc<dyn Compute> { Arc::new(Prepared { op: self.clone(), tables }) }))
     }
 
     fn takes_half(&self) -> bool {

@@ -16,6 +16,7 @@ mod nest;
 mod output;
 mod pack;
 mod pointwise;
+mod resize;
 mod softmax;
 mod table;
 mod tile;
@@ -26,6 +27,7 @@ pub use form::Form;
 pub(crate) use output::{load_bytes, store_bytes};
 pub use pack::PackedQ;
 pub use pointwise::{Binary, Function, Mean, binary, lookup, lookup_in_place, max_pool, mean};
+pub use resize::{Interpolation, resize};
 pub use softmax::softmax;
 
 use crate::conv::{Algorithm, ConvInput, ConvParams, volume};

@@ -118,13 +118,13 @@ pub fn binary(cx: &Cx<'_>, f: &Binary, a: Bytes<'_>, b: Bytes<'_>, mut y: BytesM
 }
 
 /// An output that tasks write in part.
-struct Out(*mut u8);
+pub(super) struct Out(pub(super) *mut u8);
 // SAFETY: tasks write disjoint parts.
 unsafe impl Sync for Out {}
 impl Out {
     /// # Safety
     /// The output must have more elements.
-    unsafe fn at(&self, i: usize) -> *mut u8 {
+    pub(super) unsafe fn at(&self, i: usize) -> *mut u8 {
         self.0.wrapping_add(i)
     }
 }
@@ -185,7 +185,7 @@ impl Kernel for Pairs<'_> {
 
 /// `clamp(round(x) + zero, lo, hi)` for an x that is not NaN.
 #[derive(Clone, Copy)]
-struct End<S: Simd> {
+pub(super) struct End<S: Simd> {
     lo: S::F32,
     hi: S::F32,
     round: S::F32,
@@ -195,7 +195,7 @@ struct End<S: Simd> {
 impl<S: Simd> End<S> {
     /// Bounds and zero are small.
     #[inline(always)]
-    fn new(s: S, lo: i32, hi: i32, zero: i32) -> Self {
+    pub(super) fn new(s: S, lo: i32, hi: i32, zero: i32) -> Self {
         Self {
             lo: s.splat((lo - zero) as f32),
             hi: s.splat((hi - zero) as f32),
@@ -205,7 +205,7 @@ impl<S: Simd> End<S> {
     }
 
     #[inline(always)]
-    fn apply(self, s: S, x: S::F32) -> S::I32 {
+    pub(super) fn apply(self, s: S, x: S::F32) -> S::I32 {
         s.sub_i32(s.bits(s.add(s.at_most(s.at_least(x, self.lo), self.hi), self.round)), self.back)
     }
 }

@@ -3,7 +3,6 @@
 use super::{Product, Scheme, bounded, dequantized, input, quantizer, transposed};
 use crate::fact::axis_index;
 use crate::graph::Node;
-use crate::ops::Op;
 use crate::ops::binary::{Arithmetic, Function};
 use crate::ops::concat::Concat;
 use crate::ops::lookup::Lookup;
@@ -13,14 +12,17 @@ use crate::ops::qlinear_softmax::QLinearSoftmax;
 use crate::ops::quantize::{Product as QuantizedKind, QuantizedProduct};
 use crate::ops::quantized_binary::QuantizedBinary;
 use crate::ops::quantized_pool::{QuantizedMean, Windows};
+use crate::ops::quantized_resize::QuantizedResize;
 use crate::ops::reduce::Reduce;
 use crate::ops::reshape::Squeeze;
+use crate::ops::resize::{Coordinates, Resize};
 use crate::ops::softmax::{self, Softmax};
+use crate::ops::{Op, resize};
 use crate::optimize::pattern::{Operand, Replacement, View};
 use std::collections::BTreeSet;
 use weblane_kernels::conv::Layout;
 use weblane_kernels::epilogue::Activation;
-use weblane_kernels::int8::{Binary, Function as QuantizedFunction, Mean};
+use weblane_kernels::int8::{Binary, Function as QuantizedFunction, Interpolation, Mean};
 use weblane_kernels::pool::PoolOp;
 use weblane_kernels::reduce::Reduction;
 
@@ -36,6 +38,7 @@ pub(super) fn operator(view: &View, i: usize) -> Option<Replacement> {
         .or_else(|| binary(view, node, y, bounds))
         .or_else(|| transposed::convolution(view, node, y, bounds))
         .or_else(|| mean(view, node, y, bounds))
+        .or_else(|| interpolation(view, node, y, bounds))
         .or_else(|| if bounds == y.bounds() { unbounded(view, node, y) } else { None })?;
     Some(Replacement { root: i, nodes, op, operands })
 }
@@ -94,6 +97,19 @@ fn spatial_mean(view: &View, node: &Node, reduce: &Reduce) -> Option<Vec<i64>> {
     let found: Option<BTreeSet<usize>> = axes.iter().map(|&a| axis_index(a, rank).ok()).collect();
     let all = found?.into_iter().eq(2..rank) && axes.len() == rank - 2 && reduce.reduction == Reduction::Mean;
     all.then(|| (2..rank as i64).collect())
+}
+
+fn interpolation(view: &View, node: &Node, y: Scheme, (lo, hi): (i32, i32)) -> Option<Made> {
+    let resize = node.op.get::<Resize>()?.clone();
+    // What copies elements goes before DequantizeLinear.
+    if resize.mode == resize::Mode::Nearest || resize.coordinates == Coordinates::TfCropAndResize {
+        return None;
+    }
+    let (x, from) = dequantized(view, input(node, 0)?)?;
+    let interpolation = Interpolation { x_zero: from.zero, multiplier: from.scale / y.scale, zero: y.zero, lo, hi };
+    let mut operands: Vec<Operand> = node.inputs.iter().map(|&id| id.into()).collect();
+    operands[0] = x.into();
+    Some((QuantizedResize { resize, interpolation, dtype: y.dtype }.into(), operands))
 }
 
 /// What has no bounds of its own.

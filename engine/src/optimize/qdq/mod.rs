@@ -7,6 +7,7 @@
 //! Q(act(DQ(a) + DQ(b))), the same with *     -> sum or product of quantised tensors
 //! Q(f(DQ(x))), f any chain of functions      -> a table of 256 results
 //! Q(mean over windows of DQ(x))              -> mean of integers
+//! Q(linear or cubic Resize(DQ(x)))           -> interpolation of bytes
 //! Q(DQ(a) DQ(b))                             -> product of integers, neither of which is known before
 //! Q(act(transposed convolution))             -> convolution of integers whose channels become pixels
 //! Q(Softmax(DQ(x)))                          -> shares of a table of 256 powers

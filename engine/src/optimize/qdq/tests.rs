@@ -1,5 +1,6 @@
 use super::*;
 use crate::fact::Fact;
+use crate::onnx::AttributeValue;
 use crate::ops::split::Split;
 use crate::optimize::optimize;
 use crate::optimize::testing::{Net, float, int, ints, names, noise, with_cx};
@@ -17,6 +18,10 @@ fn q(n: &mut Net, x: ValueId, scale: f32, zero: u8) -> ValueId {
 fn dq(n: &mut Net, x: ValueId, scale: f32, zero: u8) -> ValueId {
     let (scale, zero) = (n.scalar(scale), bytes(n, &[], &[zero]));
     n.op("DequantizeLinear", &[x, scale, zero])
+}
+
+fn string(text: &str) -> AttributeValue {
+    AttributeValue::String(text.into())
 }
 
 /// There and back.
@@ -190,18 +195,33 @@ fn transposed_convolutions_are_convolutions() {
         assert_eq!(names(&graph), want);
         close(&n, &graph, 0.002);
     }
-    // A stride beyond the window leaves most of the result to the bias; groups are products of their own.
-    for attrs in [("strides", ints(&[3, 3])), ("group", int(2))] {
+    // Groups, of one channel as well; scales are for the channels of a group.
+    for (groups, per_group, stride) in [(2, 5, 2), (8, 1, 2), (4, 3, 1)] {
         let mut n = Net::new(13);
-        let x = n.input("x", &[1, 8, 6, 5]);
+        let x = n.input("x", &[2, 8, 6, 5]);
         let x = qdq(&mut n, x, 0.03, 120);
-        let (w, _) = weights(&mut n, &[8, 5, 1, 1], 1, 10);
-        let y = n.op_with("ConvTranspose", &[x, w], &[attrs]);
+        let (w, scales) = weights(&mut n, &[8, per_group, 4, 4], 1, 10);
+        let b = bias(&mut n, 0.03, &scales.repeat(groups), 12);
+        let attrs = [("strides", ints(&[stride; 2])), ("pads", ints(&[1; 4])), ("group", int(groups as i64))];
+        let y = n.op_with("ConvTranspose", &[x, w, b], &attrs);
         let y = q(&mut n, y, 0.05, 7);
         n.output(y);
         let graph = n.apply(run);
-        assert!(names(&graph).contains(&"ConvTranspose".to_owned()));
+        let want = ["QuantizeLinear", "weblane.IntegerConv", "DepthToSpace", "Slice"];
+        assert_eq!(names(&graph), want[..if stride == 1 { 2 } else { 4 }]);
+        close(&n, &graph, 0.002);
+        close(&n, &optimized(&n, &[Fact::new(DType::F32, &[2, 8, 6, 5])]), 0.002);
     }
+    // A stride beyond the window leaves most of the result to the bias.
+    let mut n = Net::new(13);
+    let x = n.input("x", &[1, 8, 6, 5]);
+    let x = qdq(&mut n, x, 0.03, 120);
+    let (w, _) = weights(&mut n, &[8, 5, 1, 1], 1, 10);
+    let y = n.op_with("ConvTranspose", &[x, w], &[("strides", ints(&[3, 3]))]);
+    let y = q(&mut n, y, 0.05, 7);
+    n.output(y);
+    let graph = n.apply(run);
+    assert!(names(&graph).contains(&"ConvTranspose".to_owned()));
 }
 
 #[test]
@@ -319,6 +339,51 @@ fn elements_move_as_bytes() {
     let [q, lookup] = ["QuantizeLinear", "weblane.Lookup"];
     // The last QuantizeLinear does nothing but name the output.
     assert_eq!(left, ["Concat", "Identity", "MaxPool", "Pad", q, q, "Reshape", "Resize", "Slice", lookup]);
+}
+
+#[test]
+fn interpolation_stays_bytes() {
+    let half_pixel = ("coordinate_transformation_mode", string("half_pixel"));
+    let corners = ("coordinate_transformation_mode", string("align_corners"));
+    for (mode, scales, attribute, last) in [
+        ("linear", [1.0, 1.0, 2.0, 2.0], half_pixel.clone(), "weblane.QuantizedResize"),
+        ("linear", [1.0, 1.0, 1.5, 1.0], corners, "weblane.QuantizedResize"),
+        ("cubic", [1.0, 1.0, 1.0, 0.5], half_pixel.clone(), "weblane.QuantizedResize"),
+        // Channels as well, or axes that are no neighbours.
+        ("linear", [1.0, 2.0, 3.0, 0.75], half_pixel.clone(), "weblane.QuantizedResize"),
+        ("linear", [1.0, 0.5, 1.0, 3.0], half_pixel.clone(), "weblane.QuantizedResize"),
+        ("nearest", [1.0, 1.0, 2.0, 2.0], half_pixel, "weblane.Lookup"),
+    ] {
+        let mut n = Net::new(13);
+        let x = n.input("x", &[2, 4, 6, 5]);
+        let y = qdq(&mut n, x, 0.04, 100);
+        let scales = n.constant(&[4], &scales);
+        let y = n.node("Resize", &[Some(y), None, Some(scales)], &[("mode", string(mode)), attribute]);
+        let y = n.op("Relu", &[y]);
+        // No simple ratio of the scales, with which many sums would be halves.
+        let y = q(&mut n, y, 0.037_123, 20);
+        n.output(y);
+        let graph = n.apply(run);
+        let left = names(&graph);
+        assert_eq!(left.last().map(String::as_str), Some(last), "{mode}: {left:?}");
+        assert!(!left.contains(&"DequantizeLinear".to_owned()), "{mode}: {left:?}");
+        close(&n, &graph, 0.002);
+    }
+    // Behind a convolution it follows its order of axes.
+    let mut n = Net::new(13);
+    let x = n.input("x", &[1, 8, 6, 5]);
+    let x = qdq(&mut n, x, 0.03, 120);
+    let (w, _) = weights(&mut n, &[8, 8, 1, 1], 0, 10);
+    let y = n.op("Conv", &[x, w]);
+    let y = qdq(&mut n, y, 0.05, 100);
+    let sizes = n.i64s(&[1, 8, 12, 9]);
+    let y = n.node("Resize", &[Some(y), None, None, Some(sizes)], &[("mode", string("linear"))]);
+    let y = q(&mut n, y, 0.047_123, 90);
+    n.output(y);
+    let graph = optimized(&n, &[Fact::new(DType::F32, &[1, 8, 6, 5])]);
+    let want = ["QuantizeLinear", "Transpose", "weblane.IntegerConv", "weblane.QuantizedResize", "Transpose"];
+    assert_eq!(names(&graph), want);
+    close(&n, &graph, 0.002);
 }
 
 #[test]

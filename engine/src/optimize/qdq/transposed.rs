@@ -26,10 +26,11 @@ pub(super) fn convolution(view: &View, node: &Node, y: Scheme, bounds: (i32, i32
     let at = |list: &[usize], i: usize, default| list.get(i).copied().unwrap_or(default);
     let stride = at(&c.window.strides, 0, 1);
     let even = at(&c.window.strides, 1, 1) == stride;
-    let &[in_channels, out_channels, height, width] = b.dims.as_slice() else { return None };
+    let &[in_channels, per_group, height, width] = b.dims.as_slice() else { return None };
     if !(plain && sized && even) {
         return None;
     }
+    let out_channels = per_group.checked_mul(c.groups)?;
     let params = ConvParams {
         in_channels,
         out_channels,
@@ -47,9 +48,13 @@ pub(super) fn convolution(view: &View, node: &Node, y: Scheme, bounds: (i32, i32
     let [rows, cols] = [trim(0)?, trim(1)?];
 
     let tensor = view.tensor(b.id)?;
-    let zero = |channel: usize| b.zeros[if b.zeros.len() == 1 { 0 } else { channel }] as u8;
+    // Scales and zero points are for all channels, or for those of a group.
+    if [b.scales.len(), b.zeros.len()].iter().any(|&len| len != 1 && len != per_group) {
+        return None;
+    }
+    let zero = |channel: usize| b.zeros[channel % b.zeros.len()] as u8;
     let &ConvParams { out_channels: n, kernel: [_, kh, kw], .. } = phases.conv();
-    let dims = [n, in_channels, kh, kw];
+    let dims = [n, in_channels / c.groups, kh, kw];
     let constant = byte_tensor(tensor.dtype(), &dims, &phases.weights(tensor.bytes(), zero).ok()?)?;
 
     let bias = match input(node, 2) {
@@ -72,7 +77,7 @@ pub(super) fn convolution(view: &View, node: &Node, y: Scheme, bounds: (i32, i32
             auto_pad: AutoPad::NotSet,
             ceil: false,
         },
-        groups: 1,
+        groups: c.groups,
         layout: Layout::Nchw,
         activation: Activation::Identity,
         residual: false,
@@ -87,7 +92,7 @@ pub(super) fn convolution(view: &View, node: &Node, y: Scheme, bounds: (i32, i32
     operands[1] = Operand::Constant(constant);
     let mut made: Made = (op.into(), operands);
     if stride > 1 {
-        let blocks = Blocks { to_space: true, size: stride, channel_first: false, layout: Layout::Nchw };
+        let blocks = Blocks { to_space: true, size: stride, channel_first: c.groups > 1, layout: Layout::Nchw };
         made = (blocks.into(), vec![Operand::Computed(made.0, made.1)]);
     }
     let cuts = [rows.cuts, cols.cuts];
