@@ -527,7 +527,7 @@ impl Tables {
         y: &mut [T],
         work: &mut [T],
         extrapolation: T,
-        taps: impl Fn(&Pass) -> &Taps<T>,
+        taps: fn(&Pass) -> &Taps<T>,
     ) -> Result<()> {
         let Some((last, first)) = self.passes.split_last() else {
             y.copy_from_slice(x);

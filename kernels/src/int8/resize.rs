@@ -149,28 +149,11 @@ impl Kernel for Row<'_> {
     #[cfg_attr(target_arch = "wasm32", inline(never))]
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
-        match self.taps.map_or(1, |taps| taps.count) {
-            1 => self.parts::<S, 1>(s),
-            // Linear and cubic.
-            2 => self.parts::<S, 2>(s),
-            4 => self.parts::<S, 4>(s),
-            _ => self.parts::<S, 0>(s),
-        }
-    }
-}
-
-impl Row<'_> {
-    /// `T` taps, or as many as there are if that is 0: loops of known length keep places and weights in registers.
-    #[inline(always)]
-    fn parts<S: Simd, const T: usize>(self, s: S) {
         let Self { f, line, taps, inner, y, signed } = self;
         let end = End::new(s, f.lo, f.hi, f.zero);
         let width = 2 * S::LANES;
         for j in 0..taps.map_or(1, Taps::len) {
-            let (mut index, mut weight) = taps.map_or((&[0][..], &[1.0][..]), |taps| taps.of(j));
-            if T > 0 {
-                (index, weight) = (&index[..T], &weight[..T]);
-            }
+            let (index, weight) = taps.map_or((&[0][..], &[1.0][..]), |taps| taps.of(j));
             assert!(index.iter().all(|i| (i + 1) * inner <= line.len()));
             let part = |c: usize, cols: usize| {
                 let mut acc = [s.splat(0.0); 2];
