@@ -15,6 +15,8 @@ const wanted = process.env.WEBLANE_VARIANTS?.split(",") ?? ALL;
 const unknown = wanted.filter((variant) => !ALL.includes(variant));
 if (unknown.length > 0) throw new Error(`WEBLANE_VARIANTS names unknown builds: ${unknown.join(", ")}`);
 
+const fileOf = (variant) => join(root, "build", variant, "weblane_web.js");
+
 /** @type {import("esbuild").Plugin} */
 const glue = {
   name: "wasm-bindgen-glue",
@@ -22,10 +24,12 @@ const glue = {
     onResolve({ filter: /^glue:/ }, ({ path }) => ({ path: path.slice("glue:".length), namespace: "glue" }));
     onLoad({ filter: /.*/, namespace: "glue" }, ({ path: variant }) => {
       if (!wanted.includes(variant)) return { contents: "export default null;" };
-      const file = join(root, "build", variant, "weblane_web.js");
-      if (!existsSync(file)) {
-        return { errors: [{ text: `${file} is missing; \`cargo xtask build\` makes it` }] };
+      if (!existsSync(fileOf(variant))) {
+        return { errors: [{ text: `${fileOf(variant)} is missing; \`cargo xtask build\` makes it` }] };
       }
+      // Builds that differ in their instructions only have the same module, which is bundled, and parsed, once.
+      const text = readFileSync(fileOf(variant), "utf8");
+      const file = wanted.map(fileOf).find((file) => existsSync(file) && readFileSync(file, "utf8") === text);
       const contents = `import * as glue from ${JSON.stringify(file)}; export default glue;`;
       return { contents, resolveDir: root };
     });
