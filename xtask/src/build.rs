@@ -265,8 +265,8 @@ impl Module<'_> {
             .args(["--profile", "wasm", "--out-name", glue, "--out-dir"])
             .arg(directory)
             .arg(ctx.path(source))
-            // Without std's default features: what prints backtraces, which a page has no symbols for. Small sorts, of which
-            // there are dozens, save 50 kB; nothing that takes time sorts.
+            // Without std's default features: what prints backtraces, which a page has no symbols for. Sorts in small code, of
+            // which there are dozens, save 50 kB.
             .args(["--", "--quiet", "-Zbuild-std=std,panic_abort", "-Zbuild-std-features=optimize_for_size"])
             .args(variant.own_flags());
         if variant.threads() {

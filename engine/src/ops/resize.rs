@@ -466,15 +466,14 @@ impl Tables {
         if y.is_empty() {
             return Ok(());
         }
-        let mut passes: Vec<&Pass> = self.passes.iter().collect();
-        passes.sort_by_key(|p| p.axis);
-        let ([outer, rows, columns, inner], taps) = match passes[..] {
+        let ([outer, rows, columns, inner], taps) = match &self.passes[..] {
             [] => ([1, 1, x.len(), 1], [None, None]),
             [p] => match super::reduce::around(dims, p.axis) {
                 [outer, n, 1] => ([outer, 1, n, 1], [None, Some(&p.narrow)]),
                 [outer, n, inner] => ([outer, n, inner, 1], [Some(&p.narrow), None]),
             },
-            [p, q] if p.axis + 1 == q.axis => {
+            [p, q] if p.axis.abs_diff(q.axis) == 1 => {
+                let (p, q) = if p.axis < q.axis { (p, q) } else { (q, p) };
                 let [outer, rows, _] = super::reduce::around(dims, p.axis);
                 let [_, columns, inner] = super::reduce::around(dims, q.axis);
                 ([outer, rows, columns, inner], [Some(&p.narrow), Some(&q.narrow)])

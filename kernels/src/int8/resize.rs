@@ -4,7 +4,7 @@
 //! for rows of the result                                             in parallel
 //!     line = sum over taps k of down[i, k] * (x[row down.index[i, k]] - zero)          real, a row of the operand
 //!     for j of the row
-//!         y[j] = quantised(sum over taps k of across[j, k] * line[across.index[j, k]])
+//!         y[j] = byte(sum over taps k of (sideways[j, k] * multiplier) * line[sideways.index[j, k]])
 //! ```
 //!
 //! The operand is read as bytes and the result written as bytes: between them there is one row of real numbers, which
@@ -64,8 +64,10 @@ pub fn resize(
         return Ok(());
     }
     let (line, row) = (columns * inner, new_columns * inner);
-    let count = |taps: Option<&Taps<f32>>| taps.map_or(1, |taps| taps.count);
-    let cost = (line * count(down) + row * (count(sideways) + 4)) as u64 * (outer * new_rows) as u64;
+    let count = |taps: Option<&Taps<f32>>| taps.map_or(1, |taps| taps.count as u64);
+    let of_row =
+        (line as u64).saturating_mul(count(down)).saturating_add((row as u64).saturating_mul(count(sideways) + 4));
+    let cost = of_row.saturating_mul((outer * new_rows) as u64);
     let (signed, to) = y.raw();
     let out = Out(to);
     // Elements side by side along the axis are added up one by one, and quantised together afterwards.
