@@ -473,6 +473,74 @@ def qdq_attention():
     return f
 
 
+def group_query():
+    f = Family("contrib_group_query")
+    heads, shared, size = 6, 2, 32
+    columns, narrow = heads * size, shared * size
+    angles = np.arange(24)[:, None] * 0.7 ** np.arange(size // 2)
+    turns = [f.constant(np.cos(angles).astype(np.float32)), f.constant(np.sin(angles).astype(np.float32))]
+    half = [f.constant(np.cos(angles[:, ::2]).astype(np.float32)), f.constant(np.sin(angles[:, ::2]).astype(np.float32))]
+    sinks = f.real([heads])
+
+    def node(ends, new, past=0, *, packed=False, places=None, bias=None, total=None, sinks=None, turns=(), **attributes):
+        batch, total = len(ends), total or max(ends)
+        widths = [columns + 2 * narrow] if packed else [columns, narrow, narrow]
+        given = [f.input([batch, new, width], np.float32) for width in widths] + [None, None] * packed
+        given += [f.input([batch, shared, past, size], np.float32) if past else None for _ in range(2)]
+        given += [f.constant(np.array(ends, np.int32) - 1), f.constant(np.array(total, np.int32))]
+        given += [*turns] if turns else [None, None]
+        given += [f.constant(np.array(places, np.int64)) if places else None]
+        given += [f.input([*bias, new, total], np.float32) if bias else None, sinks]
+        f.node("GroupQueryAttention", given, outputs=3, num_heads=heads, kv_num_heads=shared, **attributes)
+
+    node([9, 9], 9)
+    node([9], 9, packed=True, turns=turns, do_rotary=1)
+    node([10, 5], 1, 9, turns=turns, do_rotary=1, rotary_interleaved=1, scale=0.2)
+    node([12], 3, 9, packed=True, turns=half, do_rotary=1, softcap=1.5)
+    node([11], 11, local_window_size=4, bias=[1, heads])
+    node([12, 6], 1, 11, local_window_size=3, bias=[2, 1], softcap=2.0)
+    node([6, 6], 6, turns=turns, do_rotary=1, places=[[3, 1, 2, 0, 9, 4], [1, 2, 3, 4, 5, 6]])
+    node([12], 3, 9, turns=turns, do_rotary=1, places=[[3, 7, 2]])
+    node([10], 1, 9, smooth_softmax=1)
+    node([11], 2, 9, sinks=sinks)
+    return f
+
+
+def rotary():
+    f = Family("contrib_rotary")
+    angles = np.arange(12)[:, None] * 0.6 ** np.arange(4)
+    turns = [f.constant(np.cos(angles).astype(np.float32)), f.constant(np.sin(angles).astype(np.float32))]
+    flat, heads = f.input([2, 5, 24], np.float32), f.input([2, 3, 5, 8], np.float32)
+    wide = f.input([2, 3, 5, 20], np.float32)
+    first = f.constant(np.array([4], np.int64))
+    places = f.input([2, 5], np.int64, 0, 11)
+    for interleaved in (0, 1):
+        for ids in (first, places):
+            f.node("RotaryEmbedding", [flat, ids, *turns], interleaved=interleaved)
+            f.node("RotaryEmbedding", [heads, ids, *turns], interleaved=interleaved)
+            f.node(
+                "RotaryEmbedding", [wide, ids, *turns], interleaved=interleaved, num_heads=3, rotary_embedding_dim=8
+            )
+    return f
+
+
+def embed_norm():
+    f = Family("contrib_embed_norm")
+    words, places, segments = f.real([30, 16]), f.real([12, 16]), f.real([2, 16])
+    norm = [f.real([16]), f.real([16])]
+    ids, kinds = f.input([2, 7], np.int32, 0, 29), f.input([2, 7], np.int32, 0, 1)
+    mask, own = f.input([2, 7], np.int32, 0, 1), f.input([2, 7], np.int32, 0, 11)
+    # Counts of the mask, results 1, are integers, which a family of reals cannot have among its outputs.
+    for given, more in (
+        ([ids, kinds, words, places, segments, *norm, mask], {"outputs": 3, "epsilon": 1e-12}),
+        ([ids, None, words, places, None, *norm, None, own], {"outputs": 2, "epsilon": 1e-5}),
+    ):
+        y = f.node("EmbedLayerNormalization", given, output=False, **more)
+        f.outputs.append(y)
+    f.outputs.append("y0_2")
+    return f
+
+
 FAMILIES = {
     "qlinear_add": lambda: qlinear_binary("QLinearAdd"),
     "qlinear_mul": lambda: qlinear_binary("QLinearMul"),
@@ -497,6 +565,9 @@ FAMILIES = {
     "qdq_conv_transpose": qdq_conv_transpose,
     "qdq_resize": qdq_resize,
     "qdq_attention": qdq_attention,
+    "group_query": group_query,
+    "rotary": rotary,
+    "embed_norm": embed_norm,
 }
 
 

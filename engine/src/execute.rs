@@ -3,6 +3,7 @@
 use crate::analyze::evaluate;
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
+use crate::ops::if_::If;
 use crate::ops::{Infer, Io, Prepare};
 use crate::plan::{Place, Plan, Step, check_released};
 use crate::storage::Arena;
@@ -149,7 +150,20 @@ impl Memory {
             }
             facts.push(Some(fact));
         }
-        let results = step.node.op.infer(&Infer { inputs: &facts, outputs: step.outputs.len(), cx })?;
+        let infer =
+            |facts: &[Option<Fact>]| step.node.op.infer(&Infer { inputs: facts, outputs: step.outputs.len(), cx });
+        let mut results = infer(&facts)?;
+        // A body that counts what it finds, such as the boxes that a suppression leaves.
+        if step.node.op.is::<If>() && results.iter().any(|f| f.dims().is_none()) {
+            for (fact, view) in facts.iter_mut().zip(&views) {
+                if let (Some(fact), Some(view)) = (fact, view)
+                    && fact.tensor().is_none()
+                {
+                    fact.content = Content::Tensor(Arc::new(view.to_tensor()?));
+                }
+            }
+            results = infer(&facts)?;
+        }
         let compute = if is_packed {
             let cache = &plan.packed;
             let prepare = Prepare { isa: cx.isa(), cx, inputs: &facts, outputs: &results, cache };

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! for each (batch, head, 128 queries), in parallel
-//!     m = -inf, l = 0, o = 0                                   one per query
+//!     m = -inf, l = 0, o = 0                                   one per query; with a sink m is its score and l = 1
 //!     for each block of 128 keys that any of the queries may see
 //!         pack k^T and v into panels of two vectors' width
 //!         for each 32 of the queries
@@ -91,6 +91,8 @@ pub struct Attention<'a> {
     pub visible: Option<Visible<'a>>,
     /// The result of a query that sees no key: 0, or NaN, which is what `softmax` of nothing but minus infinity gives.
     pub unseen: f32,
+    /// One number per head of q that softmax takes for the score of one key more, whose value is 0 ("attention sink").
+    pub sinks: Option<&'a [f32]>,
     /// Strides of the result: batch, head, position.
     pub y_strides: [usize; 3],
 }
@@ -117,6 +119,7 @@ impl Attention<'_> {
             ("v", a.v.data.len(), reach([a.batch, a.kv_heads, a.keys], a.v.strides, a.value_size)),
             ("y", y, reach([a.batch, a.heads, a.queries], a.y_strides, a.value_size)),
             ("mask", mask.map_or(0, |m| m.0), mask.map_or(Some(0), |m| m.1)),
+            ("sinks", a.sinks.map_or(a.heads, <[f32]>::len), Some(a.heads)),
         ];
         match views.iter().find(|(_, have, want)| want.is_none_or(|w| w > *have)) {
             Some((name, have, _)) => Err(Error::new(format!("{name} has {have} elements, fewer than its shape wants"))),
@@ -193,8 +196,9 @@ impl Kernel for Block<'_> {
         let (scores, rest) = rest.split_at_mut(QUERIES * KEYS);
         let (k_panels, v_panels) = rest.split_at_mut(KEYS * a.size);
         o.fill(0.0);
-        max.fill(f32::NEG_INFINITY);
-        sum.fill(0.0);
+        let sink = a.sinks.map_or(f32::NEG_INFINITY, |s| s[head]);
+        max.fill(sink);
+        sum.fill(if sink == f32::NEG_INFINITY { 0.0 } else { 1.0 });
         let all = 0..a.keys;
         // What query `i` of the task sees.
         let seen = |i: usize| match a.visible {
@@ -519,6 +523,7 @@ mod tests {
                 let v = integers(batch * kv_heads * keys * value_size, 3);
                 let mut mask = integers(queries * keys, 4);
                 mask.iter_mut().step_by(3).for_each(|m| *m = f32::NEG_INFINITY);
+                let sinks = integers(heads, 5);
                 let causal = |_: usize, i: usize| 0..i + 2;
                 for (masked, hides, cap) in
                     [(false, false, 0.0), (true, false, 0.0), (false, true, 5.0), (true, true, 3.0)]
@@ -539,6 +544,7 @@ mod tests {
                         mask: masked.then_some(Mask { data: &mask, strides: [0, 0, keys], keys, replaces: cap == 3.0 }),
                         visible: if hides { Some(&causal) } else { None },
                         unseen: 0.0,
+                        sinks: (cap == 5.0).then_some(&sinks),
                         // Heads inside: the layout of the layer that follows.
                         y_strides: [queries * heads * value_size, value_size, heads * value_size],
                     };
@@ -573,6 +579,7 @@ mod tests {
                 mask: Some(Mask { data: &mask, strides: [0, 0, 2], keys: 2, replaces: false }),
                 visible: None,
                 unseen: 0.0,
+                sinks: None,
                 y_strides: [4, 4, 2],
             };
             let mut y = [9.0; 4];

@@ -218,6 +218,7 @@ impl Operator for FusedAttention {
             mask,
             visible: None,
             unseen: self.unseen,
+            sinks: None,
             y_strides: self.y.strides(ys),
         };
         Ok(attention(cx, &a, io.output(0)?.as_slice::<f32>()?)?)
@@ -436,6 +437,7 @@ impl Operator for Attention {
             mask,
             visible: if limited { Some(&visible as Visible) } else { None },
             unseen: 0.0,
+            sinks: None,
             y_strides: form.strides(Sizes { size: vs.size, ..qs }),
         };
         if self.double {

@@ -67,7 +67,19 @@ impl Operator for If {
         let captures: Option<Vec<Fact>> = cx.inputs[1..].iter().cloned().collect();
         let captures = captures.ok_or_else(|| Error::internal("a captured value is missing"))?;
         match condition.tensor() {
-            Some(t) => cx.results(infer_outputs(self.body(truth(&t.view())?), &captures, cx.cx)?),
+            Some(t) => {
+                let body = self.body(truth(&t.view())?);
+                let facts = infer_outputs(body, &captures, cx.cx)?;
+                let constants: Option<Vec<_>> = captures.iter().map(|f| f.tensor().map(|t| t.view())).collect();
+                match constants {
+                    // Shapes that only the elements show.
+                    Some(constants) if facts.iter().any(|f| f.dims().is_none()) => {
+                        let tensors = run_once(body, &constants, cx.cx)?;
+                        cx.results(tensors.into_iter().map(|t| Fact::constant(Arc::new(t))).collect())
+                    }
+                    _ => cx.results(facts),
+                }
+            }
             None => {
                 let then = infer_outputs(&self.then, &captures, cx.cx);
                 let otherwise = infer_outputs(&self.otherwise, &captures, cx.cx);

@@ -301,12 +301,14 @@ ops! {
     det
     dynamic_lstm
     einsum
+    embed_norm
     expand
     eye_like
     gather
     gather_block_quantized
     gemm
     grid_sample
+    group_query
     identity
     if_
     integer_product

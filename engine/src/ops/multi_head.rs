@@ -235,6 +235,7 @@ impl Core {
             mask,
             visible: if self.causal { Some(&visible as Visible) } else { None },
             unseen: 0.0,
+            sinks: None,
             y_strides: Form::HeadsInside.strides(Sizes { size: vs.size, ..qs }),
         };
         Ok(attention(cx, &a, y)?)

@@ -183,6 +183,7 @@ impl QAttention {
             mask,
             visible: if self.causal { Some(&visible as Visible) } else { None },
             unseen: 0.0,
+            sinks: None,
             y_strides: [positions * hidden, size, hidden],
         };
         Ok(attention(cx, &a, io.output(0)?.as_slice::<f32>()?)?)

@@ -25,14 +25,15 @@ pub fn attention(a: &Attention) -> Vec<f64> {
                     if a.visible.is_some_and(|f| !f(b, i).contains(&j)) { f64::NEG_INFINITY } else { s }
                 };
                 let scores: Vec<f64> = (0..a.keys).map(score).collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sink = a.sinks.map_or(f64::NEG_INFINITY, |s| f64::from(s[h]));
+                let max = scores.iter().copied().fold(sink, f64::max);
                 let at = b * a.y_strides[0] + h * a.y_strides[1] + i * a.y_strides[2];
                 if max == f64::NEG_INFINITY {
                     let none = if a.keys == 0 { 0.0 } else { f64::from(a.unseen) };
                     y[at..][..a.value_size].fill(none);
                     continue;
                 }
-                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + (sink - max).exp();
                 for (j, s) in scores.iter().enumerate() {
                     let v = &a.v.data[b * a.v.strides[0] + kv * a.v.strides[1] + j * a.v.strides[2]..];
                     for e in 0..a.value_size {
