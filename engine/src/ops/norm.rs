@@ -157,7 +157,9 @@ impl Operator for LayerNormalization {
         };
         let (y, rest) = io.outputs.split_first_mut().ok_or_else(|| Error::internal("no result"))?;
         let mut rest = rest.iter_mut().map(|t| t.as_slice::<f32>());
-        let stats = Statistics { mean: rest.next().transpose()?, inverse: rest.next().transpose()? };
+        // Without a mean there is none among the results.
+        let mean = if self.center { rest.next().transpose()? } else { None };
+        let stats = Statistics { mean, inverse: rest.next().transpose()? };
         Ok(normalize(cx, &p, x, y.as_slice::<f32>()?, stats)?)
     }
 

@@ -72,6 +72,12 @@ fn parse_dequantize(a: &mut Attributes) -> Result<Op> {
 }
 
 impl Linear {
+    /// Whether scales may be negative or 0: onnxruntime's tools give a block of 4-bit weights the sign of its largest
+    /// number, which then takes the one level that only one side has.
+    fn may_be_signed(&self) -> bool {
+        self.back && self.block > 0
+    }
+
     fn grid(&self, x: &[usize], scale: &[usize]) -> Result<Grid> {
         let one = Grid { outer: 1, n: 1, inner: element_count(x)?, sharing: Sharing::Tensor };
         if scale.iter().all(|&d| d == 1) && scale.len() <= 1 {
@@ -159,7 +165,9 @@ impl Operator for Linear {
         if !scale.dtype.is_float() && scale.dtype != DType::I32 {
             return Err(wrong_dtype("the scale", scale.dtype, "floats"));
         }
-        check_constant_scales(scale, "a scale")?;
+        if !self.may_be_signed() {
+            check_constant_scales(scale, "a scale")?;
+        }
         if let (Some(x), Some(s)) = (x.dims(), scale.dims()) {
             self.grid(&x, &s)?;
         }
@@ -192,7 +200,13 @@ impl Operator for Linear {
         let (x, scale, zero) = (io.input(0)?, io.input(1)?, io.optional(2));
         let grid = self.grid(x.dims, scale.dims)?;
         let scales = scale.as_slice::<f32>()?;
-        check_scales(scale, "a scale")?;
+        if self.may_be_signed() {
+            if let Some(s) = scales.iter().find(|s| !s.is_finite()) {
+                return Err(Error::invalid_input(format!("a scale is {s}; a finite number was wanted")));
+            }
+        } else {
+            check_scales(scale, "a scale")?;
+        }
         if self.back {
             let y = io.output(0)?.as_slice::<f32>()?;
             if is_nibble(x.dtype) {

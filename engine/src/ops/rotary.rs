@@ -12,7 +12,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("RotaryEmbedding", 23, parse), Registration::microsoft("RotaryEmbedding", parse_microsoft)];
 
 /// Operands: x `[batch, heads, positions, size]` or `[batch, positions, heads * size]`, cosines, sines, and the numbers of
-/// the positions; without them cosines and sines are `[batch, positions, pairs]`, with them `[rows, pairs]`.
+/// the positions; without them cosines and sines are `[batch, positions, pairs]`, or those of one batch for all, with them `[rows, pairs]`.
 #[derive(Clone, Debug)]
 pub struct RotaryEmbedding {
     /// Whether pairs are neighbours instead of half a head apart.
@@ -150,7 +150,7 @@ impl Operator for RotaryEmbedding {
             let numbered = cx.optional(ids).is_some();
             for table in [cos, sin].into_iter().flatten() {
                 let fits =
-                    if numbered { table.len() == 2 && table[1] == pairs } else { table.as_slice() == [b, t, pairs] };
+                    if numbered { table.len() == 2 && table[1] == pairs } else { matches!(table.as_slice(), &[n, p, c] if (n == b || n == 1) && (p, c) == (t, pairs)) };
                 if !fits {
                     return Err(Error::shape(format!(
                         "cosines or sines of shape {table:?} for {pairs} pairs of {dims:?}"
@@ -173,8 +173,10 @@ impl Operator for RotaryEmbedding {
         let y = io.output(0)?;
         let Layout { sizes: [batch, heads, positions, d], strides } = self.layout(y.dims, cos.dims.last().copied())?;
         let pairs = self.turning(d)? / 2;
+        // Exporters leave the turns of all batches to one, which torch broadcasts.
+        let shared = cos.dims.first() == Some(&1);
         let row = |b: usize, t: usize| match ids.as_deref() {
-            None => (b * positions + t) as i64,
+            None => (if shared { t } else { b * positions + t }) as i64,
             Some(&[first]) => first.saturating_add(t as i64),
             Some(ids) => ids[b * positions + t],
         };
@@ -217,6 +219,13 @@ mod tests {
         assert_eq!(y[0].as_slice::<f32>().unwrap(), [-2.0, 1.0, 3.0, 4.0]);
         let e = OneNode::new("RotaryEmbedding").run(&[x, cos, sin, i64s(&[1, 1], &[1])]).unwrap_err();
         assert!(e.message.contains("position 1"), "{e}");
+    }
+
+    #[test]
+    fn turns_of_one_batch_serve_all() {
+        let x = f32s(&[2, 1, 1, 2], &[1.0, 2.0, 3.0, 4.0]);
+        let y = OneNode::new("RotaryEmbedding").run(&[x, f32s(&[1, 1, 1], &[0.0]), f32s(&[1, 1, 1], &[1.0])]).unwrap();
+        assert_eq!(y[0].as_slice::<f32>().unwrap(), [-2.0, 1.0, -4.0, 3.0]);
     }
 
     #[test]

@@ -1,16 +1,26 @@
 //! Nodes that change nothing, or nothing that matters, go: casts to the same type, transposes and reshapes to the same
 //! shape, slices of everything, sums with 0 and products with 1, `Expand` before an operator that broadcasts anyway.
-//! Two transposes in a row become one.
+//! Two transposes in a row become one, a mean over all places of an image becomes the pooling that follows its layout, and
+//! sizes that are asked whether they are -1 answer.
 
 use super::Pass;
-use super::pattern::View;
+use super::pattern::{Operand, Replacement, View, rewrite};
 use crate::error::Result;
 use crate::fact::{Dim, Fact, Shape, broadcast};
 use crate::graph::{Graph, Node, ValueId};
+use crate::ops::concat::Concat;
+use crate::ops::pool::GlobalPool;
+use crate::ops::reduce::Reduce;
 use crate::ops::transpose::Transpose;
+use crate::tensor::{DType, Tensor};
+use weblane_kernels::conv::Layout;
+use weblane_kernels::pool::PoolOp;
+use weblane_kernels::reduce::Reduction;
 
 /// Removes what does nothing.
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
+    rewrite(graph, pass, |view, i| Ok(pooled(view, i)))?;
+    rewrite(graph, pass, guarded)?;
     // One simplification may make way for another.
     for _ in 0..4 {
         let facts = pass.facts(graph)?;
@@ -23,6 +33,67 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// `ReduceMean` over axes 2 and up of an image, which stay with length 1, is `GlobalAveragePool`: newer exporters write the
+/// former for the latter.
+fn pooled(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    let reduce = node.op.get::<Reduce>().filter(|r| r.reduction == Reduction::Mean && r.keep)?;
+    let x = node.inputs.first().copied().flatten()?;
+    let fact = view.fact(x).filter(|f| f.dtype == DType::F32)?;
+    let rank = fact.rank().filter(|r| (4..=5).contains(r))?;
+    let axes = match node.inputs.get(1).copied().flatten() {
+        Some(id) => view.fact(id)?.i64s()?,
+        None => reduce.axes.as_deref()?.into(),
+    };
+    let mut axes: Vec<i64> = axes.iter().map(|&a| if a < 0 { a + rank as i64 } else { a }).collect();
+    axes.sort_unstable();
+    let op = GlobalPool { op: PoolOp::Average { include_pad: false }, layout: Layout::Nchw };
+    let fits = axes.iter().copied().eq(2..rank as i64);
+    fits.then(|| Replacement { root: i, nodes: vec![i], op: op.into(), operands: vec![x.into()] })
+}
+
+/// `Where(sizes == -1, a, sizes)` for sizes that a `Concat` joins from numbers and sizes of values: the latter are not -1,
+/// and of the former it is known. PyTorch's exporter writes it before an `Expand`, whose result has no known shape else.
+fn guarded(view: &View, i: usize) -> Result<Option<Replacement>> {
+    let node = &view.graph.nodes[i];
+    let &[Some(condition), Some(instead), Some(sizes)] = node.inputs.as_slice() else { return Ok(None) };
+    let (Some((_, equal)), Some((_, concat))) = (view.producer(condition), view.producer(sizes)) else {
+        return Ok(None);
+    };
+    let fits = node.op.name() == "Where" && equal.op.name() == "Equal" && concat.op.is::<Concat>();
+    let other = match equal.inputs.as_slice() {
+        [Some(a), Some(b)] if fits && *a == sizes => *b,
+        [Some(a), Some(b)] if fits && *b == sizes => *a,
+        _ => return Ok(None),
+    };
+    let numbers = |id: ValueId| view.fact(id).and_then(Fact::i64s);
+    let (Some(wanted), Some(instead)) = (numbers(other), numbers(instead)) else { return Ok(None) };
+    let at = |v: &[i64], i: usize| v.get(if v.len() == 1 { 0 } else { i }).copied();
+    let (mut operands, mut place): (Vec<Operand>, usize) = (Vec::new(), 0);
+    for id in concat.operands() {
+        let fact = view.fact(id);
+        if let Some(own) = numbers(id) {
+            let mut values = Vec::with_capacity(own.len());
+            for &v in &own {
+                let (Some(w), Some(a)) = (at(&wanted, place), at(&instead, place)) else { return Ok(None) };
+                values.push(if v == w { a } else { v });
+                place += 1;
+            }
+            operands.push(Operand::Constant(Tensor::from_slice(&[values.len()], &values)?));
+        } else if let Some(own) = fact.and_then(Fact::sizes).filter(|s| !s.contains(&Dim::Unknown)) {
+            if (place..place + own.len()).any(|i| at(&wanted, i).is_none_or(|w| w >= 0)) {
+                return Ok(None);
+            }
+            place += own.len();
+            operands.push(id.into());
+        } else {
+            return Ok(None);
+        }
+    }
+    let op = concat.op.clone();
+    Ok((operands.len() == concat.inputs.len()).then_some(Replacement { root: i, nodes: vec![i], op, operands }))
 }
 
 /// The operand that result 0 equals.
@@ -197,8 +268,53 @@ fn expanded(view: &View, i: usize, k: usize, id: ValueId) -> Option<(usize, usiz
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Net, int, ints};
+    use super::super::testing::{Net, int, ints, names};
     use super::*;
+
+    #[test]
+    fn sizes_beside_minus_one_are_themselves() {
+        let mut n = Net::new(14);
+        let x = n.symbolic("x", &["batch", "1", "1", "tokens"]);
+        let shape = n.op("Shape", &[x]);
+        let size = |n: &mut Net, i: i64| {
+            let i = n.i64s(&[i]);
+            n.op_with("Gather", &[shape, i], &[("axis", int(0))])
+        };
+        let (batch, tokens, keep) = (size(&mut n, 0), size(&mut n, 3), n.i64s(&[-1]));
+        let sizes = n.op_with("Concat", &[batch, keep, tokens, tokens], &[("axis", int(0))]);
+        let (minus, ones) = (n.i64s(&[-1, -1, -1, -1]), n.i64s(&[1, 1, 1, 1]));
+        let asked = n.op("Equal", &[sizes, minus]);
+        let sizes = n.op("Where", &[asked, ones, sizes]);
+        let y = n.op("Expand", &[x, sizes]);
+        let y = n.op("Neg", &[y]);
+        n.output(y);
+        let graph = n.apply(run);
+        n.check(&graph);
+        assert!(!names(&graph).iter().any(|n| n == "Where"), "{:?}", names(&graph));
+    }
+
+    #[test]
+    fn a_mean_over_the_places_of_an_image_is_a_pooling() {
+        for (axes, opset) in [(&[2i64, 3][..], 13), (&[-1, -2], 18)] {
+            let mut n = Net::new(opset);
+            let x = n.input("x", &[2, 3, 5, 4]);
+            let y = if opset == 13 {
+                n.op_with("ReduceMean", &[x], &[("axes", ints(axes))])
+            } else {
+                let axes = n.i64s(axes);
+                n.op("ReduceMean", &[x, axes])
+            };
+            n.output(y);
+            let graph = n.apply(run);
+            n.check(&graph);
+            assert_eq!(names(&graph), ["GlobalAveragePool"]);
+        }
+        let mut n = Net::new(13);
+        let x = n.input("x", &[2, 3, 5, 4]);
+        let y = n.op_with("ReduceMean", &[x], &[("axes", ints(&[1, 2]))]);
+        n.output(y);
+        assert_eq!(names(&n.apply(run)), ["ReduceMean"]);
+    }
 
     #[test]
     fn what_does_nothing_goes() {

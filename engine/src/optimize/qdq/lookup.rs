@@ -102,10 +102,13 @@ fn tabulate(
 ) -> Result<Option<Vec<u8>>> {
     let mut facts: Vec<Option<Fact>> = vec![None; view.graph.values.len()];
     let bytes: Vec<u8> = (0..=255).collect();
-    let Some(dtype) = view.fact(source).map(|f| f.dtype) else { return Ok(None) };
+    let Some((dtype, rank)) = view.fact(source).map(|f| (f.dtype, f.rank())) else { return Ok(None) };
+    // Of the source's rank, which what is broadcast to it may want.
+    let mut dims = vec![1; rank.unwrap_or(1).max(1)];
+    dims[rank.unwrap_or(1).max(1) - 1] = 256;
     let all = match dtype {
-        DType::U8 => Tensor::from_slice(&[256], &bytes)?,
-        _ => Tensor::from_slice(&[256], &bytes.iter().map(|&b| b as i8).collect::<Vec<_>>())?,
+        DType::U8 => Tensor::from_slice(&dims, &bytes)?,
+        _ => Tensor::from_slice(&dims, &bytes.iter().map(|&b| b as i8).collect::<Vec<_>>())?,
     };
     facts[source.index()] = Some(Fact::constant(Arc::new(all)));
     for &i in nodes {
@@ -113,7 +116,8 @@ fn tabulate(
         for id in node.operands().filter(|&id| view.tensor(id).is_some()) {
             facts[id.index()] = view.fact(id).cloned();
         }
-        let results = infer_node(node, &facts, pass.cx, Folding { max_bytes: usize::MAX })?;
+        // What does not fit these sizes is no function of single bytes.
+        let Ok(results) = infer_node(node, &facts, pass.cx, Folding { max_bytes: usize::MAX }) else { return Ok(None) };
         facts[node.outputs[0].index()] = results.into_iter().next();
     }
     let table = facts[root.index()].as_ref().and_then(Fact::tensor).map(|t| t.bytes().to_vec());
