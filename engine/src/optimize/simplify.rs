@@ -20,7 +20,6 @@ use weblane_kernels::reduce::Reduction;
 /// Removes what does nothing.
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
     rewrite(graph, pass, |view, i| Ok(pooled(view, i)))?;
-    rewrite(graph, pass, guarded)?;
     // One simplification may make way for another.
     for _ in 0..4 {
         let facts = pass.facts(graph)?;
@@ -28,6 +27,7 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
         changed |= join_transposes(graph, &facts);
         changed |= drop_expands(graph, &facts);
         graph.remove_dead_nodes();
+        changed |= rewrite(graph, pass, guarded)?;
         if !changed {
             break;
         }
