@@ -169,6 +169,12 @@ pub fn axis_index(axis: i64, rank: usize) -> Result<usize> {
     }
 }
 
+/// Whether a name is that of the first so many elements, at most, of a size, and more than 1 of them: see `dim_min`.
+fn is_cut_of(name: &str, size: &str) -> bool {
+    let inner = name.strip_prefix("min(").and_then(|n| n.strip_suffix(')')).and_then(|n| n.split_once(", "));
+    inner.is_some_and(|(n, of)| of == size && n.parse().is_ok_and(|n: usize| n > 1))
+}
+
 /// NumPy broadcasting of two shapes.
 pub fn broadcast(a: &[Dim], b: &[Dim]) -> Result<Shape> {
     let rank = a.len().max(b.len());
@@ -184,6 +190,9 @@ pub fn broadcast(a: &[Dim], b: &[Dim]) -> Result<Shape> {
             ))),
             // A number above 1 wins over a name: if the name turns out to be neither it nor 1, the run will say so.
             (Dim::Known(x), _) | (_, Dim::Known(x)) => Ok(Dim::Known(x)),
+            // Equal to the size, or neither that nor 1.
+            (Dim::Symbol(x), Dim::Symbol(y)) if is_cut_of(&x, &y) => Ok(Dim::Symbol(y)),
+            (Dim::Symbol(x), Dim::Symbol(y)) if is_cut_of(&y, &x) => Ok(Dim::Symbol(x)),
             _ => Ok(Dim::Unknown),
         })
         .collect()
@@ -216,5 +225,15 @@ mod tests {
         assert_eq!(axis_index(-1, 3).unwrap(), 2);
         assert!(axis_index(3, 3).is_err());
         assert!(axis_index(0, 0).is_err());
+    }
+
+    #[test]
+    fn a_cut_of_a_size_is_the_size_where_both_must_fit() {
+        let dim = |s: &str| Dim::Symbol(s.into());
+        assert_eq!(broadcast(&[dim("n")], &[dim("min(64, n)")]).unwrap()[0], dim("n"));
+        assert_eq!(broadcast(&[dim("min(64, n)")], &[dim("n")]).unwrap()[0], dim("n"));
+        for other in ["min(1, n)", "min(64, m)", "min(64, n", "min(, n)"] {
+            assert_eq!(broadcast(&[dim("n")], &[dim(other)]).unwrap()[0], Dim::Unknown, "{other}");
+        }
     }
 }

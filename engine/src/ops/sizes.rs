@@ -43,8 +43,41 @@ pub(crate) fn dim_sum(a: &Dim, b: &Dim) -> Result<Dim> {
     Ok(match (a, b) {
         (Dim::Known(x), Dim::Known(y)) => Dim::Known(sum(*x, *y)?),
         (Dim::Known(0), d) | (d, Dim::Known(0)) => d.clone(),
-        _ => Dim::Unknown,
+        (Dim::Unknown, _) | (_, Dim::Unknown) => Dim::Unknown,
+        _ => named_sum(&format!("{a} + {b}"))?,
     })
+}
+
+/// The sum that a name says, its names in order and its numbers as one at the end, so that equal sums have one name: a cache
+/// grows by the same positions in keys and in values. Exporters name the inputs that have such sizes in the same way.
+fn named_sum(text: &str) -> Result<Dim> {
+    // Longer names are those of chains of sums, which nobody compares.
+    const MAX_NAME: usize = 200;
+    if text.len() > MAX_NAME {
+        return Ok(Dim::Unknown);
+    }
+    let (mut names, mut number): (Vec<&str>, usize) = (Vec::new(), 0);
+    for term in text.split(" + ") {
+        match term.parse() {
+            Ok(n) => number = sum(number, n)?,
+            Err(_) => names.push(term),
+        }
+    }
+    names.sort_unstable();
+    let mut name = names.join(" + ");
+    if number > 0 {
+        name = format!("{name} + {number}");
+    }
+    Ok(Dim::Symbol(name.into()))
+}
+
+/// The smaller of a number and a size, as what a slice from the start takes.
+pub(crate) fn dim_min(n: usize, d: &Dim) -> Dim {
+    match d {
+        Dim::Known(m) => Dim::Known(n.min(*m)),
+        Dim::Symbol(name) => Dim::Symbol(format!("min({n}, {name})").into()),
+        Dim::Unknown => Dim::Unknown,
+    }
 }
 
 /// `a * b` of sizes that may not be known.
@@ -217,5 +250,20 @@ mod tests {
         let axes = [Axis { len: 2, src: 1, dst: 2 }, Axis { len: 2, src: 2, dst: 1 }];
         copy_strings(&axes, &x, 0, &mut y, 0).unwrap();
         assert_eq!(y, ["a", "c", "b", "d"]);
+    }
+
+    #[test]
+    fn equal_sums_have_one_name() {
+        let dim = |s: &str| Dim::Symbol(s.into());
+        let sum = |a: &Dim, b: &Dim| dim_sum(a, b).unwrap();
+        let (past, new) = (dim("past"), dim("new"));
+        assert_eq!(sum(&past, &new), dim("new + past"));
+        assert_eq!(sum(&past, &new), sum(&new, &past));
+        assert_eq!(sum(&sum(&past, &Dim::Known(2)), &sum(&new, &Dim::Known(1))), dim("new + past + 3"));
+        assert_eq!(sum(&past, &Dim::Known(0)), past);
+        assert_eq!(sum(&past, &Dim::Unknown), Dim::Unknown);
+        assert_eq!(sum(&dim(&"long".repeat(60)), &new), Dim::Unknown);
+        let most = dim(&format!("n + {}", usize::MAX));
+        assert!(dim_sum(&most, &Dim::Known(1)).is_err());
     }
 }

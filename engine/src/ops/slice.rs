@@ -1,7 +1,7 @@
 //! Slice.
 
 use super::sizes::{
-    Axes, Ints, check_movable, copy_axes, distinct_axes, ints, loose_sizes, permuted_axis, sizes_fact, strides,
+    Axes, Ints, check_movable, copy_axes, distinct_axes, ints, dim_min, loose_sizes, permuted_axis, sizes_fact, strides,
 };
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role};
 use crate::error::{Error, Result};
@@ -149,8 +149,17 @@ impl Operator for Slice {
             let mut shape = shape.clone();
             match &operands[2] {
                 Some(axes) => {
-                    for a in distinct_axes(axes, shape.len())? {
-                        shape[a] = Dim::Unknown;
+                    // The first so many elements, where only the end is computed, and it is a size.
+                    let all = |i: usize, n: i64| operands[i].as_ref().is_some_and(|v| v.iter().all(|&v| v == n));
+                    let from_start = all(0, 0) && (all(3, 1) || cx.optional(4).is_none());
+                    let ends = cx.optional(2).and_then(Fact::sizes).filter(|_| from_start);
+                    for (i, a) in distinct_axes(axes, shape.len())?.into_iter().enumerate() {
+                        let end = ends.as_ref().and_then(|ends| ends.get(i)).unwrap_or(&Dim::Unknown);
+                        shape[a] = match &shape[a] {
+                            Dim::Known(n) => dim_min(*n, end),
+                            d if d == end => d.clone(),
+                            _ => Dim::Unknown,
+                        };
                     }
                 }
                 None => shape.iter_mut().for_each(|d| *d = Dim::Unknown),

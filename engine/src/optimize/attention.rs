@@ -463,6 +463,53 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_that_grows_is_fused() {
+        let mut n = Net::new(14);
+        let [q, k, v] = qkv(&mut n);
+        let grown = |n: &mut Net, name: &str, x, perm: Option<&[i64]>| {
+            let past = n.symbolic(name, &["batch", "2", "past", "4"]);
+            let x = heads(n, x, &[0, 2, 1, 3]);
+            let all = n.op_with("Concat", &[past, x], &[("axis", int(-2))]);
+            match perm {
+                Some(perm) => n.op_with("Transpose", &[all], &[("perm", ints(perm))]),
+                None => all,
+            }
+        };
+        let k = grown(&mut n, "past_k", k, Some(&[0, 1, 3, 2]));
+        let v = grown(&mut n, "past_v", v, None);
+        let q = heads(&mut n, q, &[0, 2, 1, 3]);
+        let y = n.op("MatMul", &[q, k]);
+        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+        let y = n.op("MatMul", &[y, v]);
+        let y = joined(&mut n, y);
+        n.output(y);
+        assert!(n.optimized().contains(&"weblane.FusedAttention".to_owned()), "{:?}", n.optimized());
+        n.check(&n.apply(run));
+    }
+
+    #[test]
+    fn positions_cut_from_a_table_keep_the_name_of_the_tokens() {
+        let mut n = Net::new(14);
+        let x = n.symbolic("x", &["batch", "tokens", "8"]);
+        let table = n.weights(&[1, 64, 8]);
+        let (start, one, two) = (n.i64s(&[0]), n.i64s(&[1]), n.i64s(&[2]));
+        let shape = n.op("Shape", &[x]);
+        let tokens = n.op("Slice", &[shape, one, two]);
+        let places = n.op("Slice", &[table, start, tokens, one]);
+        let x = n.op("Add", &[x, places]);
+        let k = heads(&mut n, x, &[0, 2, 3, 1]);
+        let v = heads(&mut n, x, &[0, 2, 1, 3]);
+        let q = heads(&mut n, x, &[0, 2, 1, 3]);
+        let y = n.op("MatMul", &[q, k]);
+        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+        let y = n.op("MatMul", &[y, v]);
+        let y = joined(&mut n, y);
+        n.output(y);
+        assert!(n.optimized().contains(&"weblane.FusedAttention".to_owned()), "{:?}", n.optimized());
+        n.check(&n.apply(run));
+    }
+
+    #[test]
     fn masks_of_other_names_broadcast() {
         // Symbols get the sizes 3, 4, ... in this order: the mask has three batches, the operands have one.
         for (mask, batch, queries) in [
