@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! scores = q kᵀ * factor                    the factor on the product, on q, on k or on both
-//! scores = scores + mask                    or Where(condition, number, scores)
+//! scores = scores + mask                    or Where(condition, number, scores), or the sum of two masks
 //! y = softmax(scores) v                     zeros for rows of NaN, if the model says so
 //! ```
 //!
@@ -15,13 +15,16 @@ use super::pattern::{Match, Operand, Pattern, Replacement, View, any, constant, 
 use crate::error::Result;
 use crate::fact::{Dim, Fact, axis_index};
 use crate::graph::{Graph, Node, ValueId};
+use crate::ops::Op;
 use crate::ops::attention::{Form, FusedAttention};
+use crate::ops::binary::{Arithmetic, Function};
 use crate::ops::matmul::MatMul;
 use crate::ops::reshape::{Reshape, Unsqueeze};
 use crate::ops::softmax::Softmax;
 use crate::ops::transpose::Transpose;
 use crate::ops::where_::Where;
 use crate::tensor::Tensor;
+use weblane_kernels::elementwise::Binary;
 use weblane_kernels::epilogue::Activation;
 
 /// Replaces the spelled-out form by [`FusedAttention`].
@@ -39,11 +42,12 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
     .map(drop)
 }
 
+/// A product, perhaps with a factor.
 fn product_of(a: impl Into<Pattern>, b: impl Into<Pattern>) -> Pattern {
     op_if(&["MatMul"], [a.into(), b.into()], |_, node| {
         node.op.get::<MatMul>().is_some_and(|m| {
             let extra = m.bias || m.residual || m.trans_a || m.trans_b;
-            m.alpha == 1.0 && !extra && m.activation == Activation::Identity
+            !extra && m.activation == Activation::Identity
         })
     })
 }
@@ -53,8 +57,10 @@ fn patterns() -> (Pattern, Pattern) {
     let scaled =
         |x: Pattern, times: &'static str, over: &'static str| any([&x * constant(times), &x / constant(over), x]);
     let qk = product_of(scaled(var("q"), "q times", "q over"), scaled(var("k"), "k times", "k over"));
-    let scores = scaled(qk, "times", "over");
+    let scores = scaled(qk.named("scores"), "times", "over");
     let masked = any([
+        // T5 and MPNet: a bias of positions beside the mask.
+        (&scores + var("bias")) + var("mask"),
         &scores + var("mask"),
         op("Where", [var("hidden"), constant("fill"), scores.clone()]),
         op("Where", [var("visible"), scores.clone(), constant("fill")]),
@@ -63,7 +69,7 @@ fn patterns() -> (Pattern, Pattern) {
     let softmax = op_if(&["Softmax"], [masked], |view, node| along_last_axis(view, node).unwrap_or(false));
     // PyTorch: rows that see nothing become zeros instead of NaN, as they do in the kernel.
     let safe = op("Where", [op("IsNaN", [softmax.clone()]).named("lost"), 0.0.into(), softmax.clone()]);
-    let y = product_of(any([softmax, safe]), var("v"));
+    let y = product_of(any([softmax, safe]), var("v")).named("y");
     let inside = op_if(&["Transpose"], [y.clone()], |view, node| permutes(view, node, &[0, 2, 1, 3]));
     (inside, y)
 }
@@ -118,7 +124,15 @@ fn replacement(view: &View, found: &Match, inside: bool) -> Result<Option<Replac
 fn operands(view: &View, found: &Match, inside: bool) -> Result<Option<(FusedAttention, Vec<Operand>)>> {
     let (Some(q), Some(kt), Some(v)) = (found.get("q"), found.get("k"), found.get("v")) else { return Ok(None) };
     let scales = [("times", "over"), ("q times", "q over"), ("k times", "k over")].map(|(t, o)| factor(found, t, o));
-    let scale: Option<f32> = scales.into_iter().product();
+    // onnxruntime's FusedMatMul has the factor inside.
+    let alpha = |name| {
+        let (_, node) = view.producer(found.get(name)?)?;
+        Some(node.op.get::<MatMul>()?.alpha)
+    };
+    if alpha("y") != Some(1.0) {
+        return Ok(None);
+    }
+    let scale: Option<f32> = scales.into_iter().chain([alpha("scores")]).product();
     let (Some(qs), Some(ks), Some(vs), Some(scale)) = (sizes(view, q), sizes(view, kt), sizes(view, v), scale) else {
         return Ok(None);
     };
@@ -208,9 +222,17 @@ fn mask(view: &View, found: &Match, wanted: &[Dim; 4], flat: bool) -> Result<Mas
         false => mask,
     };
     if let Some(mask) = found.get("mask") {
-        let fits = view.is_f32(mask) && covered(mask);
-        let mask = Masking::Operand { mask: placed(mask, mask.into()), replaces: false };
-        return Ok(if fits { mask } else { Masking::Other });
+        let fits = |id| view.is_f32(id) && covered(id);
+        let operand = match found.get("bias") {
+            None => placed(mask, mask.into()),
+            // Layers that share both share the sum.
+            Some(bias) if fits(bias) && !flat => {
+                let sum: Op = Arithmetic::new("Add", Function::Kernel(Binary::Add)).into();
+                Operand::Computed(sum, vec![bias.into(), mask.into()])
+            }
+            Some(_) => return Ok(Masking::Other),
+        };
+        return Ok(if fits(mask) { Masking::Operand { mask: operand, replaces: false } } else { Masking::Other });
     }
     let (condition, hides) = match (found.get("hidden"), found.get("visible")) {
         (Some(c), _) => (c, true),
@@ -295,7 +317,7 @@ fn joined(view: &View, id: ValueId) -> ValueId {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Net, int, ints, names};
+    use super::super::testing::{Net, float, int, ints, names};
     use super::*;
 
     const HEADS: i64 = 2;
@@ -460,6 +482,37 @@ mod tests {
             n.output(y);
             assert!(n.passed(run).contains(&"weblane.FusedAttention".to_owned()));
         }
+    }
+
+    #[test]
+    fn a_bias_beside_the_mask_is_added_to_it() {
+        let mut n = Net::new(14);
+        let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "2", "tokens", "4"]));
+        let bias = n.symbolic("bias", &["1", "2", "tokens", "tokens"]);
+        let mask = n.symbolic("mask", &["batch", "1", "1", "tokens"]);
+        let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
+        let y = n.op("MatMul", &[q, k]);
+        let y = n.op("Add", &[y, bias]);
+        let y = n.op("Add", &[y, mask]);
+        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+        let y = n.op("MatMul", &[y, v]);
+        n.output(y);
+        let graph = n.apply(run);
+        assert_eq!(names(&graph), ["Add", "weblane.FusedAttention"]);
+        n.check(&graph);
+    }
+
+    #[test]
+    fn a_factor_inside_of_the_product_counts() {
+        let mut n = Net::new(14);
+        let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "2", "tokens", "4"]));
+        let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
+        let y = n.contrib("FusedMatMul", &[Some(q), Some(k)], &[("alpha", float(0.25))]);
+        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+        let y = n.op("MatMul", &[y, v]);
+        n.output(y);
+        assert_eq!(fused(&n).scale, 0.25);
+        n.check(&n.apply(run));
     }
 
     #[test]
