@@ -9,7 +9,7 @@
 //!   from the image, with zeros for the padding. A patch is `kd * kh` runs of `kw * c` contiguous elements
 //!   (`kw` times as many of `c` if dilated or grouped). There is no im2col buffer, unless it is small and many output
 //!   channels would have it gathered many times: then all rows are gathered before, once.
-//! - One channel per group: the kernel of [`crate::depthwise`].
+//! - One channel per group: the kernel of [`crate::depthwise`]; a few channels per group: the same, see `spread`.
 //! - 3 x 3 of stride 1 where it is faster and allowed: [`crate::winograd`].
 //!
 //! Channels-first tensors are transposed in a workspace around this.
@@ -23,6 +23,9 @@ use crate::par::{Cx, DisjointMut};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::winograd::{self, TileSize, Winograd};
 use core::ops::Range;
+use spread::Spread;
+
+mod spread;
 
 /// Where the channels of a tensor stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -154,6 +157,8 @@ enum Weights {
     Gemm(Vec<PackedB>),
     /// One channel per group.
     Depthwise(Depthwise),
+    /// Few channels per group.
+    Spread(Spread),
     Winograd(Winograd),
 }
 
@@ -199,6 +204,8 @@ impl Conv {
             Weights::Winograd(Winograd::new(isa, size, &params, weights, bias)?)
         } else if ipg == 1 && opg == 1 && groups > 1 && Depthwise::supports(&params) {
             Weights::Depthwise(Depthwise::new(&params, weights, bias)?)
+        } else if Spread::supports(isa, &params) {
+            Weights::Spread(Spread::new(&params, weights, bias)?)
         } else {
             let k = taps * ipg;
             let mut rows = vec![0.0; if taps == 1 { 0 } else { opg * k }];
@@ -232,7 +239,7 @@ impl Conv {
     /// How it is computed.
     pub fn algorithm(&self) -> Algorithm {
         match &self.weights {
-            Weights::Gemm(_) | Weights::Depthwise(_) => Algorithm::Direct,
+            Weights::Gemm(_) | Weights::Depthwise(_) | Weights::Spread(_) => Algorithm::Direct,
             Weights::Winograd(winograd) => Algorithm::Winograd(winograd.size()),
         }
     }
@@ -242,6 +249,7 @@ impl Conv {
         match &self.weights {
             Weights::Gemm(groups) => groups.iter().map(PackedB::bytes).sum(),
             Weights::Depthwise(depthwise) => depthwise.bytes(),
+            Weights::Spread(spread) => spread.bytes(),
             Weights::Winograd(winograd) => winograd.bytes(),
         }
     }
@@ -311,6 +319,7 @@ impl Conv {
                 depthwise.run(cx, &self.params, input, out_spatial, x, residual, activation, out);
                 return Ok(());
             }
+            Weights::Spread(spread) => return spread.run(cx, input, out_spatial, x, residual, activation, out),
             Weights::Winograd(winograd) => {
                 return winograd.run(cx, &self.params, input, out_spatial, x, residual, activation, out);
             }

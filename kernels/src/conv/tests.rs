@@ -198,3 +198,17 @@ fn wrong_operands_are_refused() {
         assert!(run(&huge, &[0.0; 75]).is_err());
     });
 }
+
+#[test]
+fn groups_of_few_channels() {
+    for (inputs, outputs) in [(1, 2), (2, 1), (2, 2), (3, 4), (4, 4), (4, 7), (5, 2)] {
+        for (kernel, stride, pad) in [([3, 3], 1, 1), ([3, 3], 2, 0), ([5, 5], 2, 2), ([7, 2], 1, 1), ([1, 3], 3, 1)] {
+            check(&case([17 * inputs, 17 * outputs, 17], 2, [9, 11], kernel, stride, pad));
+        }
+    }
+    let mut dilated = case([32, 32, 16], 1, [9, 11], [3, 3], 1, 2);
+    dilated.params.dilations = [1, 1, 2];
+    check(&dilated);
+    dilated.params.dilations = [1, 2, 2];
+    check(&dilated);
+}
