@@ -436,6 +436,155 @@ pub fn normalize_any<T: Number>(
     }
 }
 
+/// Groups of channels of an image, channels last: InstanceNorm (one channel each) and GroupNorm.
+#[derive(Clone, Copy, Debug)]
+pub struct ChannelGroups<'a> {
+    /// Images.
+    pub batch: usize,
+    /// Pixels of an image.
+    pub pixels: usize,
+    /// Channels of a pixel.
+    pub channels: usize,
+    /// Groups that the channels form.
+    pub groups: usize,
+    /// Added to the variance.
+    pub epsilon: f32,
+    /// Factors, one per channel.
+    pub scale: &'a [f32],
+    /// Addends, one per channel.
+    pub bias: &'a [f32],
+}
+
+/// Normalises each group of channels of each image of `x`, `[batch, pixels, channels]`, into `y`; with `x` absent, y holds it
+/// already.
+///
+/// ```text
+/// for each image
+///     sums of channels -> means of groups;  sums of (x - mean)^2 -> variances        parts of pixels in parallel, in f64
+///     y = x * a[channel] + b[channel]                                                 a, b from both and scale, bias
+/// ```
+///
+/// Which pixels form a part depends on the sizes alone, and parts are added in order.
+///
+/// # Errors
+/// If slices and sizes do not fit.
+pub fn normalize_channel_groups(cx: &Cx, p: &ChannelGroups, x: Option<&[f32]>, y: &mut [f32]) -> Result<()> {
+    let &ChannelGroups { batch, pixels, channels, groups, epsilon, scale, bias } = p;
+    let count = batch.checked_mul(pixels).and_then(|n| n.checked_mul(channels));
+    let fits = groups > 0 && channels.is_multiple_of(groups) && [scale.len(), bias.len()] == [channels; 2];
+    if !fits || count != Some(y.len()) || x.is_some_and(|x| x.len() != y.len()) {
+        return Err(Error::new(format!(
+            "{} elements, {} scales, {} biases for {p:?}",
+            y.len(),
+            scale.len(),
+            bias.len()
+        )));
+    }
+    if y.is_empty() {
+        return Ok(());
+    }
+    let (image, group) = (pixels * channels, channels / groups);
+    let rows = (TASK / channels).max(1);
+    let parts = pixels.div_ceil(rows);
+    let mut sums = vec![0f64; parts * channels];
+    let (mut mean, mut factor) = (vec![0f32; channels], vec![0f32; channels]);
+    for b in 0..batch {
+        let span = b * image..(b + 1) * image;
+        for squares in [false, true] {
+            let from = x.map_or(&*y, |x| x).get(span.clone()).unwrap_or_default();
+            let (all, means) = (DisjointMut::new(&mut sums), &mean);
+            cx.for_each(parts, 2 * image as u64, &|part| {
+                // SAFETY: each part has its own sums.
+                let sums = unsafe { all.range(part * channels, channels) };
+                let x = &from[part * rows * channels..image.min((part + 1) * rows * channels)];
+                dispatch(cx.isa(), ChannelSums { x, mean: means, squares, sums });
+            });
+            let (first, rest) = sums.split_at_mut(channels);
+            for part in rest.chunks_exact(channels) {
+                first.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+            for (g, of) in first.chunks_exact(group).enumerate() {
+                let average = of.iter().sum::<f64>() / (group * pixels) as f64;
+                let (to, value) = match squares {
+                    false => (&mut mean, average as f32),
+                    true => (&mut factor, (1.0 / (average + f64::from(epsilon)).sqrt()) as f32),
+                };
+                to[g * group..][..group].fill(value);
+            }
+        }
+        factor.iter_mut().zip(scale).for_each(|(f, s)| *f *= s);
+        let (out, a, means) = (DisjointMut::new(&mut y[span.clone()]), &factor, &mean);
+        let from = x.map(|x| &x[span]);
+        cx.for_each(parts, 2 * image as u64, &|part| {
+            let (at, end) = (part * rows * channels, image.min((part + 1) * rows * channels));
+            // SAFETY: each part has its own pixels.
+            let y = unsafe { out.range(at, end - at) };
+            if let Some(x) = from {
+                y.copy_from_slice(&x[at..end]);
+            }
+            dispatch(cx.isa(), ChannelAffine { y, mean: means, a, b: bias });
+        });
+    }
+    Ok(())
+}
+
+/// Sums over pixels, or of the squares of what is left without the means. A few pixels at a time are summed in `f32`.
+struct ChannelSums<'a> {
+    x: &'a [f32],
+    mean: &'a [f32],
+    squares: bool,
+    sums: &'a mut [f64],
+}
+
+impl Kernel for ChannelSums<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { x, mean, squares, sums } = self;
+        let channels = sums.len();
+        sums.fill(0.0);
+        // Plain loops over channels, which the compiler makes vectors of: no sum is within a vector.
+        let mut few = [0f32; 64];
+        for (at, sums) in sums.chunks_mut(few.len()).enumerate().map(|(i, s)| (i * 64, s)) {
+            let few = &mut few[..sums.len()];
+            for pixels in x.chunks(16 * channels) {
+                few.fill(0.0);
+                for pixel in pixels.chunks_exact(channels) {
+                    let pixel = &pixel[at..][..few.len()];
+                    if squares {
+                        for ((sum, x), m) in few.iter_mut().zip(pixel).zip(&mean[at..]) {
+                            *sum += (x - m) * (x - m);
+                        }
+                    } else {
+                        few.iter_mut().zip(pixel).for_each(|(sum, x)| *sum += x);
+                    }
+                }
+                sums.iter_mut().zip(&*few).for_each(|(sum, x)| *sum += f64::from(*x));
+            }
+        }
+    }
+}
+
+/// `y = (y - mean) a + b` for each pixel.
+struct ChannelAffine<'a> {
+    y: &'a mut [f32],
+    mean: &'a [f32],
+    a: &'a [f32],
+    b: &'a [f32],
+}
+
+impl Kernel for ChannelAffine<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for pixel in self.y.chunks_exact_mut(self.mean.len()) {
+            for (((y, m), a), b) in pixel.iter_mut().zip(self.mean).zip(self.a).zip(self.b) {
+                *y = (*y - m) * a + b;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -546,5 +695,49 @@ mod tests {
         let mut y = [0.0f32; 4];
         unit_length(&[3.0, 0.0, 4.0, 0.0], [1, 2, 2], 2, &mut y);
         assert_eq!(y, [0.6, 0.0, 0.8, 0.0]);
+    }
+
+    #[test]
+    fn groups_of_channels_that_stand_last() {
+        each_context(|cx| {
+            for (batch, pixels, channels, groups) in [
+                (1, 1, 1, 1),
+                (2, 7, 6, 3),
+                (1, 50, 70, 70),
+                (2, 300, 64, 8),
+                (1, 5000, 5, 1),
+                (0, 3, 2, 1),
+                (1, 0, 2, 2),
+            ] {
+                let value = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 100.0 + 20.0;
+                let x: Vec<f32> = (0..batch * pixels * channels).map(value).collect();
+                let (scale, bias): (Vec<f32>, Vec<f32>) =
+                    (0..channels).map(|c| (1.0 + c as f32 / 8.0, c as f32 - 3.0)).unzip();
+                let p = ChannelGroups { batch, pixels, channels, groups, epsilon: 1e-5, scale: &scale, bias: &bias };
+                let (mut y, mut held) = (vec![0.0; x.len()], x.clone());
+                normalize_channel_groups(cx, &p, Some(&x), &mut y).unwrap();
+                normalize_channel_groups(cx, &p, None, &mut held).unwrap();
+                assert_eq!(y, held);
+                let group = channels / groups;
+                for b in 0..batch {
+                    for g in 0..groups {
+                        let all = |f: &dyn Fn(f64) -> f64| -> f64 {
+                            let at = |i: usize| x[(b * pixels + i / group) * channels + g * group + i % group];
+                            (0..pixels * group).map(|i| f(f64::from(at(i)))).sum::<f64>() / (pixels * group) as f64
+                        };
+                        let mean = all(&|x| x);
+                        let inverse = 1.0 / (all(&|x| (x - mean).powi(2)) + 1e-5).sqrt();
+                        for i in 0..pixels * group {
+                            let c = g * group + i % group;
+                            let at = (b * pixels + i / group) * channels + c;
+                            let want = (f64::from(x[at]) - mean) * inverse * f64::from(scale[c]) + f64::from(bias[c]);
+                            assert!((f64::from(y[at]) - want).abs() < 3e-5 * (1.0 + want.abs()), "{p:?} {i}");
+                        }
+                    }
+                }
+            }
+            let p = ChannelGroups { batch: 1, pixels: 2, channels: 4, groups: 3, epsilon: 0.0, scale: &[], bias: &[] };
+            assert!(normalize_channel_groups(cx, &p, None, &mut [0.0; 8]).is_err());
+        });
     }
 }

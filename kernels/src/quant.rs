@@ -62,7 +62,17 @@ impl Grid {
         match self.sharing {
             Sharing::Tensor => TASK,
             Sharing::Axis => self.inner,
+            Sharing::Block(block) if self.inner == 1 && self.n.is_multiple_of(block) => block,
             Sharing::Block(_) => 1,
+        }
+    }
+
+    /// Length of runs whose elements have a scale each, one after the other, if there are some.
+    fn line(&self) -> Option<usize> {
+        match self.sharing {
+            Sharing::Axis if self.inner == 1 => Some(self.n),
+            Sharing::Block(_) if self.inner > 1 => Some(self.inner),
+            _ => None,
         }
     }
 
@@ -322,7 +332,8 @@ pub fn dequantize<T: Number>(
     if x.is_empty() {
         return Ok(());
     }
-    let run = grid.run();
+    let line = grid.line();
+    let run = line.unwrap_or_else(|| grid.run());
     let runs = x.len().div_ceil(run);
     let per_task = (TASK / run).max(1);
     let out = DisjointMut::new(y);
@@ -330,9 +341,19 @@ pub fn dequantize<T: Number>(
         for r in task * per_task..runs.min((task + 1) * per_task) {
             let (from, to) = (r * run, x.len().min((r + 1) * run));
             let at = grid.scale_of(from);
-            let (scale, zero) = (scale[at], zero.map_or(0.0, |z| z[at].to_f64()));
             // SAFETY: tasks write different runs.
             let y = unsafe { out.range(from, to - from) };
+            if line.is_some() {
+                let x = y.iter_mut().zip(&x[from..to]).zip(&scale[at..]);
+                match zero {
+                    None => x.for_each(|((y, x), scale)| *y = x.to_f64() as f32 * scale),
+                    Some(zero) => x
+                        .zip(&zero[at..])
+                        .for_each(|(((y, x), scale), zero)| *y = (x.to_f64() - zero.to_f64()) as f32 * scale),
+                }
+                continue;
+            }
+            let (scale, zero) = (scale[at], zero.map_or(0.0, |z| z[at].to_f64()));
             if let Some(x) = bytes(&x[from..to]) {
                 dispatch(cx.isa(), FromBytes { x, scale, zero: zero as i32, y });
                 continue;
@@ -467,6 +488,36 @@ mod tests {
             matmul(cx, &a, &b, &mut c, [3, 2, 1000]).unwrap();
             assert_eq!(c, [-32_640_000; 6]);
             assert!(matmul(cx, &a, &b, &mut c, [4, 2, 1000]).is_err());
+        });
+    }
+
+    #[test]
+    fn every_way_to_share_scales() {
+        each_context(|cx| {
+            for (outer, n, inner) in [(3, 5, 1), (2, 6, 4), (1, 64, 1), (2, 64, 33), (4, 3, 1)] {
+                for sharing in
+                    [Sharing::Axis, Sharing::Block(1), Sharing::Block(2), Sharing::Block(16), Sharing::Block(5)]
+                {
+                    let grid = Grid { outer, n, inner, sharing };
+                    let scales = grid.scales().unwrap();
+                    let scale: Vec<f32> = (0..scales).map(|i| 0.25 + i as f32).collect();
+                    let zero: Vec<i8> = (0..scales).map(|i| (i % 11) as i8 - 5).collect();
+                    let x: Vec<i8> = (0..outer * n * inner).map(|i| (i * 37 % 251) as u8 as i8).collect();
+                    for zero in [None, Some(&zero[..])] {
+                        let mut y = vec![0.0; x.len()];
+                        dequantize(cx, &x, &grid, &scale, zero, &mut y).unwrap();
+                        for (i, y) in y.iter().enumerate() {
+                            let (o, k, j) = (i / inner / n, i / inner % n, i % inner);
+                            let at = match sharing {
+                                Sharing::Block(block) => (o * n.div_ceil(block) + k / block) * inner + j,
+                                _ => k,
+                            };
+                            let want = (f32::from(x[i]) - zero.map_or(0.0, |z| f32::from(z[at]))) * scale[at];
+                            assert_eq!(*y, want, "{grid:?} {i}");
+                        }
+                    }
+                }
+            }
         });
     }
 }

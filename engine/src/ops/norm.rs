@@ -1,15 +1,16 @@
 //! Normalisations by the statistics of the operand itself.
 
 use super::reduce::around;
-use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, axis_index};
 use crate::for_dtype;
 use crate::tensor::{DType, Dims, TensorView};
 use smallvec::SmallVec;
+use weblane_kernels::conv::Layout;
 use weblane_kernels::naive::Number;
 use weblane_kernels::norm::{
-    Affine, Normalize, Statistics, Sum, local_response, normalize, normalize_any, normalize_sum, unit_length,
+    Affine, ChannelGroups, Normalize, Statistics, Sum, local_response, normalize, normalize_any, normalize_channel_groups, normalize_sum, unit_length,
 };
 use weblane_kernels::par::Cx;
 use weblane_kernels::reduce::{Reduction, reduce_any};
@@ -265,7 +266,7 @@ impl Operator for SkipLayerNormalization {
     }
 }
 
-/// InstanceNormalization (one channel per group) and GroupNormalization, channels first. Operands x, scale, bias.
+/// InstanceNormalization (one channel per group) and GroupNormalization. Operands x, scale, bias.
 #[derive(Clone, Debug)]
 pub struct GroupNormalization {
     /// Number of groups; none for a group per channel.
@@ -274,10 +275,12 @@ pub struct GroupNormalization {
     pub epsilon: f32,
     /// Opset 20 and below: scale and bias have one element per group.
     pub per_group: bool,
+    /// Of the operand and the result.
+    pub layout: Layout,
 }
 
 fn parse_instance(a: &mut Attributes) -> Result<Op> {
-    Ok(GroupNormalization { groups: None, epsilon: a.float_or("epsilon", 1e-5)?, per_group: false }.into())
+    Ok(GroupNormalization { groups: None, epsilon: a.float_or("epsilon", 1e-5)?, per_group: false, layout: Layout::Nchw }.into())
 }
 
 fn parse_group(a: &mut Attributes) -> Result<Op> {
@@ -286,7 +289,7 @@ fn parse_group(a: &mut Attributes) -> Result<Op> {
     let groups = usize::try_from(groups).ok().filter(|g| *g > 0);
     let groups = groups.ok_or_else(|| Error::unsupported_attribute("attribute num_groups must be at least 1"))?;
     let per_group = a.opset() < 21;
-    Ok(GroupNormalization { groups: Some(groups), epsilon: a.float_or("epsilon", 1e-5)?, per_group }.into())
+    Ok(GroupNormalization { groups: Some(groups), epsilon: a.float_or("epsilon", 1e-5)?, per_group, layout: Layout::Nchw }.into())
 }
 
 impl Operator for GroupNormalization {
@@ -301,7 +304,8 @@ impl Operator for GroupNormalization {
             if shape.len() < 2 {
                 return Err(Error::shape(format!("the operand is {}; batch and channels were wanted", x.shape_text())));
             }
-            if let Some(c) = shape[1].known() {
+            let axis = if self.layout == Layout::Nhwc { shape.len() - 1 } else { 1 };
+            if let Some(c) = shape[axis].known() {
                 let groups = self.groups.unwrap_or(c.max(1));
                 if c % groups != 0 {
                     return Err(Error::shape(format!("{c} channels cannot be cut into {groups} groups")));
@@ -319,6 +323,15 @@ impl Operator for GroupNormalization {
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let dims: Dims = io.output(0)?.dims.into();
+        if self.layout == Layout::Nhwc {
+            let x = io.optional(0).map(|x| x.as_slice::<f32>()).transpose()?;
+            let (batch, channels) = (dims[0], dims[dims.len() - 1]);
+            let pixels = dims[1..dims.len() - 1].iter().product();
+            let groups = self.groups.unwrap_or(channels.max(1));
+            let (scale, bias) = (io.slice::<f32>(1)?, io.slice::<f32>(2)?);
+            let p = ChannelGroups { batch, pixels, channels, groups, epsilon: self.epsilon, scale, bias };
+            return Ok(normalize_channel_groups(cx, &p, x, io.output(0)?.as_slice::<f32>()?)?);
+        }
         let (channels, run) = (dims[1], dims[2..].iter().product::<usize>());
         let groups = self.groups.unwrap_or(channels.max(1));
         let n = channels / groups * run;
@@ -358,6 +371,14 @@ impl Operator for GroupNormalization {
 
     fn in_place(&self) -> &'static [usize] {
         &[0]
+    }
+
+    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+        let last = perm.iter().copied().eq([0].into_iter().chain(2..perm.len()).chain([1]));
+        let fits = last && perm.len() > 2 && self.layout == Layout::Nchw && !self.per_group;
+        let op = GroupNormalization { layout: Layout::Nhwc, ..self.clone() }.into();
+        let is_f32 = operands.first()?.as_ref()?.dtype == DType::F32;
+        (fits && is_f32).then(|| Permuted { op, roles: vec![Role::Permute, Role::Keep, Role::Keep] })
     }
 }
 

@@ -17,6 +17,7 @@ mod cse;
 mod epilogue;
 mod facts;
 mod fold;
+mod group_norm;
 mod half;
 mod layer_norm;
 mod layout;
@@ -88,6 +89,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
     // Into weights first: it leaves nothing to compute.
     padding::run(&mut graph, &pass)?;
     space_to_depth::run(&mut graph, &pass)?;
+    group_norm::run(&mut graph, &pass)?;
     affine::run(&mut graph, &pass)?;
     pooling::run(&mut graph, &pass)?;
     // Many nodes into one, then that one into the product before it.
