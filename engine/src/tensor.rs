@@ -84,6 +84,18 @@ impl DType {
         matches!(self, DType::F32 | DType::F64 | DType::F16 | DType::Bf16)
     }
 
+    /// The signed type for an unsigned one of 8 to 64 bits: sums and products, which wrap, have the same bits, and one
+    /// piece of code serves both.
+    pub fn signless(self) -> Self {
+        match self {
+            DType::U8 => DType::I8,
+            DType::U16 => DType::I16,
+            DType::U32 => DType::I32,
+            DType::U64 => DType::I64,
+            other => other,
+        }
+    }
+
     /// Whether it is a floating-point type of 16 bits, which the engine only stores.
     pub fn is_half(self) -> bool {
         matches!(self, DType::F16 | DType::Bf16)
@@ -385,6 +397,11 @@ pub struct TensorView<'a> {
 }
 
 impl<'a> TensorView<'a> {
+    /// The same bits as [`DType::signless`].
+    pub fn signless(self) -> Self {
+        TensorView { dtype: self.dtype.signless(), ..self }
+    }
+
     /// A view over bytes; they must be as many as shape and type want.
     pub fn new(dtype: DType, dims: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
         let want = byte_count(dtype, dims)?;
@@ -480,6 +497,12 @@ pub struct TensorMut<'a> {
 }
 
 impl<'a> TensorMut<'a> {
+    /// Elements to be written as those of [`DType::signless`].
+    pub fn signless<T: Element>(&mut self) -> Result<&mut [T]> {
+        self.dtype = self.dtype.signless();
+        self.as_slice()
+    }
+
     /// A view over bytes; they must be as many as shape and type want.
     pub fn new(dtype: DType, dims: &'a [usize], bytes: &'a mut [u8]) -> Result<Self> {
         TensorView::new(dtype, dims, bytes)?;

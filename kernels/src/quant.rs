@@ -344,12 +344,9 @@ pub fn dequantize<T: Number>(
             // SAFETY: tasks write different runs.
             let y = unsafe { out.range(from, to - from) };
             if line.is_some() {
-                let x = y.iter_mut().zip(&x[from..to]).zip(&scale[at..]);
-                match zero {
-                    None => x.for_each(|((y, x), scale)| *y = x.to_f64() as f32 * scale),
-                    Some(zero) => x
-                        .zip(&zero[at..])
-                        .for_each(|(((y, x), scale), zero)| *y = (x.to_f64() - zero.to_f64()) as f32 * scale),
+                for (i, ((y, x), scale)) in y.iter_mut().zip(&x[from..to]).zip(&scale[at..]).enumerate() {
+                    let zero = zero.map_or(0.0, |z| z[at + i].to_f64());
+                    *y = (x.to_f64() - zero) as f32 * scale;
                 }
                 continue;
             }

@@ -234,14 +234,15 @@ impl Operator for MatMul {
             if self.bias || self.residual || self.alpha != 1.0 || self.activation != Activation::Identity {
                 return Err(wrong_dtype("operand 0", a.dtype, "float32, in fused products,"));
             }
-            return for_dtype!(a.dtype, [F64, I32, I64, U32, U64], T => {
-                let (a, b, y) = (a.as_slice::<T>()?, b.as_slice::<T>()?, io.output(0)?.as_slice::<T>()?);
+            let (dtype, a, b) = (a.dtype, a.signless(), b.signless());
+            return for_dtype!(a.dtype, [F64, I32, I64], T => {
+                let (a, b, y) = (a.as_slice::<T>()?, b.as_slice::<T>()?, io.output(0)?.signless::<T>()?);
                 for (i, y) in y.chunks_exact_mut((s.m * s.n).max(1)).enumerate() {
                     let (at, bt) = (offset(i, &s.batch, &a_steps), offset(i, &s.batch, &b_steps));
                     naive::matmul(&a[at..], a_strides, &b[bt..], b_strides, y, [s.m, s.n, s.k]);
                 }
                 Ok(())
-            }, else Err(wrong_dtype("operand 0", a.dtype, "float32, float64, int32, int64, uint32 and uint64")));
+            }, else Err(wrong_dtype("operand 0", dtype, "float32, float64, int32, int64, uint32 and uint64")));
         }
         let rhs = b.as_slice::<f32>()?;
         if is_zero_fold(a.rank(), self.trans_a, b.rank()) {

@@ -22,7 +22,8 @@ pub const OPERATORS: &[Registration] = &[
 pub struct NonZero;
 
 fn non_zero_places(x: TensorView) -> Result<Vec<usize>> {
-    for_dtype!(x.dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64, Bool], T => {
+    let x = x.signless();
+    for_dtype!(x.dtype, [F32, F64, I8, I16, I32, I64, Bool], T => {
         let x = x.as_slice::<T>()?;
         Ok((0..x.len()).filter(|&i| x[i] != 0 as T).collect())
     }, else match x.dtype {
