@@ -12,7 +12,8 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("RotaryEmbedding", 23, parse), Registration::microsoft("RotaryEmbedding", parse_microsoft)];
 
 /// Operands: x `[batch, heads, positions, size]` or `[batch, positions, heads * size]`, cosines, sines, and the numbers of
-/// the positions; without them cosines and sines are `[batch, positions, pairs]`, or those of one batch for all, with them `[rows, pairs]`.
+/// the positions; without them cosines and sines are `[batch, positions, pairs]`, or those of one batch for all, with them
+/// `[rows, pairs]`.
 #[derive(Clone, Debug)]
 pub struct RotaryEmbedding {
     /// Whether pairs are neighbours instead of half a head apart.
@@ -27,27 +28,26 @@ pub struct RotaryEmbedding {
 }
 
 fn parse(a: &mut Attributes) -> Result<Op> {
-    let mut count = |name: &str| {
-        let n = a.int_or(name, 0)?;
-        usize::try_from(n).map_err(|_| Error::unsupported_attribute(format!("attribute {name} is {n}")))
-    };
-    let (heads, size) = (count("num_heads")?, count("rotary_embedding_dim")?);
-    Ok(RotaryEmbedding { interleaved: a.flag_or("interleaved", false)?, heads, size, microsoft: false }.into())
+    parse_form(a, false)
 }
 
 fn parse_microsoft(a: &mut Attributes) -> Result<Op> {
-    let count = |a: &mut Attributes, name: &str| {
-        let n = a.int_or(name, 0)?;
-        usize::try_from(n).map_err(|_| Error::unsupported_attribute(format!("attribute {name} is {n}")))
-    };
-    let (heads, size) = (count(a, "num_heads")?, count(a, "rotary_embedding_dim")?);
     let scale = a.float_or("scale", 1.0)?;
     if scale != 1.0 {
         return Err(Error::unsupported_attribute(format!("attribute scale is {scale}; 1 can be computed")));
     }
     // Lets cosines be fewer than positions, of which every one is checked.
     a.ignore("is_packed_batching");
-    Ok(RotaryEmbedding { interleaved: a.flag_or("interleaved", false)?, heads, size, microsoft: true }.into())
+    parse_form(a, true)
+}
+
+fn parse_form(a: &mut Attributes, microsoft: bool) -> Result<Op> {
+    let mut count = |name: &str| {
+        let n = a.int_or(name, 0)?;
+        usize::try_from(n).map_err(|_| Error::unsupported_attribute(format!("attribute {name} is {n}")))
+    };
+    let (heads, size) = (count("num_heads")?, count("rotary_embedding_dim")?);
+    Ok(RotaryEmbedding { interleaved: a.flag_or("interleaved", false)?, heads, size, microsoft }.into())
 }
 
 /// Batch, heads, positions, size of a head, and strides of the first three.
