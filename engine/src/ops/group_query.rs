@@ -65,7 +65,8 @@ fn parse(a: &mut Attributes) -> Result<Op> {
     }
     for i in SINKS + 1..a.input_count() {
         if a.has_input(i) {
-            return Err(Error::unsupported_attribute(format!("operand {i}, of a quantised cache, cannot be computed")));
+            let what = if i < 14 { "a scale of a quantised cache" } else { "of a norm of q or k" };
+            return Err(Error::unsupported_attribute(format!("operand {i}, {what}, cannot be computed")));
         }
     }
     let pair = |a: &Attributes, x: usize, y: usize, what: &str| match a.has_input(x) == a.has_input(y) {
