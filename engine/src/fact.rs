@@ -169,7 +169,16 @@ pub fn axis_index(axis: i64, rank: usize) -> Result<usize> {
     }
 }
 
-/// Whether a name is that of the first so many elements, at most, of a size, and more than 1 of them: see `dim_min`.
+/// The smaller of a number and a size, as what a slice from the start takes; its name is read by [`is_cut_of`].
+pub(crate) fn dim_min(n: usize, d: &Dim) -> Dim {
+    match d {
+        Dim::Known(m) => Dim::Known(n.min(*m)),
+        Dim::Symbol(name) => Dim::Symbol(format!("min({n}, {name})").into()),
+        Dim::Unknown => Dim::Unknown,
+    }
+}
+
+/// Whether a name is that of a size cut to a number above 1, by [`dim_min`].
 fn is_cut_of(name: &str, size: &str) -> bool {
     let inner = name.strip_prefix("min(").and_then(|n| n.strip_suffix(')')).and_then(|n| n.split_once(", "));
     inner.is_some_and(|(n, of)| of == size && n.parse().is_ok_and(|n: usize| n > 1))
@@ -230,10 +239,11 @@ mod tests {
     #[test]
     fn a_cut_of_a_size_is_the_size_where_both_must_fit() {
         let dim = |s: &str| Dim::Symbol(s.into());
-        assert_eq!(broadcast(&[dim("n")], &[dim("min(64, n)")]).unwrap()[0], dim("n"));
-        assert_eq!(broadcast(&[dim("min(64, n)")], &[dim("n")]).unwrap()[0], dim("n"));
-        for other in ["min(1, n)", "min(64, m)", "min(64, n", "min(, n)"] {
-            assert_eq!(broadcast(&[dim("n")], &[dim(other)]).unwrap()[0], Dim::Unknown, "{other}");
+        let cut = dim_min(64, &dim("n"));
+        assert_eq!(broadcast(&[dim("n")], std::slice::from_ref(&cut)).unwrap()[0], dim("n"));
+        assert_eq!(broadcast(&[cut], &[dim("n")]).unwrap()[0], dim("n"));
+        for other in [dim_min(1, &dim("n")), dim_min(64, &dim("m")), dim("min(64, n"), dim("min(, n)")] {
+            assert_eq!(broadcast(&[dim("n")], std::slice::from_ref(&other)).unwrap()[0], Dim::Unknown, "{other}");
         }
     }
 }

@@ -486,45 +486,48 @@ pub fn normalize_channel_groups(cx: &Cx, p: &ChannelGroups, x: Option<&[f32]>, y
     let (image, group) = (pixels * channels, channels / groups);
     let rows = (TASK / channels).max(1);
     let parts = pixels.div_ceil(rows);
-    let mut sums = vec![0f64; parts * channels];
-    let (mut mean, mut factor) = (vec![0f32; channels], vec![0f32; channels]);
-    for b in 0..batch {
-        let span = b * image..(b + 1) * image;
-        for squares in [false, true] {
-            let from = x.map_or(&*y, |x| x).get(span.clone()).unwrap_or_default();
-            let (all, means) = (DisjointMut::new(&mut sums), &mean);
+    cx.with_workspace(2 * parts * channels + 2 * channels, |workspace| {
+        let (sums, rest) = workspace.split_at_mut(2 * parts * channels);
+        let sums: &mut [f64] = bytemuck::cast_slice_mut(sums);
+        let (mean, factor) = rest.split_at_mut(channels);
+        for b in 0..batch {
+            let span = b * image..(b + 1) * image;
+            for squares in [false, true] {
+                let from = x.map_or(&*y, |x| x).get(span.clone()).unwrap_or_default();
+                let (all, means) = (DisjointMut::new(sums), &*mean);
+                cx.for_each(parts, 2 * image as u64, &|part| {
+                    // SAFETY: each part has its own sums.
+                    let sums = unsafe { all.range(part * channels, channels) };
+                    let x = &from[part * rows * channels..image.min((part + 1) * rows * channels)];
+                    dispatch(cx.isa(), ChannelSums { x, mean: means, squares, sums });
+                });
+                let (first, rest) = sums.split_at_mut(channels);
+                for part in rest.chunks_exact(channels) {
+                    first.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+                }
+                for (g, of) in first.chunks_exact(group).enumerate() {
+                    let average = of.iter().sum::<f64>() / (group * pixels) as f64;
+                    let (to, value) = match squares {
+                        false => (&mut *mean, average as f32),
+                        true => (&mut *factor, (1.0 / (average + f64::from(epsilon)).sqrt()) as f32),
+                    };
+                    to[g * group..][..group].fill(value);
+                }
+            }
+            factor.iter_mut().zip(scale).for_each(|(f, s)| *f *= s);
+            let (out, a, means) = (DisjointMut::new(&mut y[span.clone()]), &*factor, &*mean);
+            let from = x.map(|x| &x[span]);
             cx.for_each(parts, 2 * image as u64, &|part| {
-                // SAFETY: each part has its own sums.
-                let sums = unsafe { all.range(part * channels, channels) };
-                let x = &from[part * rows * channels..image.min((part + 1) * rows * channels)];
-                dispatch(cx.isa(), ChannelSums { x, mean: means, squares, sums });
+                let (at, end) = (part * rows * channels, image.min((part + 1) * rows * channels));
+                // SAFETY: each part has its own pixels.
+                let y = unsafe { out.range(at, end - at) };
+                if let Some(x) = from {
+                    y.copy_from_slice(&x[at..end]);
+                }
+                dispatch(cx.isa(), ChannelAffine { y, mean: means, a, b: bias });
             });
-            let (first, rest) = sums.split_at_mut(channels);
-            for part in rest.chunks_exact(channels) {
-                first.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-            }
-            for (g, of) in first.chunks_exact(group).enumerate() {
-                let average = of.iter().sum::<f64>() / (group * pixels) as f64;
-                let (to, value) = match squares {
-                    false => (&mut mean, average as f32),
-                    true => (&mut factor, (1.0 / (average + f64::from(epsilon)).sqrt()) as f32),
-                };
-                to[g * group..][..group].fill(value);
-            }
         }
-        factor.iter_mut().zip(scale).for_each(|(f, s)| *f *= s);
-        let (out, a, means) = (DisjointMut::new(&mut y[span.clone()]), &factor, &mean);
-        let from = x.map(|x| &x[span]);
-        cx.for_each(parts, 2 * image as u64, &|part| {
-            let (at, end) = (part * rows * channels, image.min((part + 1) * rows * channels));
-            // SAFETY: each part has its own pixels.
-            let y = unsafe { out.range(at, end - at) };
-            if let Some(x) = from {
-                y.copy_from_slice(&x[at..end]);
-            }
-            dispatch(cx.isa(), ChannelAffine { y, mean: means, a, b: bias });
-        });
-    }
+    });
     Ok(())
 }
 

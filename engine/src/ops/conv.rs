@@ -1,7 +1,9 @@
 //! Conv: convolution over 1 to 3 spatial axes, with bias, residual and activation in its epilogue.
 
 use super::spatial::{Window, join, split_dims, split_fact};
-use super::{Attributes, Compute, Infer, Io, Op, Operator, Permuted, Precision, Prepare, Registration, Role, wrong_dtype};
+use super::{
+    Attributes, Compute, Infer, Io, Op, Operator, Permuted, Precision, Prepare, Registration, Role, wrong_dtype,
+};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
 use crate::tensor::{DType, Tensor};
@@ -336,8 +338,7 @@ mod tests {
         let outputs = [Fact::new(DType::F32, &[1, 16, 12, 12])];
         let axes = |sizes: &[usize]| sizes.iter().copied().collect();
         let (strides, dilations, pads) = (axes(&[]), axes(&[]), axes(&[1; 4]));
-        let window =
-            Window { kernel: None, strides, dilations, pads, auto_pad: AutoPad::NotSet, ceil: false };
+        let window = Window { kernel: None, strides, dilations, pads, auto_pad: AutoPad::NotSet, ceil: false };
         let (layout, activation) = (Layout::Nchw, Activation::Identity);
         let conv = Conv { window, groups: 1, layout, activation, residual: false };
         let known = |x: &[Dim]| Fact::with_shape(DType::F32, x.iter().cloned().collect());

@@ -120,7 +120,8 @@ impl Operator for Blocks {
     }
 
     fn permuted(&self, perm: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
-        let last = self.layout == Layout::Nchw && perm.iter().copied().eq(std::iter::once(0).chain(2..perm.len()).chain([1]));
+        let last =
+            self.layout == Layout::Nchw && perm.iter().copied().eq(std::iter::once(0).chain(2..perm.len()).chain([1]));
         let op = Blocks { layout: Layout::Nhwc, ..self.clone() }.into();
         last.then(|| Permuted { op, roles: vec![Role::Permute] })
     }

@@ -123,7 +123,9 @@ impl Operator for DynamicLstm {
             if let (Some(s), Some(z)) = (scale.dims(), zero.dims())
                 && element_count(&s)? != element_count(&z)?
             {
-                return Err(Error::shape(format!("{name}_zero_point of shape {z:?} beside {name}_scale of shape {s:?}")));
+                return Err(Error::shape(format!(
+                    "{name}_zero_point of shape {z:?} beside {name}_scale of shape {s:?}"
+                )));
             }
             if let Some(t) = scale.tensor().filter(|t| !t.is_released()) {
                 scales(t.view(), &format!("{name}_scale"), t.len())?;

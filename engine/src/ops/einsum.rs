@@ -305,7 +305,8 @@ impl Operator for Einsum {
     }
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
-        let operands: Vec<TensorView> = (0..self.inputs.len()).map(|i| Ok(io.input(i)?.signless())).collect::<Result<_>>()?;
+        let operands: Vec<TensorView> =
+            (0..self.inputs.len()).map(|i| Ok(io.input(i)?.signless())).collect::<Result<_>>()?;
         let dims: Vec<&[usize]> = operands.iter().map(|o| o.dims).collect();
         let ranks: Vec<usize> = dims.iter().map(|d| d.len()).collect();
         let loops = Loops::new(&self.labels(&ranks)?, &dims)?;

@@ -81,13 +81,15 @@ impl GatherBlockQuantized {
         let mut want: Dims = shape.clone();
         want[axis] = elements.div_ceil(self.block);
         if met != want {
-            return Err(Error::shape(format!("scales of shape {met:?} for data of shape {shape:?}; {want:?} was wanted")));
+            return Err(Error::shape(format!(
+                "scales of shape {met:?} for data of shape {shape:?}; {want:?} was wanted"
+            )));
         }
         want[axis] = want[axis].div_ceil(components);
         match zeros.and_then(Fact::dims) {
-            Some(met) if met != want => {
-                Err(Error::shape(format!("zero points of shape {met:?} for data of shape {shape:?}; {want:?} was wanted")))
-            }
+            Some(met) if met != want => Err(Error::shape(format!(
+                "zero points of shape {met:?} for data of shape {shape:?}; {want:?} was wanted"
+            ))),
             _ => Ok(()),
         }
     }
@@ -105,7 +107,10 @@ impl Operator for GatherBlockQuantized {
             DType::U8 => {}
             DType::U4 | DType::I4 if self.bits == 4 => {}
             DType::U4 | DType::I4 => {
-                return Err(Error::unsupported_attribute(format!("attribute bits is {}, data is {}", self.bits, data.dtype)));
+                return Err(Error::unsupported_attribute(format!(
+                    "attribute bits is {}, data is {}",
+                    self.bits, data.dtype
+                )));
             }
             other => return Err(wrong_dtype("data", other, "uint8, uint4 and int4")),
         }
@@ -128,7 +133,10 @@ impl Operator for GatherBlockQuantized {
         let mut y: Shape = shape[..axis].iter().chain(at).chain(&shape[axis + 1..]).cloned().collect();
         if let Some(last) = y.last_mut() {
             *last = match last.known() {
-                Some(n) => n.checked_mul(self.components(data.dtype)).map(Dim::Known).ok_or_else(|| Error::limit("an axis overflows"))?,
+                Some(n) => n
+                    .checked_mul(self.components(data.dtype))
+                    .map(Dim::Known)
+                    .ok_or_else(|| Error::limit("an axis overflows"))?,
                 None if self.components(data.dtype) == 1 => last.clone(),
                 None => Dim::Unknown,
             };
@@ -153,11 +161,8 @@ impl Operator for GatherBlockQuantized {
             unpack(z.bytes(), bits, signed, at)
         };
         let middle = if data.dtype == DType::U8 { 1 << (bits - 1) } else { 0 };
-        let (rows, len, inner) = (
-            shape[..gather].iter().product::<usize>(),
-            shape[gather],
-            shape[gather + 1..].iter().product::<usize>(),
-        );
+        let (rows, len, inner) =
+            (shape[..gather].iter().product::<usize>(), shape[gather], shape[gather + 1..].iter().product::<usize>());
         let list = indices.to_i64s()?;
         let y = io.output(0)?.as_slice::<f32>()?;
         for (slice, y) in y.chunks_exact_mut(inner.max(1)).enumerate().take(rows * list.len()) {

@@ -82,7 +82,14 @@ fn parse(a: &mut Attributes) -> Result<Op> {
     if a.output_count() > 3 {
         return Err(Error::unsupported_attribute("the scores (result 3) cannot be computed"));
     }
-    let window = usize::try_from(window).ok().filter(|w| *w > 0);
+    let window = match (window, usize::try_from(window)) {
+        (-1, _) => None,
+        (1.., Ok(window)) => Some(window),
+        _ => {
+            let what = format!("attribute local_window_size is {window}; -1 or at least 1 was wanted");
+            return Err(Error::unsupported_attribute(what));
+        }
+    };
     let scale = (scale != 0.0).then_some(scale);
     Ok(GroupQueryAttention { heads, kv_heads, scale, cap: cap.max(0.0), window, rotary, smooth }.into())
 }
@@ -155,7 +162,8 @@ impl Operator for GroupQueryAttention {
             };
         }
         let keys = before.known().zip(total).map_or(Dim::Unknown, |(p, n)| Dim::Known(p.max(n)));
-        let y = Fact::with_shape(q.dtype, result_shape(Form::HeadsInside, b.clone(), self.heads, t.clone(), size.clone()));
+        let y =
+            Fact::with_shape(q.dtype, result_shape(Form::HeadsInside, b.clone(), self.heads, t.clone(), size.clone()));
         let present = [b.clone(), Dim::Known(self.kv_heads), keys, size];
         let present = Fact::with_shape(q.dtype, present.into_iter().collect());
         cx.results(vec![y, present.clone(), present])
@@ -204,7 +212,9 @@ impl Operator for GroupQueryAttention {
                 let pairs = cos.dims.last().copied().unwrap_or(0);
                 if sin.dims != cos.dims || 2 * pairs > size {
                     let (cos, sin) = (cos.dims, sin.dims);
-                    return Err(Error::shape(format!("cosines {cos:?} and sines {sin:?} for heads of {size} elements")));
+                    return Err(Error::shape(format!(
+                        "cosines {cos:?} and sines {sin:?} for heads of {size} elements"
+                    )));
                 }
                 Some(Turns { cos: cos.as_slice::<f32>()?, sin: sin.as_slice::<f32>()?, pairs, interleaved })
             }
@@ -229,7 +239,6 @@ impl Operator for GroupQueryAttention {
         let mut named = present.iter_mut();
         let mut caches: [&mut [f32]; 2] = [&mut [], &mut []];
         for (i, own) in own.iter_mut().enumerate() {
-            // A result that nobody named has no buffer.
             let cache = match named.next().map(|p| p.as_slice::<f32>()).transpose()? {
                 Some(p) if p.len() == count => p,
                 // A result that nobody named has no buffer.
@@ -245,9 +254,7 @@ impl Operator for GroupQueryAttention {
             caches[i] = cache;
         }
         let [k, v] = caches;
-        let mut turned = Vec::new();
-        let mut q_heads = Heads { data: q, strides: [positions * width, size, width] };
-        if let Some(turns) = turns {
+        if let Some(turns) = &turns {
             for (b, keys) in k.chunks_exact_mut((self.kv_heads * room * size).max(1)).enumerate() {
                 for head in keys.chunks_exact_mut((room * size).max(1)) {
                     for (t, key) in head[first[b] * size..].chunks_exact_mut(size).take(positions).enumerate() {
@@ -255,40 +262,45 @@ impl Operator for GroupQueryAttention {
                     }
                 }
             }
-            let count = batch * positions * self.heads * size;
-            turned.try_reserve_exact(count).map_err(|_| Error::out_of_memory(format!("{count} numbers of q")))?;
-            for (b, t, _, head) in rows(q, width, 0, qs) {
-                let at = turned.len();
-                turned.extend_from_slice(head);
-                turns.turn(&mut turned[at..], row(b, t))?;
-            }
-            q_heads = Heads { data: &turned, strides: Form::HeadsInside.strides(qs) };
         }
         let visible = |b: usize, i: usize| -> Range<usize> {
             let end = first[b] + i + 1;
             self.window.map_or(0, |w| end.saturating_sub(w)).min(ends[b])..end.min(ends[b])
         };
         let strides = Form::HeadsFirst.strides(Sizes { positions: room, ..ks });
-        let a = Kernel {
-            batch,
-            heads: self.heads,
-            kv_heads: self.kv_heads,
-            queries: positions,
-            keys: total,
-            size,
-            value_size: size,
-            q: q_heads,
-            k: Heads { data: k, strides },
-            v: Heads { data: v, strides },
-            scale: self.scale.unwrap_or(1.0 / (size as f32).sqrt()),
-            cap: self.cap,
-            mask,
-            visible: Some(&visible as Visible),
-            unseen: 0.0,
-            sinks,
-            y_strides: Form::HeadsInside.strides(qs),
+        let attend = |q: Heads, y: &mut [f32]| -> Result<()> {
+            let a = Kernel {
+                batch,
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                queries: positions,
+                keys: total,
+                size,
+                value_size: size,
+                q,
+                k: Heads { data: k, strides },
+                v: Heads { data: v, strides },
+                scale: self.scale.unwrap_or(1.0 / (size as f32).sqrt()),
+                cap: self.cap,
+                mask,
+                visible: Some(&visible as Visible),
+                unseen: 0.0,
+                sinks,
+                y_strides: Form::HeadsInside.strides(qs),
+            };
+            Ok(attention(cx, &a, y)?)
         };
-        Ok(attention(cx, &a, y.as_slice::<f32>()?)?)
+        let y = y.as_slice::<f32>()?;
+        let Some(turns) = turns else {
+            return attend(Heads { data: q, strides: [positions * width, size, width] }, y);
+        };
+        cx.with_workspace(y.len(), |turned| {
+            for ((b, t, _, head), to) in rows(q, width, 0, qs).zip(turned.chunks_exact_mut(size)) {
+                to.copy_from_slice(head);
+                turns.turn(to, row(b, t))?;
+            }
+            attend(Heads { data: turned, strides: Form::HeadsInside.strides(qs) }, y)
+        })
     }
 
     fn shape_operands(&self) -> &'static [usize] {
@@ -302,7 +314,9 @@ impl GroupQueryAttention {
     fn spans(&self, last: &[i64], [batch, positions, before, total]: [usize; 4]) -> Result<[Vec<usize>; 2]> {
         if last.len() != batch {
             let n = last.len();
-            return Err(Error::shape(format!("operand {LAST_KEYS} has {n} elements; one per batch ({batch}) was wanted")));
+            return Err(Error::shape(format!(
+                "operand {LAST_KEYS} has {n} elements; one per batch ({batch}) was wanted"
+            )));
         }
         let (mut first, mut ends) = (Vec::with_capacity(batch), Vec::with_capacity(batch));
         for &last in last {
@@ -365,7 +379,11 @@ mod tests {
     }
 
     fn node() -> OneNode {
-        OneNode::new("GroupQueryAttention").domain("com.microsoft").int("num_heads", 2).int("kv_num_heads", 1).outputs(3)
+        OneNode::new("GroupQueryAttention")
+            .domain("com.microsoft")
+            .int("num_heads", 2)
+            .int("kv_num_heads", 1)
+            .outputs(3)
     }
 
     #[test]
@@ -399,6 +417,8 @@ mod tests {
         }
         let e = node().int("kv_num_heads", 2).run_optional(&operands(1, 2)).unwrap_err();
         assert!(e.message.contains("sizes of the heads"), "{e}");
+        let e = node().int("local_window_size", 0).run_optional(&operands(1, 2)).unwrap_err();
+        assert!(e.message.contains("local_window_size is 0"), "{e}");
         let e = node().int("do_rotary", 1).run_optional(&operands(1, 2)).unwrap_err();
         assert!(e.message.contains("no cosines"), "{e}");
     }

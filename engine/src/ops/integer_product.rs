@@ -121,7 +121,8 @@ impl IntegerProduct {
 
     /// The size of the dot products, and how many results they give for each row or window.
     fn columns(&self, b: &[usize]) -> Result<(usize, usize)> {
-        let wrong = || Error::shape(format!("B is of shape {b:?}; a matrix, or the weights of a convolution, was wanted"));
+        let wrong =
+            || Error::shape(format!("B is of shape {b:?}; a matrix, or the weights of a convolution, was wanted"));
         match &self.kind {
             Kind::MatMul(m) => match *b {
                 [n, k] if m.trans_b => Ok((k, n)),

@@ -57,7 +57,8 @@ impl Loop {
         let mut carried: Vec<Tensor> = (2..self.first_captured())
             .map(|i| operand(i).ok_or_else(|| Error::invalid_model(format!("operand {i} is missing")))?.to_tensor())
             .collect::<Result<_>>()?;
-        let captured: Vec<TensorView> = operands[self.first_captured().min(operands.len())..].iter().copied().flatten().collect();
+        let captured: Vec<TensorView> =
+            operands[self.first_captured().min(operands.len())..].iter().copied().flatten().collect();
         let mut scanned: Vec<Vec<Tensor>> = vec![Vec::new(); self.body.outputs.len() - 1 - self.carried];
         let mut planned: Option<(Vec<Vec<usize>>, PlannedBody)> = None;
         let mut i = 0;
@@ -122,7 +123,9 @@ impl Loop {
             }
         }
         let scanned = outputs[1 + self.carried..].iter().map(|f| match &f.shape {
-            Some(s) => Fact::with_shape(f.dtype, std::iter::once(Dim::Unknown).chain(s.iter().cloned()).collect::<Shape>()),
+            Some(s) => {
+                Fact::with_shape(f.dtype, std::iter::once(Dim::Unknown).chain(s.iter().cloned()).collect::<Shape>())
+            }
             None => Fact::of_dtype(f.dtype),
         });
         Ok(carried.into_iter().chain(scanned).collect())

@@ -28,12 +28,8 @@ fn parse(a: &mut Attributes) -> Result<Op> {
     };
     let (k, n) = (a.required("K", Attributes::int)?, a.required("N", Attributes::int)?);
     let (bits, block) = (a.int_or("bits", 4)?, a.required("block_size", Attributes::int)?);
-    let format = Format {
-        bits: size("bits", bits)?,
-        block: size("block_size", block)?,
-        k: size("K", k)?,
-        n: size("N", n)?,
-    };
+    let format =
+        Format { bits: size("bits", bits)?, block: size("block_size", block)?, k: size("K", k)?, n: size("N", n)? };
     if !matches!(format.bits, 2 | 4 | 8) {
         return Err(Error::unsupported_attribute(format!("attribute bits is {bits}; 2, 4 or 8 were wanted")));
     }
@@ -113,7 +109,10 @@ impl Operator for MatMulNBits {
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         let (a, b, scales) = (cx.input(0)?, cx.input(1)?, cx.input(2)?);
         if !a.dtype.is_float() || scales.dtype != a.dtype {
-            return Err(Error::dtype(format!("A is {}, the scales are {}; floats of one type were wanted", a.dtype, scales.dtype)));
+            return Err(Error::dtype(format!(
+                "A is {}, the scales are {}; floats of one type were wanted",
+                a.dtype, scales.dtype
+            )));
         }
         if b.dtype != DType::U8 {
             return Err(wrong_dtype("B", b.dtype, "uint8"));
@@ -208,7 +207,12 @@ mod tests {
     use crate::tensor::Tensor;
 
     fn node(bits: i64, block: i64) -> OneNode {
-        OneNode::new("MatMulNBits").domain("com.microsoft").int("K", 16).int("N", 2).int("bits", bits).int("block_size", block)
+        OneNode::new("MatMulNBits")
+            .domain("com.microsoft")
+            .int("K", 16)
+            .int("N", 2)
+            .int("bits", bits)
+            .int("block_size", block)
     }
 
     fn operands(columns: [u8; 2]) -> Vec<Option<Tensor>> {

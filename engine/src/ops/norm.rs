@@ -10,7 +10,8 @@ use smallvec::SmallVec;
 use weblane_kernels::conv::Layout;
 use weblane_kernels::naive::Number;
 use weblane_kernels::norm::{
-    Affine, ChannelGroups, Normalize, Statistics, Sum, local_response, normalize, normalize_any, normalize_channel_groups, normalize_sum, unit_length,
+    Affine, ChannelGroups, Normalize, Statistics, Sum, local_response, normalize, normalize_any,
+    normalize_channel_groups, normalize_sum, unit_length,
 };
 use weblane_kernels::par::Cx;
 use weblane_kernels::reduce::{Reduction, reduce_any};
@@ -280,7 +281,13 @@ pub struct GroupNormalization {
 }
 
 fn parse_instance(a: &mut Attributes) -> Result<Op> {
-    Ok(GroupNormalization { groups: None, epsilon: a.float_or("epsilon", 1e-5)?, per_group: false, layout: Layout::Nchw }.into())
+    Ok(GroupNormalization {
+        groups: None,
+        epsilon: a.float_or("epsilon", 1e-5)?,
+        per_group: false,
+        layout: Layout::Nchw,
+    }
+    .into())
 }
 
 fn parse_group(a: &mut Attributes) -> Result<Op> {
@@ -289,7 +296,13 @@ fn parse_group(a: &mut Attributes) -> Result<Op> {
     let groups = usize::try_from(groups).ok().filter(|g| *g > 0);
     let groups = groups.ok_or_else(|| Error::unsupported_attribute("attribute num_groups must be at least 1"))?;
     let per_group = a.opset() < 21;
-    Ok(GroupNormalization { groups: Some(groups), epsilon: a.float_or("epsilon", 1e-5)?, per_group, layout: Layout::Nchw }.into())
+    Ok(GroupNormalization {
+        groups: Some(groups),
+        epsilon: a.float_or("epsilon", 1e-5)?,
+        per_group,
+        layout: Layout::Nchw,
+    }
+    .into())
 }
 
 impl Operator for GroupNormalization {

@@ -66,7 +66,10 @@ impl QAttention {
         let m = mask.as_slice::<i32>()?;
         let value = |visible: bool| if visible { 0.0 } else { self.hidden };
         let by_position = |visible: &dyn Fn(usize, i64) -> bool| -> Vec<f32> {
-            (0..s.batch).flat_map(|b| (0..keys).map(move |j| (b, j))).map(|(b, j)| value(visible(b, j as i64))).collect()
+            (0..s.batch)
+                .flat_map(|b| (0..keys).map(move |j| (b, j)))
+                .map(|(b, j)| value(visible(b, j as i64)))
+                .collect()
         };
         match *mask.dims {
             // The end of each sequence; then also its beginning.
@@ -112,8 +115,7 @@ impl QAttention {
             }
         };
         let x_scale = scale(io.input(3)?, "input_scale")?;
-        let factor: Vec<f32> =
-            scales(io.input(4)?, "weight_scale", columns)?.iter().map(|w| x_scale * w).collect();
+        let factor: Vec<f32> = scales(io.input(4)?, "weight_scale", columns)?.iter().map(|w| x_scale * w).collect();
         let x_zero = zero(io.optional(6), "input_zero_point")?;
         let bias = io.slice::<f32>(2)?;
         let rows = element_count(&[batch, positions])?;

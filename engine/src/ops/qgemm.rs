@@ -1,7 +1,7 @@
 //! QGemm of onnxruntime: `alpha A' B' + C` of quantised matrices.
 
-use super::qparams::{Count, bounds, bytes, bytes_mut, check_byte, infer_scale, infer_zero, pack, pack_constant};
 use super::qparams::{ByPacked, Prepared, scale, scales, zero, zeros};
+use super::qparams::{Count, bounds, bytes, bytes_mut, check_byte, infer_scale, infer_zero, pack, pack_constant};
 use super::{Attributes, Compute, Infer, Io, Op, Operator, Prepare, Registration, gemm, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
@@ -59,8 +59,7 @@ impl QGemm {
         let rows = if self.trans_a { QMatrix::new(rows, k, m).transposed() } else { QMatrix::new(rows, m, k) };
         let a_zero = zero(io.optional(2), "a_zero_point")?;
         let a_scale = scale(io.input(1)?, "a_scale")?;
-        let factor: Vec<f32> =
-            scales(io.input(4)?, "b_scale", n)?.iter().map(|b| self.alpha * a_scale * b).collect();
+        let factor: Vec<f32> = scales(io.input(4)?, "b_scale", n)?.iter().map(|b| self.alpha * a_scale * b).collect();
         let target = match io.optional(7) {
             None => None,
             Some(s) => Some((scale(s, "y_scale")?, zero(io.optional(8), "y_zero_point")?)),

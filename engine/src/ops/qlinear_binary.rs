@@ -71,11 +71,8 @@ impl Operator for QLinearBinary {
 
     fn run(&self, _cx: &Cx, io: &mut Io) -> Result<()> {
         let (a, b) = (io.input(0)?, io.input(3)?);
-        let [sa, sb, sc] = [
-            scale(io.input(1)?, "A_scale")?,
-            scale(io.input(4)?, "B_scale")?,
-            scale(io.input(6)?, "C_scale")?,
-        ];
+        let [sa, sb, sc] =
+            [scale(io.input(1)?, "A_scale")?, scale(io.input(4)?, "B_scale")?, scale(io.input(6)?, "C_scale")?];
         let zeros = [
             zero(io.optional(2), "A_zero_point")?,
             zero(io.optional(5), "B_zero_point")?,

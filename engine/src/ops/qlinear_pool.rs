@@ -118,15 +118,16 @@ impl Operator for QLinearPool {
         let kernel = window.kernel.as_deref().unwrap_or_default();
         let Sliding { input, kernel, strides, begin, output, .. } = window.over(&spatial, kernel)?;
         if window.dilations.iter().any(|&d| d != 1) {
-            return Err(Error::unsupported_attribute("attribute dilations is not 1; windows without gaps can be computed"));
+            return Err(Error::unsupported_attribute(
+                "attribute dilations is not 1; windows without gaps can be computed",
+            ));
         }
         let (whole, out_pixels) = (kernel.iter().product::<usize>(), output.iter().product::<usize>());
         let range = |axis: usize, o: usize| taps(o, strides[axis], begin[axis], kernel[axis], input[axis]);
         for b in 0..batch {
             for c in 0..channels {
                 for o in 0..out_pixels {
-                    let [od, oh, ow] =
-                        [o / (output[1] * output[2]), o / output[2] % output[1], o % output[2]];
+                    let [od, oh, ow] = [o / (output[1] * output[2]), o / output[2] % output[1], o % output[2]];
                     // In this order and in f32, as onnxruntime: where scales are equal many means are halves, and the
                     // rounding of the sum decides which way they go.
                     let mut sum = 0f32;
@@ -163,14 +164,16 @@ mod tests {
     #[test]
     fn means_by_hand() {
         let node = || OneNode::new("QLinearAveragePool").domain("com.microsoft").ints("kernel_shape", &[2]);
-        let run = |node: OneNode, operands: &[Tensor]| node.run(operands).unwrap()[0].as_slice::<u8>().unwrap().to_vec();
+        let run =
+            |node: OneNode, operands: &[Tensor]| node.run(operands).unwrap()[0].as_slice::<u8>().unwrap().to_vec();
         let x = operands(&[1, 1, 3], &[1, 4, 11], [1.0, 0.5]);
         assert_eq!(run(node(), &x), [6, 16]);
         assert_eq!(run(node().ints("pads", &[1, 0]), &x), [3, 6, 16]);
         assert_eq!(run(node().ints("pads", &[1, 0]).int("count_include_pad", 1), &x), [3, 6, 16]);
         let x = operands(&[1, 2, 2], &[1, 2, 9, 4], [1.0, 1.0]);
         assert_eq!(run(node().int("channels_last", 1), &x), [7, 5]);
-        let global = |last: i64| OneNode::new("QLinearGlobalAveragePool").domain("com.microsoft").int("channels_last", last);
+        let global =
+            |last: i64| OneNode::new("QLinearGlobalAveragePool").domain("com.microsoft").int("channels_last", last);
         assert_eq!(run(global(0), &x), [3, 9], "0.5 goes to 0 and 5.5 to 6 before the zero point");
         assert_eq!(run(global(1), &x), [7, 5]);
     }

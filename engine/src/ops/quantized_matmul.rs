@@ -1,8 +1,8 @@
 //! DynamicQuantizeMatMul and MatMulIntegerToFloat of onnxruntime: products of quantised matrices that give real numbers.
 
 use super::matmul::{MatMul, batch_offsets};
-use super::qparams::{Count, bytes, check_byte, infer_scale, infer_zero, pack, pack_constant, part};
 use super::qparams::{ByPacked, Prepared, scale, scales, zero, zeros};
+use super::qparams::{Count, bytes, check_byte, infer_scale, infer_zero, pack, pack_constant, part};
 use super::{Compute, Infer, Io, Operator, Prepare, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::Fact;

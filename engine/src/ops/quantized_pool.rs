@@ -2,8 +2,8 @@
 //! `DequantizeLinear` and `QuantizeLinear`.
 
 use super::integer_product::run_channels_last;
-use super::qparams::{bytes, bytes_mut, check_byte};
 use super::pool::{GlobalPool, Pool};
+use super::qparams::{bytes, bytes_mut, check_byte};
 use super::spatial::split_dims;
 use super::{Infer, Io, Operator, Permuted, Registration, Role};
 use crate::error::Result;

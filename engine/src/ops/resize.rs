@@ -485,14 +485,7 @@ impl Tables {
     }
 
     /// [`Tables::run_bytes`] by way of a tensor of real numbers.
-    fn run_apart(
-        &self,
-        cx: &Cx,
-        f: &Interpolation,
-        dims: &[usize],
-        x: Bytes<'_>,
-        y: BytesMut<'_>,
-    ) -> Result<()> {
+    fn run_apart(&self, cx: &Cx, f: &Interpolation, dims: &[usize], x: Bytes<'_>, y: BytesMut<'_>) -> Result<()> {
         let from: Vec<f32> = (0..x.len()).map(|i| (x.get(i) - f.x_zero) as f32).collect();
         let mut real = vec![0.0; y.len()];
         let mut work = vec![0.0; 2 * self.workspace(dims)?];

@@ -71,9 +71,10 @@ impl<T: Copy + Add<Output = T> + Sub<Output = T> + Mul<Output = T>> Turns<'_, T>
     /// Turns the first pairs of a head by the angles of row `row`.
     pub(super) fn turn(&self, head: &mut [T], row: i64) -> Result<()> {
         let n = self.pairs;
-        let at = usize::try_from(row).ok().and_then(|row| row.checked_mul(n)).filter(|at| {
-            at.checked_add(n).is_some_and(|end| end <= self.cos.len().min(self.sin.len()))
-        });
+        let at = usize::try_from(row)
+            .ok()
+            .and_then(|row| row.checked_mul(n))
+            .filter(|at| at.checked_add(n).is_some_and(|end| end <= self.cos.len().min(self.sin.len())));
         let Some(at) = at else {
             let rows = self.cos.len().min(self.sin.len()).checked_div(n).unwrap_or(0);
             return Err(Error::invalid_input(format!("position {row}; there are cosines of {rows}")));
@@ -149,8 +150,11 @@ impl Operator for RotaryEmbedding {
             let pairs = self.turning(d)? / 2;
             let numbered = cx.optional(ids).is_some();
             for table in [cos, sin].into_iter().flatten() {
-                let fits =
-                    if numbered { table.len() == 2 && table[1] == pairs } else { matches!(table.as_slice(), &[n, p, c] if (n == b || n == 1) && (p, c) == (t, pairs)) };
+                let fits = if numbered {
+                    table.len() == 2 && table[1] == pairs
+                } else {
+                    matches!(table.as_slice(), &[n, p, c] if (n == b || n == 1) && (p, c) == (t, pairs))
+                };
                 if !fits {
                     return Err(Error::shape(format!(
                         "cosines or sines of shape {table:?} for {pairs} pairs of {dims:?}"

@@ -53,9 +53,8 @@ fn parse(a: &mut Attributes) -> Result<Op> {
     let scans = usize::try_from(a.required("num_scan_inputs", Attributes::int)?).unwrap_or(0);
     let operands = a.input_count() - usize::from(batched && a.input_count() > 0);
     let states = operands.checked_sub(scans).filter(|_| scans > 0);
-    let states = states.ok_or_else(|| {
-        Error::invalid_model(format!("num_scan_inputs is {scans}, the node has {operands} operands"))
-    })?;
+    let states = states
+        .ok_or_else(|| Error::invalid_model(format!("num_scan_inputs is {scans}, the node has {operands} operands")))?;
     let outputs = body.outputs.len().checked_sub(states).filter(|_| body.inputs.len() >= states + scans);
     let outputs = outputs.ok_or_else(|| Error::invalid_model("the body does not fit the operands"))?;
     let (input_reversed, output_reversed, input_axes, output_axes) = if batched {
@@ -114,7 +113,9 @@ impl Scan {
             let axis = axis_index(self.input_axes[k], shape.len())?;
             match (&length, &shape[axis]) {
                 (Dim::Known(a), Dim::Known(b)) if a != b => {
-                    return Err(Error::shape(format!("scanned operands have {a} and {b} slices; all must have as many")));
+                    return Err(Error::shape(format!(
+                        "scanned operands have {a} and {b} slices; all must have as many"
+                    )));
                 }
                 (Dim::Known(_), _) => {}
                 (_, other) => length = other.clone(),
@@ -138,7 +139,9 @@ impl Operator for Scan {
 
     fn infer(&self, cx: &Infer) -> Result<Vec<Fact>> {
         if self.batched {
-            return Err(Error::unsupported_attribute("the form of opset 8, with a batch axis, is not supported; opset 9 is"));
+            return Err(Error::unsupported_attribute(
+                "the form of opset 8, with a batch axis, is not supported; opset 9 is",
+            ));
         }
         let (outputs, length) = self.body_facts(cx.inputs, cx.cx)?;
         let mut results = Vec::with_capacity(outputs.len());

@@ -71,15 +71,6 @@ fn named_sum(text: &str) -> Result<Dim> {
     Ok(Dim::Symbol(name.into()))
 }
 
-/// The smaller of a number and a size, as what a slice from the start takes.
-pub(crate) fn dim_min(n: usize, d: &Dim) -> Dim {
-    match d {
-        Dim::Known(m) => Dim::Known(n.min(*m)),
-        Dim::Symbol(name) => Dim::Symbol(format!("min({n}, {name})").into()),
-        Dim::Unknown => Dim::Unknown,
-    }
-}
-
 /// `a * b` of sizes that may not be known.
 pub(crate) fn dim_product(a: &Dim, b: &Dim) -> Result<Dim> {
     Ok(match (a, b) {

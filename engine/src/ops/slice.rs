@@ -1,11 +1,11 @@
 //! Slice.
 
 use super::sizes::{
-    Axes, Ints, check_movable, copy_axes, distinct_axes, ints, dim_min, loose_sizes, permuted_axis, sizes_fact, strides,
+    Axes, Ints, check_movable, copy_axes, distinct_axes, ints, loose_sizes, permuted_axis, sizes_fact, strides,
 };
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role};
 use crate::error::{Error, Result};
-use crate::fact::{Dim, Fact};
+use crate::fact::{Dim, Fact, dim_min};
 use crate::tensor::Dims;
 use smallvec::SmallVec;
 use weblane_kernels::movement::Axis;

@@ -350,6 +350,17 @@ mod tests {
         ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "tokens", "8"]))
     }
 
+    /// Of queries, transposed keys and values.
+    fn attention_is_found(mut n: Net, [q, k, v]: [ValueId; 3]) {
+        let y = n.op("MatMul", &[q, k]);
+        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+        let y = n.op("MatMul", &[y, v]);
+        let y = joined(&mut n, y);
+        n.output(y);
+        assert!(n.optimized().contains(&"weblane.FusedAttention".to_owned()), "{:?}", n.optimized());
+        n.check(&n.apply(run));
+    }
+
     fn fused(n: &Net) -> FusedAttention {
         let graph = n.apply(run);
         graph.nodes.iter().find_map(|n| n.op.get::<FusedAttention>()).expect("a fused attention").clone()
@@ -531,13 +542,7 @@ mod tests {
         let k = grown(&mut n, "past_k", k, Some(&[0, 1, 3, 2]));
         let v = grown(&mut n, "past_v", v, None);
         let q = heads(&mut n, q, &[0, 2, 1, 3]);
-        let y = n.op("MatMul", &[q, k]);
-        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
-        let y = n.op("MatMul", &[y, v]);
-        let y = joined(&mut n, y);
-        n.output(y);
-        assert!(n.optimized().contains(&"weblane.FusedAttention".to_owned()), "{:?}", n.optimized());
-        n.check(&n.apply(run));
+        attention_is_found(n, [q, k, v]);
     }
 
     #[test]
@@ -553,13 +558,7 @@ mod tests {
         let k = heads(&mut n, x, &[0, 2, 3, 1]);
         let v = heads(&mut n, x, &[0, 2, 1, 3]);
         let q = heads(&mut n, x, &[0, 2, 1, 3]);
-        let y = n.op("MatMul", &[q, k]);
-        let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
-        let y = n.op("MatMul", &[y, v]);
-        let y = joined(&mut n, y);
-        n.output(y);
-        assert!(n.optimized().contains(&"weblane.FusedAttention".to_owned()), "{:?}", n.optimized());
-        n.check(&n.apply(run));
+        attention_is_found(n, [q, k, v]);
     }
 
     #[test]

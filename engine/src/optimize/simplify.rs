@@ -299,6 +299,21 @@ mod tests {
     }
 
     #[test]
+    fn only_a_padding_of_nothing_goes() {
+        for (pads, want) in [([0, 0, 0, 0], &["Neg"][..]), ([0, 1, 0, -1], &["Pad", "Neg"])] {
+            let mut n = Net::new(13);
+            let x = n.input("x", &[2, 3]);
+            let pads = n.i64s(&pads);
+            let y = n.op("Pad", &[x, pads]);
+            let y = n.op("Neg", &[y]);
+            n.output(y);
+            let graph = n.apply(run);
+            n.check(&graph);
+            assert_eq!(names(&graph), want);
+        }
+    }
+
+    #[test]
     fn a_mean_over_the_places_of_an_image_is_a_pooling() {
         for (axes, opset) in [(&[2i64, 3][..], 13), (&[-1, -2], 18)] {
             let mut n = Net::new(opset);
