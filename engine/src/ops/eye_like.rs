@@ -54,8 +54,8 @@ impl Operator for EyeLike {
         match y.dtype {
             DType::F16 => y.as_slice::<f16>().map(|y| places.for_each(|p| y[p] = f16::ONE)),
             DType::Bf16 => y.as_slice::<bf16>().map(|y| places.for_each(|p| y[p] = bf16::ONE)),
-            dtype => for_dtype!(dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64, Bool], T =>
-                y.as_slice::<T>().map(|y| places.for_each(|p| y[p] = 1 as T)),
+            dtype => for_dtype!(dtype.signless(), [F32, F64, I8, I16, I32, I64, Bool], T =>
+                y.signless::<T>().map(|y| places.for_each(|p| y[p] = 1 as T)),
                 else Err(wrong_dtype("the result", dtype, "numbers"))),
         }
     }

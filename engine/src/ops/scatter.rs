@@ -79,15 +79,22 @@ fn scatter(reduction: Reduction, places: &[usize], block: usize, updates: Tensor
         }
         return Ok(());
     }
-    for_dtype!(y.dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64], T => {
+    // One loop for all types: only what combines two elements knows theirs.
+    type Combine = Box<dyn Fn(&mut [u8], &[u8])>;
+    let combine = for_dtype!(y.dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64], T => {
         let f = reduction.function::<T>();
-        let to = y.as_slice::<T>()?;
-        for (&p, from) in places.iter().zip(updates.as_slice::<T>()?.chunks(block)) {
-            let to = to.get_mut(p..p + block).ok_or_else(outside)?;
-            to.iter_mut().zip(from).for_each(|(t, &f_)| *t = f(*t, f_));
-        }
-        Ok(())
-    }, else Err(wrong_dtype("the operand of a reduction", y.dtype, "numbers")))
+        Ok::<Combine, Error>(Box::new(move |to, from| {
+            let value = f(bytemuck::pod_read_unaligned::<T>(to), bytemuck::pod_read_unaligned::<T>(from));
+            to.copy_from_slice(bytemuck::bytes_of(&value));
+        }))
+    }, else Err(wrong_dtype("the operand of a reduction", y.dtype, "numbers")))?;
+    let element = element_size(y.dtype)?;
+    let to = y.bytes();
+    for (&p, from) in places.iter().zip(updates.bytes().chunks(block * element)) {
+        let to = to.get_mut(p * element..(p + block) * element).ok_or_else(outside)?;
+        to.chunks_exact_mut(element).zip(from.chunks_exact(element)).for_each(|(to, from)| combine(to, from));
+    }
+    Ok(())
 }
 
 /// `y = x; y[i, indices[i, j, ..], ..] = updates[i, j, ..]`, an index for each update.
