@@ -96,6 +96,17 @@ impl DType {
         }
     }
 
+    /// The unsigned integer of the size of a number, for code that moves elements and leaves what they mean to a function.
+    pub fn as_bits(self) -> Self {
+        match self.bits() {
+            8 => DType::U8,
+            16 => DType::U16,
+            32 => DType::U32,
+            64 => DType::U64,
+            _ => self,
+        }
+    }
+
     /// Whether it is a floating-point type of 16 bits, which the engine only stores.
     pub fn is_half(self) -> bool {
         matches!(self, DType::F16 | DType::Bf16)
@@ -402,6 +413,11 @@ impl<'a> TensorView<'a> {
         TensorView { dtype: self.dtype.signless(), ..self }
     }
 
+    /// The same bits as [`DType::as_bits`].
+    pub fn as_bits(self) -> Self {
+        TensorView { dtype: self.dtype.as_bits(), ..self }
+    }
+
     /// A view over bytes; they must be as many as shape and type want.
     pub fn new(dtype: DType, dims: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
         let want = byte_count(dtype, dims)?;
@@ -499,8 +515,14 @@ pub struct TensorMut<'a> {
 impl<'a> TensorMut<'a> {
     /// Elements to be written as those of [`DType::signless`].
     pub fn signless<T: Element>(&mut self) -> Result<&mut [T]> {
-        self.dtype = self.dtype.signless();
-        self.as_slice()
+        check_dtype::<T>(self.dtype.signless())?;
+        self.elements()
+    }
+
+    /// Elements to be written as those of [`DType::as_bits`].
+    pub fn as_bits<B: Element>(&mut self) -> Result<&mut [B]> {
+        check_dtype::<B>(self.dtype.as_bits())?;
+        self.elements()
     }
 
     /// A view over bytes; they must be as many as shape and type want.
@@ -538,6 +560,10 @@ impl<'a> TensorMut<'a> {
     /// The elements, if they are of type `T` (`u8` serves `Bool` too).
     pub fn as_slice<T: Element>(&mut self) -> Result<&mut [T]> {
         check_dtype::<T>(self.dtype)?;
+        self.elements()
+    }
+
+    fn elements<T: Element>(&mut self) -> Result<&mut [T]> {
         bytemuck::try_cast_slice_mut(self.bytes())
             .map_err(|e| Error::internal(format!("the bytes of an output cannot be viewed: {e}")))
     }

@@ -9,7 +9,8 @@ use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, wrong_d
 use crate::error::{Error, Result};
 use crate::fact::{Content, Dim, Fact, Shape, broadcast};
 use crate::for_dtype;
-use crate::tensor::{DType, Element, Tensor, TensorView};
+use crate::tensor::{DType, Element, Tensor, TensorMut, TensorView};
+use bytemuck::cast;
 use std::sync::Arc;
 use weblane_kernels::elementwise::{self, Binary, binary_f32, binary_f32_assign, broadcast_map, broadcast_map_assign};
 use weblane_kernels::movement::Axis;
@@ -174,7 +175,7 @@ impl Operator for Arithmetic {
             }
         }
         for_dtype!(dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64, Bool], T =>
-            run_typed(cx, io, T::function(self.function)), else Err(wrong_dtype("an operand", dtype, "numbers")))
+            run_as_bits(cx, io, T::function(self.function)), else Err(wrong_dtype("an operand", dtype, "numbers")))
     }
 
     fn in_place(&self) -> &'static [usize] {
@@ -204,26 +205,46 @@ fn run_f32(cx: &Cx, function: Binary, io: &mut Io) -> Result<()> {
     .map_err(kernel_error)
 }
 
-fn run_typed<T: Element + Copy>(cx: &Cx, io: &mut Io, f: fn(T, T) -> T) -> Result<()> {
+fn run_as_bits<B: Element>(cx: &Cx, io: &mut Io, f: fn(B, B) -> B) -> Result<()> {
     match io.in_place {
         Some(held) => {
             let other = io.input(1 - held.min(1))?;
-            let y = io.output(0)?;
-            let dims = y.dims;
-            let swapped = held == 1;
-            broadcast_map_assign(cx, 8, y.as_slice::<T>()?, dims, other.as_slice::<T>()?, other.dims, |y, b| {
-                if swapped { f(b, y) } else { f(y, b) }
-            })
+            assign_as_bits(cx, io.output(0)?, other, held == 1, f)
         }
         None => {
-            let (a, b) = (io.input(0)?, io.input(1)?);
+            let (a, b) = (io.input(0)?.as_bits(), io.input(1)?.as_bits());
             let y = io.output(0)?;
             let dims = y.dims;
-            let (x, z) = (a.as_slice::<T>()?, b.as_slice::<T>()?);
-            broadcast_map(cx, 8, x, a.dims, z, b.dims, y.as_slice::<T>()?, dims, f)
+            broadcast_map(cx, 8, a.as_slice()?, a.dims, b.as_slice()?, b.dims, y.as_bits()?, dims, f)
+                .map_err(kernel_error)
         }
     }
-    .map_err(kernel_error)
+}
+
+/// `y = f(y, other)`, or `f(other, y)` when swapped.
+fn assign_as_bits<B: Element>(
+    cx: &Cx,
+    y: &mut TensorMut,
+    other: TensorView,
+    swapped: bool,
+    f: fn(B, B) -> B,
+) -> Result<()> {
+    let dims = y.dims;
+    let b = other.as_bits();
+    let f = |y, b| if swapped { f(b, y) } else { f(y, b) };
+    broadcast_map_assign(cx, 8, y.as_bits()?, dims, b.as_slice()?, b.dims, f).map_err(kernel_error)
+}
+
+/// `y = f(y, other)` for tensors of any numbers, the other one broadcast.
+pub(super) fn assign(cx: &Cx, function: Binary, y: &mut TensorMut, other: TensorView) -> Result<()> {
+    if y.dtype == DType::F32 {
+        let dims = y.dims;
+        return binary_f32_assign(cx, function, false, y.as_slice()?, dims, other.as_slice()?, other.dims)
+            .map_err(kernel_error);
+    }
+    for_dtype!(y.dtype, [F64, I8, I16, I32, I64, U8, U16, U32, U64], T =>
+        assign_as_bits(cx, y, other, false, T::function(Function::Kernel(function))),
+        else Err(wrong_dtype("an operand", y.dtype, "numbers")))
 }
 
 fn has_zero(v: TensorView) -> Result<bool> {
@@ -231,64 +252,90 @@ fn has_zero(v: TensorView) -> Result<bool> {
     for_dtype!(v.dtype, [I8, I16, I32, I64], T => Ok(v.as_slice::<T>()?.contains(&0)), else Ok(false))
 }
 
-/// A type that the functions are defined for. They are reached through pointers, so that the loop around them is
-/// compiled once per type and not once per type and function.
-trait Functions: Element {
-    fn function(function: Function) -> fn(Self, Self) -> Self;
+/// A type that the functions are defined for. They are reached through pointers and take numbers as integers of their
+/// size, so that the loop around them is compiled once per size and not once per type and function.
+trait Number: Element + PartialOrd {
+    type Bits: Element;
+    fn function(function: Function) -> fn(Self::Bits, Self::Bits) -> Self::Bits;
+
+    fn relation(relation: Relation) -> fn(Self::Bits, Self::Bits) -> u8 {
+        match relation {
+            Relation::Equal => |a, b| u8::from(cast::<_, Self>(a) == cast(b)),
+            Relation::Less => |a, b| u8::from(cast::<_, Self>(a) < cast(b)),
+            Relation::LessOrEqual => |a, b| u8::from(cast::<_, Self>(a) <= cast(b)),
+            Relation::Greater => |a, b| u8::from(cast::<_, Self>(a) > cast(b)),
+            Relation::GreaterOrEqual => |a, b| u8::from(cast::<_, Self>(a) >= cast(b)),
+        }
+    }
+}
+
+/// A function of two numbers `$t` as one of their bits.
+macro_rules! on {
+    ($t:ty, |$a:ident, $b:ident| $y:expr) => {
+        |a, b| {
+            let ($a, $b): ($t, $t) = (cast(a), cast(b));
+            let y: $t = $y;
+            cast(y)
+        }
+    };
 }
 
 macro_rules! integer_functions {
-    ($($t:ty)*) => { $(
-        impl Functions for $t {
-            fn function(function: Function) -> fn(Self, Self) -> Self {
+    ($($t:ty as $bits:ty),*) => { $(
+        impl Number for $t {
+            type Bits = $bits;
+            #[allow(unused_comparisons)]
+            fn function(function: Function) -> fn($bits, $bits) -> $bits {
                 match function {
-                    Function::Kernel(Binary::Add) => <$t>::wrapping_add,
-                    Function::Kernel(Binary::Sub) => <$t>::wrapping_sub,
-                    Function::Kernel(Binary::Mul) => <$t>::wrapping_mul,
+                    Function::Kernel(Binary::Add) => on!($t, |a, b| a.wrapping_add(b)),
+                    Function::Kernel(Binary::Sub) => on!($t, |a, b| a.wrapping_sub(b)),
+                    Function::Kernel(Binary::Mul) => on!($t, |a, b| a.wrapping_mul(b)),
                     // Zero was refused before.
-                    Function::Kernel(Binary::Div) => |a, b| if b == 0 { 0 } else { a.wrapping_div(b) },
-                    Function::Kernel(Binary::Rem) => |a, b| if b == 0 { 0 } else { a.wrapping_rem(b) },
-                    Function::Kernel(Binary::Min) => |a, b| a.min(b),
-                    Function::Kernel(Binary::Max) => |a, b| a.max(b),
-                    #[allow(unused_comparisons)]
-                    Function::Kernel(Binary::PRelu) => |a, b| if a < 0 { a.wrapping_mul(b) } else { a },
-                    Function::Kernel(Binary::Pow) => <$t as Power>::power,
-                    #[allow(unused_comparisons)]
-                    Function::FloorMod => |a, b| {
+                    Function::Kernel(Binary::Div) => on!($t, |a, b| if b == 0 { 0 } else { a.wrapping_div(b) }),
+                    Function::Kernel(Binary::Rem) => on!($t, |a, b| if b == 0 { 0 } else { a.wrapping_rem(b) }),
+                    Function::Kernel(Binary::Min) => on!($t, |a, b| a.min(b)),
+                    Function::Kernel(Binary::Max) => on!($t, |a, b| a.max(b)),
+                    Function::Kernel(Binary::PRelu) => on!($t, |a, b| if a < 0 { a.wrapping_mul(b) } else { a }),
+                    // Pow is an operator of its own and calls `power`.
+                    Function::Kernel(Binary::Pow) => |a, _| a,
+                    Function::FloorMod => on!($t, |a, b| {
                         let r = if b == 0 { 0 } else { a.wrapping_rem(b) };
                         if r != 0 && (r < 0) != (b < 0) { r.wrapping_add(b) } else { r }
-                    },
+                    }),
                     Function::And => |a, b| a & b,
                     Function::Or => |a, b| a | b,
                     Function::Xor => |a, b| a ^ b,
-                    Function::ShiftLeft => |a, b| u32::try_from(b).ok().and_then(|b| a.checked_shl(b)).unwrap_or(0),
-                    Function::ShiftRight => |a, b| {
-                        // Shifting everything out, as a negative count does too, leaves the sign.
+                    Function::ShiftLeft => {
+                        on!($t, |a, b| u32::try_from(b).ok().and_then(|b| a.checked_shl(b)).unwrap_or(0))
+                    }
+                    // Shifting everything out, as a negative count does too, leaves the sign.
+                    Function::ShiftRight => on!($t, |a, b| {
                         u32::try_from(b).ok().and_then(|b| a.checked_shr(b)).unwrap_or((a >> (<$t>::BITS - 1)) >> 1)
-                    },
+                    }),
                 }
             }
         }
     )* };
 }
-integer_functions!(i8 i16 i32 i64 u8 u16 u32 u64);
+integer_functions!(i8 as u8, i16 as u16, i32 as u32, i64 as u64, u8 as u8, u16 as u16, u32 as u32, u64 as u64);
 
 macro_rules! float_functions {
-    ($($t:ty)*) => { $(
-        impl Functions for $t {
-            fn function(function: Function) -> fn($t, $t) -> $t {
+    ($($t:ty as $bits:ty),*) => { $(
+        impl Number for $t {
+            type Bits = $bits;
+            fn function(function: Function) -> fn($bits, $bits) -> $bits {
                 match function {
-                    Function::Kernel(Binary::Add) => |a, b| a + b,
-                    Function::Kernel(Binary::Sub) => |a, b| a - b,
-                    Function::Kernel(Binary::Mul) => |a, b| a * b,
-                    Function::Kernel(Binary::Div) => |a, b| a / b,
-                    Function::Kernel(Binary::Rem) => |a, b| a % b,
+                    Function::Kernel(Binary::Add) => on!($t, |a, b| a + b),
+                    Function::Kernel(Binary::Sub) => on!($t, |a, b| a - b),
+                    Function::Kernel(Binary::Mul) => on!($t, |a, b| a * b),
+                    Function::Kernel(Binary::Div) => on!($t, |a, b| a / b),
+                    Function::Kernel(Binary::Rem) => on!($t, |a, b| a % b),
                     // Those of std drop NaN.
-                    Function::Kernel(Binary::Min) => |a, b| if a.is_nan() || a < b { a } else { b },
-                    Function::Kernel(Binary::Max) => |a, b| if a.is_nan() || a > b { a } else { b },
-                    Function::Kernel(Binary::PRelu) => |a, b| if a < 0.0 { a * b } else { a },
-                    Function::Kernel(Binary::Pow) => <$t>::powf,
-                    Function::FloorMod => |a, b| {
+                    Function::Kernel(Binary::Min) => on!($t, |a, b| if a.is_nan() || a < b { a } else { b }),
+                    Function::Kernel(Binary::Max) => on!($t, |a, b| if a.is_nan() || a > b { a } else { b }),
+                    Function::Kernel(Binary::PRelu) => on!($t, |a, b| if a < 0.0 { a * b } else { a }),
+                    Function::Kernel(Binary::Pow) => on!($t, |a, b| a.powf(b)),
+                    Function::FloorMod => on!($t, |a, b| {
                         let r = a % b;
                         if r == 0.0 {
                             (0.0 as $t).copysign(b)
@@ -297,7 +344,7 @@ macro_rules! float_functions {
                         } else {
                             r
                         }
-                    },
+                    }),
                     // `check_dtype` lets only integers come here.
                     _ => |a, _| a,
                 }
@@ -305,40 +352,27 @@ macro_rules! float_functions {
         }
     )* };
 }
-float_functions!(f32 f64);
+float_functions!(f32 as u32, f64 as u64);
 
-/// `a^b` of integers, wrapping; a negative exponent gives the truncated fraction.
-trait Power: Sized {
-    fn power(self, exponent: Self) -> Self;
-}
-
-macro_rules! powers {
-    ($($t:ty)*) => { $(
-        impl Power for $t {
-            #[allow(unused_comparisons)]
-            fn power(self, exponent: Self) -> Self {
-                if exponent < 0 {
-                    let odd = exponent % 2 != 0;
-                    return match self as i128 {
-                        1 => 1,
-                        -1 => if odd { self } else { 1 },
-                        _ => 0,
-                    };
-                }
-                let (mut base, mut rest, mut out) = (self, exponent, 1 as $t);
-                while rest > 0 {
-                    if rest & 1 == 1 {
-                        out = out.wrapping_mul(base);
-                    }
-                    base = base.wrapping_mul(base);
-                    rest >>= 1;
-                }
-                out
-            }
+/// `a^b`, wrapping; a negative exponent gives the truncated fraction.
+fn power(a: i64, exponent: i64) -> i64 {
+    if exponent < 0 {
+        return match a {
+            1 => 1,
+            -1 => 1 - 2 * (exponent & 1),
+            _ => 0,
+        };
+    }
+    let (mut base, mut rest, mut out) = (a, exponent, 1i64);
+    while rest > 0 {
+        if rest & 1 == 1 {
+            out = out.wrapping_mul(base);
         }
-    )* };
+        base = base.wrapping_mul(base);
+        rest >>= 1;
+    }
+    out
 }
-powers!(i8 i16 i32 i64 u8 u16 u32 u64);
 
 /// Shape arithmetic: sums, products ... of sizes of which some are names.
 fn arithmetic_of_sizes(function: Binary, a: &Fact, b: &Fact, shape: &Shape) -> Result<Option<Fact>> {
@@ -411,10 +445,8 @@ impl Operator for Pow {
         let y = io.output(0)?;
         let mut out = Tensor::zeros(wide, y.dims)?;
         if integers {
-            let f = i64::function(Function::Kernel(Binary::Pow));
-            let to = out.bytes_mut();
-            let to: &mut [i64] = bytemuck::cast_slice_mut(to);
-            broadcast_map(cx, 40, a.as_slice()?, a.dims(), b.as_slice()?, b.dims(), to, y.dims, f)
+            let to: &mut [i64] = bytemuck::cast_slice_mut(out.bytes_mut());
+            broadcast_map(cx, 40, a.as_slice()?, a.dims(), b.as_slice()?, b.dims(), to, y.dims, power)
         } else {
             let to: &mut [f64] = bytemuck::cast_slice_mut(out.bytes_mut());
             broadcast_map(cx, 40, a.as_slice()?, a.dims(), b.as_slice()?, b.dims(), to, y.dims, f64::powf)
@@ -482,18 +514,7 @@ impl Operator for Variadic {
         let count = io.inputs.len();
         for i in 1..count {
             let x = io.input(i)?;
-            let y = io.output(0)?;
-            let dims = y.dims;
-            if x.dtype == DType::F32 {
-                binary_f32_assign(cx, self.function, false, y.as_slice()?, dims, x.as_slice()?, x.dims)
-                    .map_err(kernel_error)?;
-                continue;
-            }
-            for_dtype!(x.dtype, [F64, I8, I16, I32, I64, U8, U16, U32, U64], T => {
-                let f = T::function(Function::Kernel(self.function));
-                broadcast_map_assign(cx, 8, y.as_slice::<T>()?, dims, x.as_slice::<T>()?, x.dims, f)
-                    .map_err(kernel_error)?;
-            }, else return Err(wrong_dtype("an operand", x.dtype, "numbers")));
+            assign(cx, self.function, io.output(0)?, x)?;
         }
         if self.name == "Mean" {
             let y = io.output(0)?;
@@ -521,18 +542,6 @@ enum Relation {
     LessOrEqual,
     Greater,
     GreaterOrEqual,
-}
-
-impl Relation {
-    fn function<T: PartialOrd>(self) -> fn(T, T) -> u8 {
-        match self {
-            Relation::Equal => |a, b| u8::from(a == b),
-            Relation::Less => |a, b| u8::from(a < b),
-            Relation::LessOrEqual => |a, b| u8::from(a <= b),
-            Relation::Greater => |a, b| u8::from(a > b),
-            Relation::GreaterOrEqual => |a, b| u8::from(a >= b),
-        }
-    }
 }
 
 /// A comparison.
@@ -574,16 +583,20 @@ impl Operator for Compare {
             let equal = |i: u32, j: u32| u8::from(p[i as usize] == q[j as usize]);
             return broadcast_map(cx, 20, &x, a.dims, &z, b.dims, y.bytes(), dims, equal).map_err(kernel_error);
         }
-        for_dtype!(a.dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64, Bool], T => {
-            let f = self.relation.function::<T>();
-            let (x, z) = (a.as_slice::<T>()?, b.as_slice::<T>()?);
-            broadcast_map(cx, 8, x, a.dims, z, b.dims, y.bytes(), dims, f).map_err(kernel_error)
-        }, else Err(wrong_dtype("an operand", a.dtype, "numbers")))
+        for_dtype!(a.dtype, [F32, F64, I8, I16, I32, I64, U8, U16, U32, U64, Bool], T => compare_as_bits(cx, io, T::relation(self.relation)),
+            else Err(wrong_dtype("an operand", a.dtype, "numbers")))
     }
 
     fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 2)
     }
+}
+
+fn compare_as_bits<B: Element>(cx: &Cx, io: &mut Io, f: fn(B, B) -> u8) -> Result<()> {
+    let (a, b) = (io.input(0)?.as_bits(), io.input(1)?.as_bits());
+    let y = io.output(0)?;
+    let dims = y.dims;
+    broadcast_map(cx, 8, a.as_slice()?, a.dims, b.as_slice()?, b.dims, y.bytes(), dims, f).map_err(kernel_error)
 }
 
 /// Whether sizes are equal, where that is certain for all: a name is equal to itself and to no negative number.

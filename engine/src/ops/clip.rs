@@ -1,13 +1,14 @@
 //! Clip.
 
+use super::binary::assign;
+use super::cast::convert;
 use super::identity::copy;
 use super::sizes::kernel_error;
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
-use crate::for_dtype;
 use crate::tensor::{DType, Tensor, TensorView};
-use weblane_kernels::elementwise::{Unary, map_assign, unary, unary_assign};
+use weblane_kernels::elementwise::{Binary, Unary, unary, unary_assign};
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
@@ -67,7 +68,7 @@ impl Operator for Clip {
         if dtype == DType::F32 {
             let of = |v: Option<TensorView>, attribute: Option<f32>, default: f32| -> Result<f32> {
                 match v {
-                    Some(v) => scalar(v.as_slice::<f32>()?),
+                    Some(v) => v.as_slice()?.first().copied().ok_or_else(|| Error::shape("a bound has no elements")),
                     None => Ok(attribute.unwrap_or(default)),
                 }
             };
@@ -83,22 +84,19 @@ impl Operator for Clip {
         if io.in_place.is_none() {
             copy(io)?;
         }
-        let y = io.output(0)?;
-        for_dtype!(dtype, [F64, I8, I16, I32, I64, U8, U16, U32, U64], T => {
-            let of = |v: Option<TensorView>, attribute: Option<f32>, default: T| -> Result<T> {
-                match v {
-                    Some(v) => scalar(v.as_slice::<T>()?),
-                    None => Ok(attribute.map_or(default, |a| a as T)),
+        for (function, operand, attribute) in [(Binary::Max, min, self.min), (Binary::Min, max, self.max)] {
+            let y = io.output(0)?;
+            match (operand, attribute) {
+                (Some(bound), _) => assign(cx, function, y, bound)?,
+                (None, Some(bound)) => {
+                    let mut scalar = Tensor::zeros(dtype, &[])?;
+                    convert(Tensor::from_slice(&[], &[bound])?.view(), &mut scalar.view_mut())?;
+                    assign(cx, function, y, scalar.view())?;
                 }
-            };
-            let (lo, hi) = (of(min, self.min, T::MIN)?, of(max, self.max, T::MAX)?);
-            let unbounded = (min.is_none() && self.min.is_none(), max.is_none() && self.max.is_none());
-            map_assign(cx, 4, y.as_slice::<T>()?, |x: T| {
-                let x = if x < lo && !unbounded.0 { lo } else { x };
-                if x > hi && !unbounded.1 { hi } else { x }
-            });
-            Ok(())
-        }, else Err(wrong_dtype("the operand", dtype, "numbers")))
+                (None, None) => {}
+            }
+        }
+        Ok(())
     }
 
     fn in_place(&self) -> &'static [usize] {
@@ -108,10 +106,6 @@ impl Operator for Clip {
     fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
         Some(Permuted { op: self.clone().into(), roles: vec![Role::Permute, Role::Keep, Role::Keep] })
     }
-}
-
-fn scalar<T: Copy>(values: &[T]) -> Result<T> {
-    values.first().copied().ok_or_else(|| Error::shape("a bound has no elements"))
 }
 
 #[cfg(test)]
