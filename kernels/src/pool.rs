@@ -434,46 +434,46 @@ pub fn max_pool_indices<T: Number>(
     if indices.as_ref().is_some_and(|i| i.len() != out.len()) {
         return Err(Error::new(format!("{} maxima want as many indices", out.len())));
     }
-    let p = shape;
-    let [id, ih, iw] = p.input;
-    let plane_in: usize = p.input.iter().product();
-    let [od, oh, ow] = p.output;
-    let mut at = 0;
-    for plane in 0..p.batch * p.channels {
-        let x = &x[plane * plane_in..][..plane_in];
-        for z in 0..od {
-            let (d0, dn, ..) = p.taps(0, z);
-            for y in 0..oh {
-                let (h0, hn, ..) = p.taps(1, y);
-                for v in 0..ow {
-                    let (w0, wn, ..) = p.taps(2, v);
-                    let mut best = (T::LEAST, 0);
-                    let mut first = true;
-                    for d in (0..dn).map(|i| d0 + i * p.dilations[0]) {
-                        for h in (0..hn).map(|i| h0 + i * p.dilations[1]) {
-                            for w in (0..wn).map(|i| w0 + i * p.dilations[2]) {
-                                let value = x[(d * ih + h) * iw + w];
-                                // A value that differs from itself is NaN; the first one stays.
-                                #[allow(clippy::eq_op)]
-                                if first || value > best.0 || (value != value && best.0 == best.0) {
-                                    let index =
-                                        if column_major { (w * ih + h) * id + d } else { (d * ih + h) * iw + w };
-                                    best = (value, plane * plane_in + index);
-                                    first = false;
-                                }
-                            }
-                        }
-                    }
-                    out[at] = best.0;
-                    if let Some(i) = indices.as_deref_mut() {
-                        i[at] = best.1 as i64;
-                    }
-                    at += 1;
-                }
+    let (from, to) = (shape.input.iter().product::<usize>(), shape.output.iter().product::<usize>());
+    for plane in 0..shape.batch * shape.channels {
+        let x = &x[plane * from..][..from];
+        // Places are looked for among doubles, so that the loop is compiled once; the maxima are taken from x.
+        let doubles: Vec<f64> = x.iter().map(|v| v.to_f64()).collect();
+        for (i, y) in out[plane * to..][..to].iter_mut().enumerate() {
+            let [id, ih, iw] = shape.input;
+            // A window of nothing but padding has no place.
+            let place = place_of_maximum(shape, &doubles, i);
+            *y = place.map_or(T::LEAST, |[d, h, w]| x[(d * ih + h) * iw + w]);
+            let [d, h, w] = place.unwrap_or_default();
+            if let Some(indices) = indices.as_deref_mut() {
+                let index = if column_major { (w * ih + h) * id + d } else { (d * ih + h) * iw + w };
+                indices[plane * to + i] = (plane * from + index) as i64;
             }
         }
     }
     Ok(())
+}
+
+/// The place `[d, h, w]` of the largest element, the first of equal ones, of the window of an output element of a plane.
+fn place_of_maximum(p: &PoolShape, x: &[f64], output: usize) -> Option<[usize; 3]> {
+    let [_, ih, iw] = p.input;
+    let [_, oh, ow] = p.output;
+    let (d0, dn, ..) = p.taps(0, output / ow / oh);
+    let (h0, hn, ..) = p.taps(1, output / ow % oh);
+    let (w0, wn, ..) = p.taps(2, output % ow);
+    let mut best: Option<(f64, [usize; 3])> = None;
+    for d in (0..dn).map(|i| d0 + i * p.dilations[0]) {
+        for h in (0..hn).map(|i| h0 + i * p.dilations[1]) {
+            for w in (0..wn).map(|i| w0 + i * p.dilations[2]) {
+                let value = x[(d * ih + h) * iw + w];
+                // NaN is the largest, and the first one stays.
+                if best.is_none_or(|(best, _)| value > best || (value.is_nan() && !best.is_nan())) {
+                    best = Some((value, [d, h, w]));
+                }
+            }
+        }
+    }
+    best.map(|(_, place)| place)
 }
 
 /// Pools any element type, channels first; sums and means in `f64`.

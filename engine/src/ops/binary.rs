@@ -1,6 +1,6 @@
 //! Pointwise functions of two or more tensors, with NumPy broadcasting.
 
-use super::cast::convert;
+use super::cast::{convert, converted};
 use super::identity::copy;
 use super::sizes::{
     Axes, broadcast_strides, copy_axes, dim_product, dim_sum, kernel_error, loose_sizes, sizes_fact, strides,
@@ -433,14 +433,8 @@ impl Operator for Pow {
         // Integers stay integers; whatever has a fraction goes through double precision.
         let integers = !dtype.is_float() && !exponent.dtype.is_float();
         let wide = if integers { DType::I64 } else { DType::F64 };
-        let widen = |v: TensorView| -> Result<Tensor> {
-            let mut t = Tensor::zeros(wide, v.dims)?;
-            if v.dtype == wide {
-                return v.to_tensor();
-            }
-            convert(v, &mut t.view_mut())?;
-            Ok(t)
-        };
+        let widen =
+            |v: TensorView| -> Result<Tensor> { if v.dtype == wide { v.to_tensor() } else { converted(v, wide) } };
         let (a, b) = (widen(base.view())?, widen(exponent)?);
         let y = io.output(0)?;
         let mut out = Tensor::zeros(wide, y.dims)?;

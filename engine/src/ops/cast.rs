@@ -6,7 +6,7 @@ use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration};
 use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
 use crate::for_dtype;
-use crate::tensor::{DType, Element, TensorMut, TensorView};
+use crate::tensor::{DType, Element, Tensor, TensorMut, TensorView};
 use half::{bf16, f16};
 use weblane_kernels::convert as halves;
 use weblane_kernels::par::Cx;
@@ -216,6 +216,13 @@ pub(crate) fn convert(x: TensorView, y: &mut TensorMut) -> Result<()> {
         at += n;
     }
     Ok(())
+}
+
+/// The elements as those of another type, which must not be their own.
+pub(super) fn converted(x: TensorView, dtype: DType) -> Result<Tensor> {
+    let mut y = Tensor::zeros(dtype, x.dims)?;
+    convert(x, &mut y.view_mut())?;
+    Ok(y)
 }
 
 fn each<A: Copy, B>(x: &[A], y: &mut [B], f: impl Fn(A) -> B) -> Result<()> {

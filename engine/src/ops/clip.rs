@@ -1,7 +1,7 @@
 //! Clip.
 
 use super::binary::assign;
-use super::cast::convert;
+use super::cast::converted;
 use super::identity::copy;
 use super::sizes::kernel_error;
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role, wrong_dtype};
@@ -89,9 +89,8 @@ impl Operator for Clip {
             match (operand, attribute) {
                 (Some(bound), _) => assign(cx, function, y, bound)?,
                 (None, Some(bound)) => {
-                    let mut scalar = Tensor::zeros(dtype, &[])?;
-                    convert(Tensor::from_slice(&[], &[bound])?.view(), &mut scalar.view_mut())?;
-                    assign(cx, function, y, scalar.view())?;
+                    let bound = converted(Tensor::from_slice(&[], &[bound])?.view(), dtype)?;
+                    assign(cx, function, y, bound.view())?;
                 }
                 (None, None) => {}
             }

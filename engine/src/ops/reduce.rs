@@ -1,10 +1,11 @@
 //! The Reduce family, ArgMax and ArgMin.
 
+use super::cast::{convert, converted};
 use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape, axis_index};
 use crate::for_dtype;
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 use smallvec::SmallVec;
 use weblane_kernels::par::Cx;
 use weblane_kernels::reduce::{Reduction, arg_extreme, reduce, reduce_any};
@@ -125,7 +126,15 @@ impl Operator for Reduce {
             let y = io.output(0)?.as_slice::<f32>()?;
             return Ok(reduce(cx, self.reduction, x.as_slice::<f32>()?, x.dims, &mask, y)?);
         }
-        for_dtype!(x.dtype, [F64, I32, I64, U32, U64, I8, U8, Bool], T => {
+        if matches!(x.dtype, DType::U32 | DType::I8 | DType::U8 | DType::Bool) {
+            // What wraps at their width has these bits at any greater one.
+            let wide = converted(x, DType::I64)?;
+            let y = io.output(0)?;
+            let mut sums = Tensor::zeros(DType::I64, y.dims)?;
+            reduce_any(self.reduction, wide.as_slice::<i64>()?, x.dims, &mask, sums.view_mut().as_slice()?)?;
+            return convert(sums.view(), y);
+        }
+        for_dtype!(x.dtype, [F64, I32, I64, U64], T => {
             Ok(reduce_any(self.reduction, x.as_slice::<T>()?, x.dims, &mask, io.output(0)?.as_slice::<T>()?)?)
         }, else Err(wrong_dtype("the operand", x.dtype, "float32, float64, bool and integers of 8, 32 and 64 bits")))
     }
@@ -182,9 +191,16 @@ impl Operator for ArgExtreme {
     }
 
     fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
-        let x = io.input(0)?;
+        let narrow = io.input(0)?;
+        let wide = match narrow.dtype {
+            DType::I8 | DType::U8 | DType::I16 | DType::U16 | DType::I32 | DType::U32 => {
+                Some(converted(narrow, DType::I64)?)
+            }
+            _ => None,
+        };
+        let x = wide.as_ref().map_or(narrow, Tensor::view);
         let sizes = around(x.dims, axis_index(self.axis, x.rank())?);
-        for_dtype!(x.dtype, [F32, F64, I32, I64, I8, U8, I16, U16, U32, U64], T => {
+        for_dtype!(x.dtype, [F32, F64, I64, U64], T => {
             let y = io.output(0)?.as_slice::<i64>()?;
             Ok(arg_extreme(x.as_slice::<T>()?, sizes, self.smallest, self.last, y)?)
         }, else Err(wrong_dtype("the operand", x.dtype, "float32, float64 and integers")))
@@ -222,6 +238,16 @@ mod tests {
     fn integers_stay_integers() {
         let y = OneNode::new("ReduceProd").run(&[i64s(&[3], &[3_000_000_000, 2, 1]), i64s(&[1], &[0])]).unwrap();
         assert_eq!(y[0].as_slice::<i64>().unwrap(), [6_000_000_000]);
+    }
+
+    #[test]
+    fn narrow_integers_wrap() {
+        let x = || Tensor::from_slice(&[3], &[200u8, 100, 7]).unwrap();
+        let run = |node: OneNode| node.run(&[x()]).unwrap()[0].bytes().to_vec();
+        assert_eq!(run(OneNode::new("ReduceSum")), [51]);
+        assert_eq!(run(OneNode::new("ReduceMax")), [200]);
+        assert_eq!(run(OneNode::new("ReduceMean")), [102]);
+        assert_eq!(run(OneNode::new("ArgMin").int("axis", 0)), 2i64.to_le_bytes());
     }
 
     #[test]
