@@ -72,6 +72,8 @@ pub struct Sum {
     pub first: f32,
     /// Scale of the residual over that of the result.
     pub second: f32,
+    /// Added to the sum before it is rounded.
+    pub offset: f32,
     /// Zero point of the result.
     pub zero: i32,
     /// Least result.
@@ -240,8 +242,8 @@ impl IntegerProduct {
             Target::Quantized { zero, lo, hi, add, .. } => {
                 let add = match (add, residual) {
                     (Some(add), Some(other)) => {
-                        let &Sum { other_zero, first, second, zero, lo, hi } = add;
-                        Some(Addend { other: bytes(other)?, other_zero, first, second, zero, lo, hi })
+                        let &Sum { other_zero, first, second, offset, zero, lo, hi } = add;
+                        Some(Addend { other: bytes(other)?, other_zero, first, second, offset, zero, lo, hi })
                     }
                     _ => None,
                 };

@@ -2,7 +2,7 @@
 
 use super::qparams::{Count, bounds, bytes, check_byte, infer_scale, infer_zero, scale, zero};
 use super::spatial::{Sliding, Window, join, split_dims, split_fact};
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, Role};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape};
 use crate::tensor::element_count;
@@ -147,6 +147,13 @@ impl Operator for QLinearPool {
             }
         }
         Ok(())
+    }
+
+    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+        let op = QLinearPool { layout: Layout::Nhwc, ..self.clone() };
+        let mut roles = vec![Role::Keep; operands.len()];
+        *roles.first_mut()? = Role::Permute;
+        (self.layout == Layout::Nchw).then(|| Permuted { op: op.into(), roles })
     }
 }
 

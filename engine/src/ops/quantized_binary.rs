@@ -13,7 +13,7 @@ use weblane_kernels::par::Cx;
 /// No model has this operator by name.
 pub const OPERATORS: &[Registration] = &[];
 
-/// `clamp(round(f(a - a_zero, b - b_zero)) + zero, lo, hi)`; see [`Binary`].
+/// `clamp(round(f(a - a_zero, b - b_zero) + offset) + zero, lo, hi)`; see [`Binary`].
 #[derive(Clone, Debug)]
 pub struct QuantizedBinary {
     /// Function, zero points and bounds.

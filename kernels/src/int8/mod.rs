@@ -212,7 +212,7 @@ impl<'a> QMatrix<'a> {
 /// ```text
 /// q = clamp(round(f32(sum) * multiplier[j]) + zero, lo, hi)                           halves to even
 /// y = q                                                                               without an addend
-/// y = clamp(round((q - zero) * add.first + (r - add.other_zero) * add.second) + add.zero, add.lo, add.hi)
+/// y = clamp(round((q - zero) * add.first + (r - add.other_zero) * add.second + add.offset) + add.zero, add.lo, add.hi)
 /// ```
 ///
 /// in `f32`, every operation rounded. `multiplier` is `a_scale * b_scale[j] / y_scale`.
@@ -241,6 +241,9 @@ pub struct Addend<'a> {
     pub first: f32,
     /// Scale of `other` over scale of y.
     pub second: f32,
+    /// Added to the sum before it is rounded: onnxruntime's own operators add the zero point there, which decides where
+    /// halves go.
+    pub offset: f32,
     /// Zero point of y.
     pub zero: i32,
     /// Least y.
@@ -305,6 +308,7 @@ impl Output<'_> {
                     add.other.check_zero("the addend", add.other_zero)?;
                     check_factor(add.first)?;
                     check_factor(add.second)?;
+                    check_factor(add.offset)?;
                     y.check_bounds(add.lo, add.hi, add.zero)?;
                 } else {
                     y.check_bounds(requantize.lo, requantize.hi, requantize.zero)?;

@@ -405,7 +405,7 @@ unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool, const PACKS: bo
     }
 }
 
-/// `clamp(round(x * first + (other - other_zero) * second) + zero)` for x a number less its zero point.
+/// `clamp(round(x * first + (other - other_zero) * second + offset) + zero)` for x a number less its zero point.
 #[inline(always)]
 fn add_other<S: Simd>(s: S, add: &Addend<'_>, x: [S::F32; 2], other: [S::I32; 2]) -> [S::I32; 2] {
     let round = self::round(s);
@@ -415,6 +415,7 @@ fn add_other<S: Simd>(s: S, add: &Addend<'_>, x: [S::F32; 2], other: [S::I32; 2]
     for (y, x) in y.iter_mut().zip(x) {
         let other = s.to_f32(s.sub_i32(*y, s.splat_i32(add.other_zero)));
         let sum = s.add(s.mul(x, s.splat(add.first)), s.mul(other, s.splat(add.second)));
+        let sum = s.add(sum, s.splat(add.offset));
         *y = s.sub_i32(s.bits(s.add(s.at_most(s.at_least(sum, lo), hi), round)), back);
     }
     y

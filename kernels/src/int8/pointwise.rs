@@ -71,6 +71,9 @@ pub struct Binary {
     pub function: Function,
     /// Zero points of the operands.
     pub zeros: [i32; 2],
+    /// Added to the sum before it is rounded: onnxruntime's own operators add the zero point there, which decides where
+    /// halves go.
+    pub offset: f32,
     /// Zero point of the result.
     pub zero: i32,
     /// Least result.
@@ -95,7 +98,7 @@ pub fn binary(cx: &Cx<'_>, f: &Binary, a: Bytes<'_>, b: Bytes<'_>, mut y: BytesM
         Function::Add { first, second } => [first, second],
         Function::Mul { scale } => [scale, 0.0],
     };
-    factors.iter().try_for_each(|&factor| super::check_factor(factor))?;
+    factors.iter().chain(&[f.offset]).try_for_each(|&factor| super::check_factor(factor))?;
     y.check_bounds(f.lo, f.hi, f.zero)?;
     let len = y.len();
     // Where both run on: up to the ends of the shorter operands, but a single element has none.
@@ -174,7 +177,7 @@ impl Kernel for Pairs<'_> {
                         }
                         Function::Mul { scale } => s.mul(s.to_f32(s.mul_i32(x, z)), s.splat(scale)),
                     };
-                    *v = end.apply(s, real);
+                    *v = end.apply(s, s.add(real, s.splat(f.offset)));
                 }
                 store_bytes(s, y.add(i), v, cols, signed);
             }

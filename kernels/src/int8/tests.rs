@@ -14,8 +14,16 @@ fn a_product_by_hand() {
             assert_eq!(sums, [106, -94, 1632, 1408]);
             let mut y = [0u8; 4];
             let other = [10, 20, 30, 40];
-            let add =
-                Addend { other: Bytes::U8(&other), other_zero: 10, first: 1.0, second: 0.25, zero: 3, lo: 0, hi: 255 };
+            let add = Addend {
+                other: Bytes::U8(&other),
+                other_zero: 10,
+                first: 1.0,
+                second: 0.25,
+                offset: 0.0,
+                zero: 3,
+                lo: 0,
+                hi: 255,
+            };
             // q = [53, -47, 816, 704] and 7, clamped to -128..=127.
             let requantize = Requantize { multiplier: &[0.5], zero: 7, lo: -128, hi: 127, add: Some(add) };
             qgemm(cx, a, 1, &packed, Some(&[100, -100]), Output::Quantized { requantize, y: BytesMut::U8(&mut y) })
@@ -132,6 +140,7 @@ fn compare(what: &str, r: &mut Random, sums: &[i32], n: usize, mut run: impl FnM
             other_zero: other.zero(r),
             first: r.pick(&[1.0, 0.37]),
             second: r.pick(&[0.5, 1.9]),
+            offset: r.pick(&[0.0, 3.5]),
             zero: want.zero(r),
             lo,
             hi,
@@ -364,7 +373,8 @@ fn tables_sums_and_products_match_their_formulas() {
                 };
                 let mut y = Owned { bytes: vec![7; len], signed: r.below(2) == 0 };
                 let [lo, hi] = if y.signed { [-128, 100] } else { [3, 255] };
-                let f = Binary { function, zeros: [a.zero(&mut r), b.zero(&mut r)], zero: y.zero(&mut r), lo, hi };
+                let (zeros, offset) = ([a.zero(&mut r), b.zero(&mut r)], r.pick(&[0.0, 7.0]));
+                let f = Binary { function, zeros, offset, zero: y.zero(&mut r), lo, hi };
                 binary(cx, &f, a.get(), b.get(), y.get_mut()).unwrap();
                 for i in 0..len {
                     let (x, z) = (a.get().get(i % la) - f.zeros[0], b.get().get(i % lb) - f.zeros[1]);
@@ -372,12 +382,13 @@ fn tables_sums_and_products_match_their_formulas() {
                         Function::Add { first, second } => x as f32 * first + z as f32 * second,
                         Function::Mul { scale } => (x * z) as f32 * scale,
                     };
-                    let want = (real.round_ties_even() as i32 + f.zero).clamp(lo, hi);
+                    let want = ((real + offset).round_ties_even() as i32 + f.zero).clamp(lo, hi);
                     assert_eq!(y.get().get(i), want, "{} {f:?} {i}", cx.isa());
                 }
             }
         }
-        let f = Binary { function: Function::Mul { scale: f32::NAN }, zeros: [0; 2], zero: 0, lo: 0, hi: 1 };
+        let f =
+            Binary { function: Function::Mul { scale: f32::NAN }, zeros: [0; 2], offset: 0.0, zero: 0, lo: 0, hi: 1 };
         assert!(binary(cx, &f, Bytes::U8(&[1]), Bytes::U8(&[1]), BytesMut::U8(&mut [0])).is_err());
         let f = Binary { function: Function::Mul { scale: 1.0 }, ..f };
         assert!(binary(cx, &f, Bytes::U8(&[1, 2]), Bytes::U8(&[1]), BytesMut::U8(&mut [0; 3])).is_err());

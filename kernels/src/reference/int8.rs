@@ -81,6 +81,6 @@ pub fn finish(sums: &[i32], n: usize, output: Output<'_>) {
 fn requantized(r: &Requantize<'_>, scaled: f32, i: usize) -> i32 {
     let q = (scaled.round_ties_even() as i32).saturating_add(r.zero).clamp(r.lo, r.hi);
     let Some(add) = r.add else { return q };
-    let sum = (q - r.zero) as f32 * add.first + (add.other.get(i) - add.other_zero) as f32 * add.second;
+    let sum = (q - r.zero) as f32 * add.first + (add.other.get(i) - add.other_zero) as f32 * add.second + add.offset;
     (sum.round_ties_even() as i32).saturating_add(add.zero).clamp(add.lo, add.hi)
 }

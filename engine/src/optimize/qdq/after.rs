@@ -48,8 +48,8 @@ pub(super) fn residual(view: &View, i: usize) -> Option<Replacement> {
         }
         let mut op = op.clone();
         if let Target::Quantized { add, dtype, .. } = &mut op.target {
-            let &Binary { zero, lo, hi, .. } = binary;
-            *add = Some(Sum { other_zero, first, second, zero, lo, hi });
+            let &Binary { offset, zero, lo, hi, .. } = binary;
+            *add = Some(Sum { other_zero, first, second, offset, zero, lo, hi });
             *dtype = sum.dtype;
         }
         let mut operands: Vec<Operand> = product.inputs.iter().map(|&id| id.into()).collect();

@@ -60,7 +60,7 @@ fn binary(view: &View, node: &Node, y: Scheme, (lo, hi): (i32, i32)) -> Option<M
         "Mul" => QuantizedFunction::Mul { scale: sa.scale * sb.scale / y.scale },
         _ => return None,
     };
-    let binary = Binary { function, zeros: [sa.zero, sb.zero], zero: y.zero, lo, hi };
+    let binary = Binary { function, zeros: [sa.zero, sb.zero], offset: 0.0, zero: y.zero, lo, hi };
     Some((QuantizedBinary { binary, dtype: y.dtype }.into(), vec![a.into(), b.into()]))
 }
 
@@ -156,6 +156,6 @@ fn concat(view: &View, node: &Node, y: Scheme) -> Option<Made> {
     Some((concat.clone().into(), operands?))
 }
 
-fn requantizer(from: &Scheme, to: &Scheme) -> Lookup {
+pub(super) fn requantizer(from: &Scheme, to: &Scheme) -> Lookup {
     Lookup { table: to.table_from(from), dtype: to.dtype }
 }

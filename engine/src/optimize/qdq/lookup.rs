@@ -10,6 +10,7 @@ use crate::ops::binary::{Arithmetic, Function};
 use crate::ops::clip::Clip;
 use crate::ops::identity::Identity;
 use crate::ops::lookup::Lookup;
+use crate::ops::qlinear_unary::QLinearUnary;
 use crate::ops::quantize::Linear;
 use crate::ops::unary::Pointwise;
 use crate::optimize::Pass;
@@ -30,6 +31,7 @@ fn is_pointwise(view: &View, node: &Node) -> bool {
         let kernel = |a: &Arithmetic| matches!(a.function, Function::Kernel(_));
         node.op.is::<Pointwise>()
             || node.op.is::<Lookup>()
+            || (node.op.is::<QLinearUnary>() && (1..5).all(constant))
             || node.op.is::<Identity>()
             || node.op.is::<Clip>()
             || node.op.get::<Arithmetic>().is_some_and(kernel)
@@ -70,7 +72,8 @@ fn follows(view: &View, id: ValueId, source: ValueId, nodes: &mut BTreeSet<usize
 /// Pointwise functions from bytes to bytes.
 pub(super) fn table(view: &View, pass: &Pass, i: usize) -> Result<Option<Replacement>> {
     let node = &view.graph.nodes[i];
-    if !(node.op.get::<Linear>().is_some_and(|l| !l.back) || node.op.is::<Lookup>()) || !is_pointwise(view, node) {
+    let quantizes = node.op.get::<Linear>().is_some_and(|l| !l.back);
+    if !(quantizes || node.op.is::<Lookup>() || node.op.is::<QLinearUnary>()) || !is_pointwise(view, node) {
         return Ok(None);
     }
     let root = node.outputs[0];

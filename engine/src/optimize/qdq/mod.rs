@@ -49,7 +49,7 @@ const MAX_SUM: i64 = 1 << 30;
 
 /// Brings quantised graphs to integers.
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
-    let quantized = |n: &Node| n.op.is::<Linear>() || n.op.is::<QuantizedProduct>();
+    let quantized = |n: &Node| n.op.is::<Linear>() || n.op.is::<QuantizedProduct>() || named::is_named(n);
     if !graph.nodes.iter().any(quantized) {
         return Ok(());
     }
@@ -61,7 +61,8 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
             Ok(between::operator(view, i)
                 .or_else(|| movement::moved(view, i))
                 .or_else(|| named::product(view, i))
-                .or_else(|| named::dynamic(view, i)))
+                .or_else(|| named::dynamic(view, i))
+                .or_else(|| named::operator(view, i)))
         })?;
         if !movement::split(graph, pass)? {
             break;

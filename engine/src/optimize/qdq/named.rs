@@ -1,17 +1,29 @@
-//! Products of integers that the model names, with constant weights, become the engine's own.
+//! Operators of integers that the model names, as onnxruntime's quantiser does in its format of operators, become the
+//! engine's own where scales and zero points are constants.
 
+use super::between::{Made, requantizer};
 use super::{Scheme, Weights, columns, input, integers, is_byte};
 use crate::fact::Fact;
 use crate::graph::{Node, ValueId};
 use crate::ops::Table;
 use crate::ops::cast::Cast;
+use crate::ops::concat::Concat;
 use crate::ops::conv::Conv;
 use crate::ops::integer_product::{IntegerProduct, Kind, Target};
 use crate::ops::matmul::MatMul;
+use crate::ops::pool::GlobalPool;
+use crate::ops::qgemm::QGemm;
+use crate::ops::qlinear_binary::QLinearBinary;
+use crate::ops::qlinear_concat::QLinearConcat;
+use crate::ops::qlinear_pool::QLinearPool;
 use crate::ops::quantize::{Product as QuantizedKind, QuantizedProduct};
-use crate::optimize::pattern::{Replacement, View};
+use crate::ops::quantized_binary::QuantizedBinary;
+use crate::ops::quantized_pool::{QuantizedMean, Windows};
+use crate::optimize::pattern::{Operand, Replacement, View};
 use weblane_kernels::conv::Layout;
 use weblane_kernels::epilogue::Activation;
+use weblane_kernels::int8::{Binary, Function, Mean};
+use weblane_kernels::pool::PoolOp;
 
 /// QLinearConv, QLinearMatMul, ConvInteger and MatMulInteger with constant weights, scales and zero points.
 pub(super) fn product(view: &View, i: usize) -> Option<Replacement> {
@@ -51,6 +63,113 @@ pub(super) fn product(view: &View, i: usize) -> Option<Replacement> {
     let b_zero = Table::shortest(b.zeros);
     let op = IntegerProduct { kind, a_zero: Some(a_scheme.zero), b_zero, bias, target };
     Some(Replacement { root: i, nodes: vec![i], op: op.into(), operands: vec![a.into(), b.id.into()] })
+}
+
+/// Whether [`operator`] may take the node.
+pub(super) fn is_named(node: &Node) -> bool {
+    let op = &node.op;
+    op.is::<QLinearBinary>() || op.is::<QLinearConcat>() || op.is::<QLinearPool>() || op.is::<QGemm>()
+}
+
+/// QLinearAdd, QLinearMul, QLinearConcat, QLinearGlobalAveragePool and QGemm of onnxruntime.
+pub(super) fn operator(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    let (op, operands) = if let Some(binary) = node.op.get::<QLinearBinary>() {
+        self::binary(view, node, binary)?
+    } else if node.op.is::<QLinearConcat>() {
+        concat(view, node)?
+    } else if let Some(pool) = node.op.get::<QLinearPool>() {
+        global_mean(view, node, pool)?
+    } else {
+        gemm(view, node, node.op.get::<QGemm>()?)?
+    };
+    Some(Replacement { root: i, nodes: vec![i], op, operands })
+}
+
+/// The tensor at an operand's place, before its scale and zero point.
+fn quantized(view: &View, node: &Node, at: usize) -> Option<(ValueId, Scheme)> {
+    let x = input(node, at)?;
+    Some((x, Scheme::new(view, view.fact(x)?.dtype, input(node, at + 1)?, input(node, at + 2))?))
+}
+
+/// The scheme of the result, whose scale is the operand `at`.
+fn result(view: &View, node: &Node, at: usize) -> Option<Scheme> {
+    Scheme::new(view, view.fact(node.outputs[0])?.dtype, input(node, at)?, input(node, at + 1))
+}
+
+fn binary(view: &View, node: &Node, op: &QLinearBinary) -> Option<Made> {
+    let [(a, sa), (b, sb)] = [quantized(view, node, 0)?, quantized(view, node, 3)?];
+    let y = result(view, node, 6)?;
+    let function = match op.multiply {
+        true => Function::Mul { scale: sa.scale * sb.scale / y.scale },
+        false => Function::Add { first: sa.scale / y.scale, second: sb.scale / y.scale },
+    };
+    let (lo, hi) = y.bounds();
+    let binary = Binary { function, zeros: [sa.zero, sb.zero], offset: y.zero as f32, zero: 0, lo, hi };
+    Some((QuantizedBinary { binary, dtype: y.dtype }.into(), vec![a.into(), b.into()]))
+}
+
+fn concat(view: &View, node: &Node) -> Option<Made> {
+    let axis = node.op.get::<QLinearConcat>()?.axis;
+    let y = result(view, node, 0)?;
+    let part = |k: usize| {
+        let (x, from) = quantized(view, node, k)?;
+        Some(match from == y {
+            true => x.into(),
+            false => Operand::Computed(requantizer(&from, &y).into(), vec![x.into()]),
+        })
+    };
+    let parts: Option<Vec<Operand>> = (2..node.inputs.len()).step_by(3).map(part).collect();
+    Some((Concat { axis }.into(), parts?))
+}
+
+/// Means over windows stay: their sums are rounded as they grow, which decides where halves go.
+fn global_mean(view: &View, node: &Node, pool: &QLinearPool) -> Option<Made> {
+    let (x, from) = quantized(view, node, 0)?;
+    let y = result(view, node, 3)?;
+    let (lo, hi) = y.bounds();
+    let multiplier = from.scale / y.scale;
+    let mean = Mean { x_zero: from.zero, multiplier, zero: y.zero, lo, hi, include_pad: false };
+    let op = PoolOp::Average { include_pad: false };
+    let windows = Windows::Global(GlobalPool { op, layout: pool.layout });
+    let global = pool.window.is_none() && pool.layout == Layout::Nchw;
+    global.then(|| (QuantizedMean { windows, mean, dtype: y.dtype }.into(), vec![x.into()]))
+}
+
+fn gemm(view: &View, node: &Node, op: &QGemm) -> Option<Made> {
+    let (a, a_scheme) = quantized(view, node, 0).filter(|_| !op.trans_a)?;
+    let b = Weights::new(view, input(node, 3)?, input(node, 4)?, input(node, 5))?;
+    let kind = Kind::MatMul(MatMul { trans_b: op.trans_b, ..MatMul::default() });
+    let (_, n) = columns(&kind, &b.dims)?;
+    let lengths = [b.scales.len(), b.zeros.len()].iter().all(|&len| len == 1 || len == n);
+    if !lengths || !op.alpha.is_finite() {
+        return None;
+    }
+    let bias: Option<Table<i32>> = match input(node, 6) {
+        None => None,
+        Some(c) => {
+            view.tensor(c).filter(|t| matches!(t.dims(), [] | [_] | [1, _]))?;
+            Some(match integers(view, c)?.as_slice() {
+                [one] => vec![*one; n].into(),
+                row => (row.len() == n).then(|| row.to_vec().into())?,
+            })
+        }
+    };
+    let unit = |s: &f32| op.alpha * a_scheme.scale * s;
+    let target = match input(node, 7) {
+        None => {
+            let scale = Table::shortest(b.scales.iter().map(unit).collect());
+            Target::Real { scale, bias: false, residual: false, activation: Activation::Identity }
+        }
+        Some(_) => {
+            let y = result(view, node, 7)?;
+            let multiplier = Table::shortest(b.scales.iter().map(|s| unit(s) / y.scale).collect());
+            let (lo, hi) = y.bounds();
+            Target::Quantized { dtype: y.dtype, multiplier, zero: y.zero, lo, hi, add: None }
+        }
+    };
+    let op = IntegerProduct { kind, a_zero: Some(a_scheme.zero), b_zero: Table::shortest(b.zeros), bias, target };
+    Some((op.into(), vec![a.into(), b.id.into()]))
 }
 
 fn integer_kind(product: &QuantizedProduct) -> Kind {

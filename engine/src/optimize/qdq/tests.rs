@@ -511,3 +511,72 @@ fn stays_real_where_integers_do_not_fit() {
     assert!(!build(0, true, false));
     assert!(!build(1, false, false));
 }
+
+/// As onnxruntime's quantiser writes networks in its format of operators. Halves are many where scales are equal, and go
+/// where the named operators send them: the sums there are the same to the last one.
+#[test]
+fn operators_of_onnxruntime_become_the_engines() {
+    let mut n = Net::new(13);
+    let x = n.input("x", &[2, 8, 6, 5]);
+    let x = q(&mut n, x, 0.03, 121);
+    let one = |n: &mut Net, scale: f32, zero: u8| [Some(n.scalar(scale)), Some(bytes(n, &[], &[zero]))];
+    let convolution = |n: &mut Net, x, dims: [usize; 4], seed: u64| {
+        let values: Vec<i8> = noise(dims.iter().product(), seed).iter().map(|v| (v * 127.0) as i8).collect();
+        let w = n.graph.add_constant("w", Tensor::from_slice(&dims, &values).unwrap());
+        let w_zero = n.graph.add_constant("zero", Tensor::from_slice(&[], &[0i8]).unwrap());
+        let ([a, a_zero], [y, y_zero]) = (one(n, 0.03, 121), one(n, 0.06, 117));
+        let w_scale = Some(n.scalar(0.01));
+        n.node(
+            "QLinearConv",
+            &[Some(x), a, a_zero, Some(w), w_scale, Some(w_zero), y, y_zero],
+            &[("pads", ints(&[1; 4]))],
+        )
+    };
+    let sum = |n: &mut Net, name: &str, a, b, y: [Option<ValueId>; 2]| {
+        let ([s, zero], [t, other]) = (one(n, 0.03, 121), one(n, 0.06, 117));
+        n.contrib(name, &[Some(a), s, zero, Some(b), t, other, y[0], y[1]], &[])
+    };
+    let y = convolution(&mut n, x, [8, 8, 3, 3], 1);
+    let halves = one(&mut n, 0.06, 113);
+    let y = sum(&mut n, "QLinearAdd", x, y, halves);
+    let (from, to) = (one(&mut n, 0.06, 113), one(&mut n, 1.0 / 255.0, 3));
+    let gate = n.contrib("QLinearSigmoid", &[Some(y), from[0], from[1], to[0], to[1]], &[]);
+    let (s, t, u) = (one(&mut n, 0.06, 113), one(&mut n, 1.0 / 255.0, 3), one(&mut n, 0.03, 121));
+    let y = n.contrib("QLinearMul", &[Some(y), s[0], s[1], Some(gate), t[0], t[1], u[0], u[1]], &[]);
+    let (s, t, u) = (one(&mut n, 0.05, 117), one(&mut n, 0.03, 121), one(&mut n, 0.05, 117));
+    let parts = [s[0], s[1], Some(y), t[0], t[1], Some(x), u[0], u[1]];
+    let y = n.contrib("QLinearConcat", &parts, &[("axis", int(1))]);
+    let (s, t) = (one(&mut n, 0.05, 117), one(&mut n, 0.025, 117));
+    let window = [("kernel_shape", ints(&[2, 2]))];
+    let y = n.contrib("QLinearAveragePool", &[Some(y), s[0], s[1], t[0], t[1]], &window);
+    n.output(y);
+    let mean = n.contrib("QLinearGlobalAveragePool", &[Some(y), s[0], s[1], t[0], t[1]], &[]);
+    let mean = n.op_with("Flatten", &[mean], &[("axis", int(1))]);
+    let values: Vec<u8> = noise(16 * 30, 7).iter().map(|v| (128.0 + 127.0 * v) as u8).collect();
+    let w = bytes(&mut n, &[30, 16], &values);
+    let c: Vec<i32> = (0..30).map(|i| i * 400 - 6000).collect();
+    let c = n.graph.add_constant("c", Tensor::from_slice(&[30], &c).unwrap());
+    let (s, t, u) = (one(&mut n, 0.025, 117), one(&mut n, 0.02, 128), one(&mut n, 0.4, 100));
+    let operands = [Some(mean), s[0], s[1], Some(w), t[0], t[1], Some(c), u[0], u[1]];
+    let y = n.contrib("QGemm", &operands, &[("transB", int(1))]);
+    n.output(y);
+    let graph = optimized(&n, &[Fact::new(DType::F32, &[2, 8, 6, 5])]);
+    assert_eq!(
+        names(&graph),
+        [
+            "QuantizeLinear",
+            "Transpose",
+            "weblane.IntegerConv",
+            "weblane.Lookup",
+            "weblane.QuantizedMul",
+            "weblane.Lookup",
+            "Concat",
+            "com.microsoft.QLinearAveragePool",
+            "weblane.QuantizedGlobalAveragePool",
+            "Reshape",
+            "weblane.IntegerMatMul",
+            "Transpose",
+        ]
+    );
+    close(&n, &graph, 0.0);
+}
