@@ -97,7 +97,7 @@ impl State {
         let other = self.bytes(len);
         let other = Bytes::U8(&other);
         let add =
-            Some(Addend { other, other_zero: 100, first: 0.75, second: 0.5, offset: 0.25, zero: 120, lo: 0, hi: 250 });
+            Some(Addend { other, other_zero: 100, first: 0.75, second: 0.5, offset: 0.0, zero: 120, lo: 0, hi: 250 });
         let requantize = Requantize { multiplier: &scale[..1], zero: -9, lo: -128, hi: 127, add };
         let mut q = vec![0u8; len];
         run(Output::Quantized { requantize, y: BytesMut::U8(&mut q) })?;
