@@ -297,6 +297,10 @@ impl Operator for DynamicQuantize {
         }
         Ok(())
     }
+
+    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+        Permuted::elementwise(self, 1)
+    }
 }
 
 /// Which product.

@@ -206,6 +206,11 @@ impl Layout<'_> {
         }
         let mut outputs = Vec::with_capacity(node.outputs.len());
         for &id in &node.outputs {
+            // The scale and the zero point beside a quantised tensor have no axes to permute.
+            if self.facts[id.index()].as_ref().and_then(Fact::rank).is_some_and(|rank| rank != perm.len()) {
+                outputs.push(id);
+                continue;
+            }
             let twin = self.new_value(format!("{}/permuted", self.graph.value(id).name));
             self.twins.entry(id).or_default().push((Perm::from_slice(perm), twin));
             self.exists[id.index()] = false;

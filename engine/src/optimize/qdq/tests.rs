@@ -470,22 +470,24 @@ fn products_quantised_at_run_time() {
 #[test]
 fn convolutions_quantised_at_run_time() {
     let mut n = Net::new(14);
-    let x = n.input("x", &[2, 3, 7, 6]);
-    let quantized = n.nodes("DynamicQuantizeLinear", &[x], 3);
-    let w: Vec<u8> = noise(4 * 3 * 9, 5).iter().map(|v| (v * 100.0 + 128.0) as u8).collect();
-    let (w, zero, scale) = (bytes(&mut n, &[4, 3, 3, 3], &w), bytes(&mut n, &[], &[128]), n.scalar(0.02));
-    let y = n.op("ConvInteger", &[quantized[0], w, quantized[2], zero]);
-    let y = n.op_with("Cast", &[y], &[("to", int(1))]);
-    let s = n.op("Mul", &[quantized[1], scale]);
-    let y = n.op("Mul", &[y, s]);
-    let b = n.weights(&[4]);
-    let shape = n.i64s(&[1, -1, 1, 1]);
-    let b = n.op("Reshape", &[b, shape]);
-    let y = n.op("Add", &[y, b]);
-    let y = n.op("Relu", &[y]);
+    let mut y = n.input("x", &[2, 3, 7, 6]);
+    for channels in [3, 4] {
+        let quantized = n.nodes("DynamicQuantizeLinear", &[y], 3);
+        let w: Vec<u8> = noise(4 * channels * 9, 5).iter().map(|v| (v * 100.0 + 128.0) as u8).collect();
+        let (w, zero, scale) = (bytes(&mut n, &[4, channels, 3, 3], &w), bytes(&mut n, &[], &[128]), n.scalar(0.02));
+        y = n.op("ConvInteger", &[quantized[0], w, quantized[2], zero]);
+        y = n.op_with("Cast", &[y], &[("to", int(1))]);
+        let s = n.op("Mul", &[quantized[1], scale]);
+        y = n.op("Mul", &[y, s]);
+        let b = n.weights(&[4]);
+        let shape = n.i64s(&[1, -1, 1, 1]);
+        let b = n.op("Reshape", &[b, shape]);
+        y = n.op("Add", &[y, b]);
+        y = n.op("Relu", &[y]);
+    }
     n.output(y);
-    let want = ["DynamicQuantizeLinear", "Transpose", "weblane.IntegerConv", "Transpose"];
-    assert_eq!(n.optimized(), want);
+    let (q, conv) = ("DynamicQuantizeLinear", "weblane.IntegerConv");
+    assert_eq!(n.optimized(), [q, "Transpose", conv, q, conv, "Transpose"]);
 }
 
 #[test]
