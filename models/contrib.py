@@ -541,6 +541,25 @@ def embed_norm():
     return f
 
 
+def fused_products():
+    """Convolutions and products with what onnxruntime's optimiser puts into them."""
+    f = Family("contrib_fused_products")
+    x = f.input([1, 6, 9, 8], np.float32, -2, 2)
+    w, b, z = f.real([12, 3, 3, 3]), f.real([12]), f.input([1, 12, 5, 4], np.float32, -2, 2)
+    window = {"strides": [2, 2], "pads": [1, 1, 1, 1], "group": 2}
+    f.node("FusedConv", [x, w, b], activation="Relu", **window)
+    f.node("FusedConv", [x, w, b, z], activation="Relu", **window)
+    f.node("FusedConv", [x, w, None, z], **window)
+    f.node("FusedConv", [x, w, b], activation="LeakyRelu", activation_params=[0.3], **window)
+    f.node("FusedConv", [x, w, b], activation="Clip", activation_params=[-0.5, 0.75], **window)
+    f.node("FusedConv", [x, w, b], activation="HardSigmoid", activation_params=[0.3, 0.4], **window)
+    a, m, c = f.input([5, 24], np.float32, -2, 2), f.real([24, 18]), f.real([18])
+    f.node("FusedGemm", [a, m, c], activation="Relu", alpha=0.5, beta=2.0)
+    f.node("FusedGemm", [a, m, c], activation="LeakyRelu", activation_alpha=0.2)
+    f.node("FusedGemm", [a, m], activation="Tanh", activation_alpha=0.0)
+    return f
+
+
 FAMILIES = {
     "qlinear_add": lambda: qlinear_binary("QLinearAdd"),
     "qlinear_mul": lambda: qlinear_binary("QLinearMul"),
@@ -568,6 +587,7 @@ FAMILIES = {
     "group_query": group_query,
     "rotary": rotary,
     "embed_norm": embed_norm,
+    "fused_products": fused_products,
 }
 
 

@@ -6,6 +6,7 @@ use crate::onnx::{Attribute, AttributeValue};
 use crate::tensor::{DType, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
+use weblane_kernels::epilogue::Activation;
 
 /// The attributes of one node, and what else `parse` may want to know of it.
 #[derive(Debug)]
@@ -103,6 +104,28 @@ impl Attributes {
         };
         let texts: std::result::Result<_, _> = list.into_iter().map(String::from_utf8).collect();
         texts.map(Some).map_err(|_| Error::invalid_model(format!("attribute {name} is not UTF-8")))
+    }
+
+    /// The function that onnxruntime's optimiser has put into a product, attribute `activation`; `parameter` gives its
+    /// numbers in the order of ONNX.
+    pub fn activation(&mut self, mut parameter: impl FnMut(&mut Self, usize) -> Result<f32>) -> Result<Activation> {
+        let Some(name) = self.string("activation")? else { return Ok(Activation::Identity) };
+        Ok(match name.as_str() {
+            "" => Activation::Identity,
+            "Relu" => Activation::Relu,
+            "Sigmoid" => Activation::Sigmoid,
+            "Tanh" => Activation::Tanh,
+            "HardSwish" => Activation::HardSwish,
+            "LeakyRelu" => Activation::LeakyRelu { alpha: parameter(self, 0)? },
+            "Clip" => Activation::Clip { lo: parameter(self, 0)?, hi: parameter(self, 1)? },
+            "HardSigmoid" => Activation::HardSigmoid { alpha: parameter(self, 0)?, beta: parameter(self, 1)? },
+            other => {
+                return Err(Error::unsupported_attribute(format!(
+                    "attribute activation is {other}; Relu, Sigmoid, Tanh, HardSwish, LeakyRelu, Clip or HardSigmoid \
+                     was wanted"
+                )));
+            }
+        })
     }
 
     /// One of a fixed set of texts, by the value that stands beside it; the first is the default.

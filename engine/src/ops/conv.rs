@@ -16,7 +16,8 @@ use weblane_kernels::simd::Isa;
 use weblane_kernels::winograd::TileSize;
 
 /// The operators of this file.
-pub const OPERATORS: &[Registration] = &[Registration::onnx("Conv", 1, parse)];
+pub const OPERATORS: &[Registration] =
+    &[Registration::onnx("Conv", 1, |a| Ok(parse(a)?.into())), Registration::microsoft("FusedConv", parse_fused)];
 
 /// `activation(conv(x, w) + bias + residual)`.
 ///
@@ -30,18 +31,26 @@ pub struct Conv {
     pub groups: usize,
     /// Of x, the residual and the result. The importer says `Nchw`, the planner may choose otherwise.
     pub layout: Layout,
-    /// Applied last; set by the optimiser.
+    /// Applied last; set by the optimiser, ours or that of onnxruntime.
     pub activation: Activation,
-    /// Whether the last operand is added before the activation; set by the optimiser.
+    /// Whether the last operand is added before the activation; set by the optimiser as well.
     pub residual: bool,
 }
 
-fn parse(a: &mut Attributes) -> Result<Op> {
+/// Operands: x, weights, bias, and a tensor that is added before the activation.
+fn parse_fused(a: &mut Attributes) -> Result<Op> {
+    let parameters = a.floats("activation_params")?.unwrap_or_default();
+    let wanted = |i: usize| Error::invalid_model(format!("attribute activation_params has no number {i}"));
+    let activation = a.activation(|_, i| parameters.get(i).copied().ok_or_else(|| wanted(i)))?;
+    Ok(Conv { activation, residual: a.has_input(3), ..parse(a)? }.into())
+}
+
+fn parse(a: &mut Attributes) -> Result<Conv> {
     let groups = a.int_or("group", 1)?;
     let groups = usize::try_from(groups).ok().filter(|&g| g > 0 && g < 1 << 31);
     let groups = groups.ok_or_else(|| Error::unsupported_attribute("attribute group must be at least 1"))?;
     let window = Window::parse(a)?;
-    Ok(Conv { window, groups, layout: Layout::Nchw, activation: Activation::Identity, residual: false }.into())
+    Ok(Conv { window, groups, layout: Layout::Nchw, activation: Activation::Identity, residual: false })
 }
 
 impl Conv {

@@ -13,7 +13,8 @@ use weblane_kernels::naive;
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
-pub const OPERATORS: &[Registration] = &[Registration::onnx("Gemm", 1, parse)];
+pub const OPERATORS: &[Registration] =
+    &[Registration::onnx("Gemm", 1, |a| Ok(parse(a)?.into())), Registration::microsoft("FusedGemm", parse_fused)];
 
 /// `activation(alpha A' B' + beta C)` with A' of `[m, k]`, B' of `[k, n]` and C broadcast to `[m, n]`.
 #[derive(Clone, Debug)]
@@ -26,11 +27,21 @@ pub struct Gemm {
     pub trans_a: bool,
     /// Whether B is stored as `[n, k]`.
     pub trans_b: bool,
-    /// Applied last; set by the optimiser.
+    /// Applied last; set by the optimiser, ours or that of onnxruntime.
     pub activation: Activation,
 }
 
-fn parse(a: &mut Attributes) -> Result<Op> {
+fn parse_fused(a: &mut Attributes) -> Result<Op> {
+    let activation = a.activation(|a, i| match i {
+        0 => a.required("activation_alpha", Attributes::float),
+        _ => a.required("activation_beta", Attributes::float),
+    })?;
+    // Written for functions that have none, too.
+    ["activation_alpha", "activation_beta", "activation_gamma"].iter().for_each(|name| a.ignore(name));
+    Ok(Gemm { activation, ..parse(a)? }.into())
+}
+
+fn parse(a: &mut Attributes) -> Result<Gemm> {
     if a.opset() < 7 {
         // Said whether C may broadcast; where it need not, broadcasting changes nothing.
         a.flag_or("broadcast", false)?;
@@ -41,8 +52,7 @@ fn parse(a: &mut Attributes) -> Result<Op> {
         trans_a: a.int_or("transA", 0)? != 0,
         trans_b: a.int_or("transB", 0)? != 0,
         activation: Activation::Identity,
-    }
-    .into())
+    })
 }
 
 fn matrix_dims(fact: &Fact, name: &str, transposed: bool) -> Result<[Dim; 2]> {
@@ -97,6 +107,9 @@ impl Operator for Gemm {
         }
         if a.dtype != b.dtype {
             return Err(Error::dtype(format!("A is {}, B is {}", a.dtype, b.dtype)));
+        }
+        if self.activation != Activation::Identity && !(a.dtype == DType::F32 || a.dtype.is_half()) {
+            return Err(wrong_dtype("an operand of a product with an activation", a.dtype, "float32"));
         }
         let shape: Shape = [m, n].into_iter().collect();
         if let Some(c) = cx.optional(2) {
@@ -272,6 +285,7 @@ impl Compute for Prepared {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{OneNode, f32s, i64s};
+    use crate::onnx::AttributeValue;
 
     #[test]
     fn factors_transposes_and_every_broadcast_of_c() {
@@ -300,5 +314,18 @@ mod tests {
     fn inner_sizes_must_agree() {
         let e = OneNode::new("Gemm").run(&[f32s(&[1, 2], &[1.0; 2]), f32s(&[3, 1], &[1.0; 3])]).unwrap_err();
         assert!(e.message.contains("inner sizes 2 and 3"), "{e}");
+    }
+
+    #[test]
+    fn functions_of_onnxruntimes_optimiser() {
+        let run = |node: OneNode| {
+            node.domain("com.microsoft").run(&[f32s(&[1, 2], &[1.0, -1.0]), f32s(&[2, 2], &[1.0, 0.0, 3.0, 0.5])])
+        };
+        let node = |name: &str| OneNode::new("FusedGemm").attr("activation", AttributeValue::String(name.into()));
+        assert_eq!(run(node("Relu")).unwrap()[0], f32s(&[1, 2], &[0.0, 0.0]));
+        let y = run(node("LeakyRelu").float("activation_alpha", 0.5)).unwrap();
+        assert_eq!(y[0], f32s(&[1, 2], &[-1.0, -0.25]));
+        assert!(run(node("LeakyRelu")).unwrap_err().message.contains("activation_alpha"));
+        assert!(run(node("Softsign")).unwrap_err().message.contains("attribute activation is Softsign"));
     }
 }
