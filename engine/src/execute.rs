@@ -105,16 +105,17 @@ impl Memory {
             });
         }
         let mut written = written.into_iter();
+        // A result that is known already, beside others that are not, is computed with them and goes nowhere.
+        let known = step.outputs.iter().map(|&v| &plan.values[v]).filter(|p| matches!(p.place, Place::Constant(_)));
+        let mut known = known.map(|p| Tensor::zeros(p.dtype, &p.dims)).collect::<Result<Vec<_>>>()?;
+        let mut known = known.iter_mut();
         let mut outputs: SmallVec<[TensorMut; 4]> = SmallVec::new();
         for &v in &step.outputs {
             let p = &plan.values[v];
-            // A result that is a constant has no buffer in the arena and nothing to compute; it stands in a step only
-            // beside results that are computed.
-            let bytes = match &p.place {
-                Place::Arena(_) => written.next().unwrap_or_default(),
-                _ => return Err(Error::internal("a result of a planned step is not in the arena")),
-            };
-            outputs.push(TensorMut::new(p.dtype, &p.dims, bytes)?);
+            outputs.push(match &p.place {
+                Place::Arena(_) => TensorMut::new(p.dtype, &p.dims, written.next().unwrap_or_default())?,
+                _ => known.next().ok_or_else(|| Error::internal("a result of a planned step is dynamic"))?.view_mut(),
+            });
         }
         let mut io = Io { inputs: &inputs, outputs: &mut outputs, in_place: step.in_place };
         match &step.compute {
@@ -178,7 +179,9 @@ impl Memory {
         for (&v, tensor) in step.outputs.iter().zip(tensors) {
             match plan.values[v].place {
                 Place::Dynamic(slot) => self.dynamic[slot] = Some(tensor),
-                _ => return Err(Error::internal("a result of a dynamic step has a planned place")),
+                // Known already.
+                Place::Constant(_) => {}
+                Place::Arena(_) => return Err(Error::internal("a result of a dynamic step has a planned place")),
             }
         }
         for &slot in &step.frees {

@@ -144,3 +144,45 @@ impl Compute for Prepared {
         "body"
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optimize::testing::{Net, with_cx};
+    use crate::tensor::Tensor;
+
+    /// A number that is known, as many of them as said, and what an operator makes of the operand.
+    fn body(count: usize, op: &str) -> Graph {
+        let mut n = Net::new(17);
+        let x = n.input("x", &[4]);
+        let (known, y) = (n.constant(&[count], &vec![count as f32; count]), n.op(op, &[x]));
+        n.output(known);
+        n.output(y);
+        n.graph
+    }
+
+    #[test]
+    fn results_that_the_condition_makes_known() {
+        // Shapes that differ put the condition into the plan; those of NonZero are found when it runs.
+        for (op, dtype) in [("Neg", DType::F32), ("NonZero", DType::I64)] {
+            let mut n = Net::new(17);
+            let (condition, x) = (n.input_of("c", Fact::new(DType::Bool, &[])), n.input("x", &[4]));
+            let outputs = vec![n.graph.add_value("known"), n.graph.add_value("y")];
+            let op = If { then: body(2, op), otherwise: body(3, op) }.into();
+            let inputs = vec![Some(condition), Some(x)];
+            n.graph.nodes.push(crate::graph::Node { name: "if".into(), op, inputs, outputs: outputs.clone() });
+            outputs.into_iter().for_each(|id| n.output(id));
+            let x = Tensor::from_slice(&[4], &[0f32, 1.0, 0.0, 2.0]).unwrap();
+            for (condition, count) in [(true, 2), (false, 3)] {
+                let condition = Tensor::from_bools(&[], &[condition]).unwrap();
+                let y = with_cx(|cx| run_once(&n.graph, &[condition.view(), x.view()], cx)).unwrap();
+                assert_eq!(y[0].as_slice::<f32>().unwrap(), vec![count as f32; count]);
+                assert_eq!(y[1].dtype(), dtype);
+                match dtype {
+                    DType::F32 => assert_eq!(y[1].as_slice::<f32>().unwrap(), [0.0, -1.0, 0.0, -2.0]),
+                    _ => assert_eq!(y[1].as_slice::<i64>().unwrap(), [1, 3]),
+                }
+            }
+        }
+    }
+}
