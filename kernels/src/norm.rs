@@ -84,7 +84,7 @@ pub struct Sum<'a> {
 ///
 /// # Errors
 /// If slices and sizes do not fit.
-pub fn normalize_sum(cx: &Cx, p: &Normalize, sum: Sum, y: &mut [f32]) -> Result<()> {
+pub fn normalize_sum(cx: &Cx, p: &Normalize, sum: Sum, y: &mut [f32], stats: Statistics) -> Result<()> {
     let Sum { x, skip, bias, kept } = sum;
     let n = p.n;
     let whole = skip.len().is_multiple_of(n.max(1)) && y.len().is_multiple_of(skip.len());
@@ -93,7 +93,7 @@ pub fn normalize_sum(cx: &Cx, p: &Normalize, sum: Sum, y: &mut [f32]) -> Result<
         return Err(Error::new(format!("sums of {} and {} elements for {}", x.len(), skip.len(), y.len())));
     }
     let kept = kept.map(DisjointMut::new);
-    rows(cx, p, Source::Sum { x, skip, bias, kept }, y, Statistics::default())
+    rows(cx, p, Source::Sum { x, skip, bias, kept }, y, stats)
 }
 
 /// Where the rows come from.
@@ -612,16 +612,20 @@ mod tests {
                     let affine = Affine::PerElement;
                     let p = Normalize { n, epsilon: 1e-3, center: true, scale: Some(&scale), bias: None, affine };
                     let mut want = sum.clone();
-                    normalize(cx, &p, None, &mut want, Statistics::default()).unwrap();
+                    let (mut means, mut found) = (vec![0.0; rows], vec![0.0; rows]);
+                    let stats = Statistics { mean: Some(&mut means), inverse: None };
+                    normalize(cx, &p, None, &mut want, stats).unwrap();
                     let (mut y, mut kept) = (vec![0.0; rows * n], vec![0.0; rows * n]);
                     let kept_too = Sum { x: &x, skip: &skip, bias, kept: Some(&mut kept) };
-                    normalize_sum(cx, &p, kept_too, &mut y).unwrap();
-                    assert!(y == want && kept == sum, "{rows} rows of {n}");
+                    let stats = Statistics { mean: Some(&mut found), inverse: None };
+                    normalize_sum(cx, &p, kept_too, &mut y, stats).unwrap();
+                    assert!(y == want && kept == sum && found == means, "{rows} rows of {n}");
                     y.fill(0.0);
-                    normalize_sum(cx, &p, Sum { x: &x, skip: &skip, bias, kept: None }, &mut y).unwrap();
+                    let none = Statistics::default;
+                    normalize_sum(cx, &p, Sum { x: &x, skip: &skip, bias, kept: None }, &mut y, none()).unwrap();
                     assert_eq!(y, want);
                     let short = Sum { x: &x, skip: &skip[1..], bias, kept: None };
-                    assert!(normalize_sum(cx, &p, short, &mut y).is_err());
+                    assert!(normalize_sum(cx, &p, short, &mut y, none()).is_err());
                 }
             }
         });

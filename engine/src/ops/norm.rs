@@ -189,10 +189,11 @@ impl LayerNormalization {
         for (r, row) in x.chunks_exact(n.max(1)).enumerate() {
             let mean = if self.center { row.iter().sum::<f64>() / n as f64 } else { 0.0 };
             let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64;
-            for (result, value) in [(1, mean), (2, 1.0 / (var + epsilon).sqrt())] {
-                if io.outputs.len() > result {
-                    io.output(result)?.as_slice::<f64>()?[r] = value;
-                }
+            let inverse = 1.0 / (var + epsilon).sqrt();
+            // Without a mean there is none among the results.
+            let stats = if self.center { [mean, inverse] } else { [inverse; 2] };
+            for (result, value) in io.outputs.iter_mut().skip(1).zip(stats) {
+                result.as_slice::<f64>()?[r] = value;
             }
         }
         normalize_any(x, n, epsilon, self.center, scale, bias, |_, i| i, io.output(0)?.as_slice::<f64>()?);
@@ -201,7 +202,7 @@ impl LayerNormalization {
 }
 
 /// onnxruntime's `LayerNormalization(x + skip + bias)`. Operands x, skip, gamma, then beta (LayerNorm only), bias.
-/// Results: the normalised sum, two unused statistics, the sum.
+/// Results: the normalised sum, the mean of each row (0 for RMSNorm), the reciprocal of its deviation, the sum.
 #[derive(Clone, Debug)]
 pub struct SkipLayerNormalization {
     /// Added to the variance.
@@ -212,9 +213,6 @@ pub struct SkipLayerNormalization {
 
 fn parse_skip(a: &mut Attributes) -> Result<Op> {
     let center = a.op_type() == "SkipLayerNormalization";
-    if matches!(a.output_count(), 2 | 3) {
-        return Err(Error::unsupported_attribute("the statistics (results 1 and 2) are those of training"));
-    }
     Ok(SkipLayerNormalization { epsilon: a.float_or("epsilon", 1e-12)?, center }.into())
 }
 
@@ -248,8 +246,11 @@ impl Operator for SkipLayerNormalization {
                 }
             }
         }
-        let none = Fact::new(DType::F32, &[0]);
-        cx.results(vec![same(x), none.clone(), none, same(x)])
+        let mut stats = Fact { dtype: DType::F32, ..same(x) };
+        if let Some(last) = stats.shape.as_mut().and_then(|s| s.last_mut()) {
+            *last = Dim::Known(1);
+        }
+        cx.results(vec![same(x), stats.clone(), stats, same(x)])
     }
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
@@ -262,8 +263,10 @@ impl Operator for SkipLayerNormalization {
         let affine = Affine::PerElement;
         let p = Normalize { n, epsilon: self.epsilon, center: self.center, scale: Some(scale), bias: beta, affine };
         let (y, rest) = io.outputs.split_first_mut().ok_or_else(|| Error::internal("no result"))?;
-        let kept = rest.get_mut(2).map(|t| t.as_slice::<f32>()).transpose()?;
-        Ok(normalize_sum(cx, &p, Sum { x, skip, bias, kept }, y.as_slice::<f32>()?)?)
+        let mut rest = rest.iter_mut().map(|t| t.as_slice::<f32>());
+        let [mean, inverse, kept] = [(); 3].map(|()| rest.next().transpose());
+        let stats = Statistics { mean: mean?, inverse: inverse? };
+        Ok(normalize_sum(cx, &p, Sum { x, skip, bias, kept: kept? }, y.as_slice::<f32>()?, stats)?)
     }
 }
 
@@ -576,6 +579,27 @@ mod tests {
         let one = f32s(&[2], &[1.0, 1.0]);
         let inputs = [f32s(&[1, 1, 2], &[1.0, 0.0]), f32s(&[1, 1, 2], &[0.0, 3.0]), one.clone(), one];
         near(&node.run(&inputs).unwrap()[0], &[0.0, 2.0]);
+        let [x, skip, one, _] = inputs;
+        for (op, want) in
+            [("SkipLayerNormalization", [2.0, 1.0]), ("SkipSimplifiedLayerNormalization", [0.0, 0.2f32.sqrt()])]
+        {
+            let node = OneNode::new(op).domain("com.microsoft").float("epsilon", 0.0).outputs(4);
+            let y = node.run(&[x.clone(), skip.clone(), one.clone()]).unwrap();
+            assert_eq!([y[1].dims(), y[2].dims()], [[1, 1, 1]; 2]);
+            near(&y[1], &want[..1]);
+            near(&y[2], &want[1..]);
+            near(&y[3], &[1.0, 3.0]);
+        }
+    }
+
+    #[test]
+    fn without_a_mean_the_deviation_comes_first() {
+        let x = Tensor::from_slice(&[1, 2], &[1f64, 7.0]).unwrap();
+        let node = || OneNode::new("SimplifiedLayerNormalization").float("epsilon", 0.0).outputs(2);
+        let wide = node().run(&[x, Tensor::from_slice(&[2], &[1f64; 2]).unwrap()]).unwrap();
+        assert_eq!(wide[1].as_slice::<f64>().unwrap(), [0.2]);
+        let single = node().run(&[f32s(&[1, 2], &[1.0, 7.0]), f32s(&[2], &[1.0; 2])]).unwrap();
+        near(&single[1], &[0.2]);
     }
 
     #[test]
