@@ -241,11 +241,11 @@ impl Kernel for FromBytes<'_> {
     }
 }
 
-/// Least and largest element; both NaN if any is, `[inf, -inf]` if there are none.
+/// The least and the largest of 0 and of the elements that are numbers.
 pub fn range(cx: &Cx, x: &[f32]) -> [f32; 2] {
     // The cut depends on the size alone, and minimum and maximum do not depend on the order.
     const PARTS: usize = 64;
-    let mut ranges = [[f32::INFINITY, f32::NEG_INFINITY]; PARTS];
+    let mut ranges = [[0.0; 2]; PARTS];
     let parts = x.len().div_ceil(TASK).clamp(1, PARTS);
     let out = DisjointMut::new(&mut ranges);
     cx.for_each(parts, x.len() as u64, &|task| {
@@ -254,10 +254,7 @@ pub fn range(cx: &Cx, x: &[f32]) -> [f32; 2] {
         let own = unsafe { out.range(task, 1) };
         own[0] = dispatch(cx.isa(), Range(&x[part]));
     });
-    let nan = ranges.iter().any(|range| range[0].is_nan());
-    let [lo, hi] =
-        ranges.iter().fold([f32::INFINITY, f32::NEG_INFINITY], |all, r| [all[0].min(r[0]), all[1].max(r[1])]);
-    if nan { [f32::NAN; 2] } else { [lo, hi] }
+    ranges.iter().fold([0.0; 2], |all, r| [all[0].min(r[0]), all[1].max(r[1])])
 }
 
 struct Range<'a>(&'a [f32]);
@@ -267,20 +264,14 @@ impl Kernel for Range<'_> {
     #[cfg_attr(target_arch = "wasm32", inline(never))]
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) -> [f32; 2] {
-        let mut lo = [s.splat(f32::INFINITY); 2];
-        let mut hi = [s.splat(f32::NEG_INFINITY); 2];
-        let mut numbers = s.eq(lo[0], lo[0]);
+        let [mut lo, mut hi] = [[s.splat(0.0); 2]; 2];
         let (whole, rest) = self.0.split_at(self.0.len() - self.0.len() % (2 * S::LANES));
         for part in whole.chunks_exact(2 * S::LANES) {
             for (i, x) in [s.load(part), s.load(&part[S::LANES..])].into_iter().enumerate() {
-                lo[i] = s.min_fast(lo[i], x);
-                hi[i] = s.max_fast(hi[i], x);
-                numbers = s.mask_and(numbers, s.eq(x, x));
+                // An element that is NaN is no bound.
+                lo[i] = s.at_most(lo[i], x);
+                hi[i] = s.at_least(hi[i], x);
             }
-        }
-        let ones = s.select(numbers, s.splat(1.0), s.splat(0.0));
-        if s.reduce_min(ones) == 0.0 || rest.iter().any(|x| x.is_nan()) {
-            return [f32::NAN; 2];
         }
         let (lo, hi) = (s.reduce_min(s.min_fast(lo[0], lo[1])), s.reduce_max(s.max_fast(hi[0], hi[1])));
         rest.iter().fold([lo, hi], |[lo, hi], &x| [lo.min(x), hi.max(x)])
@@ -309,11 +300,13 @@ impl Kernel for Round<'_> {
     }
 }
 
-/// The scale and zero point with which the numbers of these slices, and 0, fit into `uint8`.
+/// The scale and zero point with which the numbers of these slices, and 0, fit into `uint8`; NaN does not count.
 pub fn dynamic_range<'a>(x: impl IntoIterator<Item = &'a [f32]>) -> (f32, u8) {
     let (lo, hi) = x.into_iter().flatten().fold((0f32, 0f32), |(lo, hi), &v| (lo.min(v), hi.max(v)));
     let scale = if hi == lo { 1.0 } else { (hi - lo) / 255.0 };
-    (scale, (-lo / scale).clamp(0.0, 255.0).round_ties_even() as u8)
+    let zero = -lo / scale;
+    // A range that no scale covers (infinite, or so small that the scale is 0) has the zero point that onnxruntime gives.
+    (scale, if zero.is_nan() { 255 } else { zero.clamp(0.0, 255.0).round_ties_even() as u8 })
 }
 
 /// `y = (x - zero) scale`.
@@ -403,13 +396,17 @@ mod tests {
     #[test]
     fn ranges_of_any_length() {
         each_context(|cx| {
-            assert_eq!(range(cx, &[]), [f32::INFINITY, f32::NEG_INFINITY]);
+            assert_eq!(range(cx, &[]), [0.0; 2]);
+            assert_eq!(range(cx, &[f32::NAN; 40]), [0.0; 2]);
             for len in [1, 2, 3, 15, 16, 17, 31, 33, 70_000] {
                 let mut x: Vec<f32> = (0..len).map(|i| (i * 7919 % 1013) as f32 - 500.0).collect();
-                let want = x.iter().fold([f32::MAX, f32::MIN], |[lo, hi], &x| [lo.min(x), hi.max(x)]);
-                assert_eq!(range(cx, &x), want);
-                x[len / 2] = f32::NAN;
-                assert!(range(cx, &x).iter().all(|x| x.is_nan()));
+                for at in [0, len / 2, len - 1] {
+                    let want = x.iter().fold([0f32; 2], |[lo, hi], &x| [lo.min(x), hi.max(x)]);
+                    assert_eq!(range(cx, &x), want);
+                    x[at] = f32::NAN;
+                }
+                x[len / 2] = f32::NEG_INFINITY;
+                assert_eq!(range(cx, &x)[0], f32::NEG_INFINITY);
             }
         });
     }

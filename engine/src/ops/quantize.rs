@@ -282,11 +282,7 @@ impl Operator for DynamicQuantize {
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let x = io.slice::<f32>(0)?;
-        // The range holds 0, so that padding is exact.
-        let [lo, hi] = quant::range(cx, x);
-        let (lo, hi) = (lo.min(0.0), hi.max(0.0));
-        let scale = if hi == lo { 1.0 } else { (hi - lo) / 255.0 };
-        let zero = (-lo / scale).clamp(0.0, 255.0).round_ties_even() as u8;
+        let (scale, zero) = quant::dynamic_range([&quant::range(cx, x)[..]]);
         let grid = Grid { outer: 1, n: 1, inner: x.len(), sharing: Sharing::Tensor };
         quant::quantize(cx, x, &grid, &[scale], Some(&[zero]), [0.0, 255.0], io.output(0)?.as_slice::<u8>()?)?;
         if io.outputs.len() > 1 {
@@ -625,6 +621,25 @@ mod tests {
         assert_eq!((q[0].dtype(), q[0].bytes()), (DType::I4, &[0x28, 0x06][..]));
         let y = OneNode::new("DequantizeLinear").run(&[q[0].clone(), f32s(&[], &[0.5])]).unwrap();
         assert_eq!(y[0].as_slice::<f32>().unwrap(), [-4.0, 1.0, 3.0]);
+    }
+
+    #[test]
+    fn ranges_with_what_is_no_number() {
+        // What onnxruntime gives, bit for bit.
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        for (x, y, scale, zero) in [
+            ([1.0, nan, 3.0, 4.0], [64, 0, 191, 255], 4.0 / 255.0, 0),
+            ([nan; 4], [0; 4], 1.0, 0),
+            ([1.0, inf, nan, -3.0], [0; 4], inf, 0),
+            ([1.0, -inf, 3.0, nan], [255, 0, 255, 0], inf, 255),
+            ([f32::MAX, f32::MIN, 1.0, 0.0], [0; 4], inf, 0),
+            ([1e-45, 0.0, 0.0, nan], [255, 0, 0, 0], 0.0, 255),
+        ] {
+            let got = OneNode::new("DynamicQuantizeLinear").outputs(3).run(&[f32s(&[4], &x)]).unwrap();
+            assert_eq!(got[0].as_slice::<u8>().unwrap(), y, "{x:?}");
+            assert_eq!(got[1].as_slice::<f32>().unwrap(), [scale]);
+            assert_eq!(got[2].as_slice::<u8>().unwrap(), [zero]);
+        }
     }
 
     #[test]
