@@ -224,7 +224,7 @@ impl Session {
             drop(facts);
             let mut graph = match options.optimize {
                 Optimize::None => graph,
-                Optimize::All => optimize(graph, &declared, cx)?,
+                Optimize::All => optimize(graph, &declared, true, cx)?,
             };
             let constant_bytes = constant_bytes(&graph);
             // A branch may take the place of its If when a plan is made, and that wants the elements of constants.
@@ -489,7 +489,7 @@ impl Session {
             return Ok((known.graph.clone(), flags));
         }
         // What does not fit the declared shapes may still fit these; else planning says what is wrong.
-        let rewritten = self.pool.run(isa, |cx| optimize(decided.clone(), declared, cx)).unwrap_or(decided);
+        let rewritten = self.pool.run(isa, |cx| optimize(decided.clone(), declared, false, cx)).unwrap_or(decided);
         let decided = Arc::new(rewritten);
         if self.variants.len() == KEPT_VARIANTS {
             self.variants.remove(0);

@@ -199,6 +199,33 @@ fn weights_are_held_once() {
 }
 
 #[test]
+fn quantised_weights_are_held_once_as_real_numbers() {
+    // Scales for columns, and real activations: 1 MB each in the file, 4 MB packed.
+    const N: usize = 1024;
+    let bytes: Vec<i8> = (0..N * N).map(|i| (i * 37 % 251) as u8 as i8).collect();
+    let scale = Tensor::from_slice(&[N], &vec![1f32 / 4096.0; N]).unwrap();
+    let mut initializers = vec![TensorProto::new("scale", &scale).unwrap()];
+    let mut nodes = Vec::new();
+    for i in 0..3 {
+        let [w, real] = [format!("w{i}"), format!("real{i}")];
+        initializers.push(TensorProto::new(&w, &Tensor::from_slice(&[N, N], &bytes).unwrap()).unwrap());
+        nodes.push(node("DequantizeLinear", &[&w, "scale"], &real));
+        nodes.push(node("MatMul", &[&format!("h{i}"), &real], &format!("h{}", i + 1)));
+    }
+    let (inputs, outputs) = (value("h0", DType::F32, &["rows", "1024"]), value("h3", DType::F32, &["rows", "1024"]));
+    let model = model(vec![inputs], initializers, nodes, vec![outputs]);
+    let real = 3 * 4 * N * N;
+    let (mut session, held, peak) = measured(|| Session::new(model, options(Optimize::All)).unwrap());
+    // The model was there before and is gone: its bytes count as given back.
+    let held = held.wrapping_add(3 * N * N);
+    assert!(held.abs_diff(real) < real / 20, "{held} bytes for {real} of weights");
+    assert!(peak < real + 2 * 4 * N * N, "at most {peak} bytes while loading");
+    let x = Tensor::from_slice(&[16, N], &noise(16 * N, 2)).unwrap();
+    let (_, held, _) = measured(|| run(&mut session, &[("h0", &x)]));
+    assert!(held < N * N, "{held} more bytes after a run");
+}
+
+#[test]
 fn a_constant_that_is_read_as_it_stands_too_keeps_its_elements() {
     // Read by a product twice, by an Add, and as an output.
     let w = noise(16 * 16, 1);

@@ -52,7 +52,7 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
 fn optimize_body(body: &Graph, inputs: &[Fact], pass: &Pass) -> Result<Graph> {
     // Captured constants are shapes and flags more often than weights; their elements help folding either way.
     let facts = analyze(body, inputs, pass.cx, Folding { max_bytes: 0 })?;
-    optimize(promote_half(body.clone(), &facts)?, inputs, pass.cx)
+    optimize(promote_half(body.clone(), &facts)?, inputs, false, pass.cx)
 }
 
 /// Puts the nodes of a body in the place of the node that would run it.

@@ -45,13 +45,15 @@ pub struct Pass<'a> {
     pub cx: &'a Cx<'a>,
     /// What is known of the graph's inputs.
     pub inputs: &'a [Fact],
+    /// Whether products pack their weights next, and let go of them.
+    packs: bool,
     memo: RefCell<Memo>,
 }
 
 impl<'a> Pass<'a> {
     /// For one graph, from its first pass to its last.
-    fn new(cx: &'a Cx<'a>, inputs: &'a [Fact]) -> Self {
-        Pass { cx, inputs, memo: RefCell::default() }
+    fn new(cx: &'a Cx<'a>, inputs: &'a [Fact], packs: bool) -> Self {
+        Pass { cx, inputs, packs, memo: RefCell::default() }
     }
 
     /// What is known of every value of the graph as it is now.
@@ -71,9 +73,9 @@ impl<'a> Pass<'a> {
 }
 
 /// Rewrites the graph; its inputs and outputs stay, its results too up to rounding. `inputs` are the facts of the
-/// graph's inputs.
-pub fn optimize(mut graph: Graph, inputs: &[Fact], cx: &Cx) -> Result<Graph> {
-    let pass = Pass::new(cx, inputs);
+/// graph's inputs; `packs` says whether products pack their weights next, and let go of them.
+pub fn optimize(mut graph: Graph, inputs: &[Fact], packs: bool, cx: &Cx) -> Result<Graph> {
+    let pass = Pass::new(cx, inputs, packs);
     // Before folding, which would make real numbers of quantised weights.
     qdq::run(&mut graph, &pass)?;
     // Folding lets go of weights one by one; facts would hold them.

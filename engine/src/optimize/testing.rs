@@ -34,7 +34,7 @@ pub(crate) fn float(v: f32) -> AttributeValue {
 /// A graph in the making, with the facts of its inputs.
 pub(crate) struct Net {
     pub(crate) graph: Graph,
-    facts: Vec<Fact>,
+    pub(crate) facts: Vec<Fact>,
     opset: i64,
     seed: u64,
 }
@@ -175,14 +175,14 @@ impl Net {
     /// Rewrites by one pass.
     pub(crate) fn apply(&self, pass: impl Fn(&mut Graph, &Pass) -> Result<()>) -> Graph {
         let mut graph = self.graph.clone();
-        with_cx(|cx| pass(&mut graph, &Pass::new(cx, &self.facts)).unwrap());
+        with_cx(|cx| pass(&mut graph, &Pass::new(cx, &self.facts, true)).unwrap());
         graph.sort().unwrap();
         graph
     }
 
     /// Rewrites by all passes, checks that the numbers stay, and returns the names of the operators that are left.
     pub(crate) fn optimized(&self) -> Vec<String> {
-        let graph = with_cx(|cx| optimize(self.graph.clone(), &self.facts, cx).unwrap());
+        let graph = with_cx(|cx| optimize(self.graph.clone(), &self.facts, true, cx).unwrap());
         self.check(&graph);
         names(&graph)
     }

@@ -66,7 +66,7 @@ fn close(n: &Net, graph: &Graph, share: f32) {
 }
 
 fn optimized(n: &Net, facts: &[Fact]) -> Graph {
-    with_cx(|cx| optimize(n.graph.clone(), facts, cx).unwrap())
+    with_cx(|cx| optimize(n.graph.clone(), facts, true, cx).unwrap())
 }
 
 #[test]
