@@ -10,6 +10,7 @@
 //!   (`kw` times as many of `c` if dilated or grouped). There is no im2col buffer, unless it is small and many output
 //!   channels would have it gathered many times: then all rows are gathered before, once.
 //! - One channel per group: the kernel of [`crate::depthwise`]; a few channels per group: the same, see `spread`.
+//! - One to four output channels: dot products, see `narrow`.
 //! - 3 x 3 of stride 1 where it is faster and allowed: [`crate::winograd`].
 //!
 //! Channels-first tensors are transposed in a workspace around this.
@@ -23,8 +24,10 @@ use crate::par::{Cx, DisjointMut};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::winograd::{self, TileSize, Winograd};
 use core::ops::Range;
+use narrow::Narrow;
 use spread::Spread;
 
+mod narrow;
 mod spread;
 
 /// Where the channels of a tensor stand.
@@ -159,6 +162,8 @@ enum Weights {
     Depthwise(Depthwise),
     /// Few channels per group.
     Spread(Spread),
+    /// Few output channels.
+    Narrow(Narrow),
     Winograd(Winograd),
 }
 
@@ -206,6 +211,8 @@ impl Conv {
             Weights::Depthwise(Depthwise::new(&params, weights, bias)?)
         } else if Spread::supports(isa, &params) {
             Weights::Spread(Spread::new(&params, weights, bias)?)
+        } else if Narrow::supports(isa, &params) {
+            Weights::Narrow(Narrow::new(&params, weights, bias)?)
         } else {
             let k = taps * ipg;
             let mut rows = vec![0.0; if taps == 1 { 0 } else { opg * k }];
@@ -239,7 +246,7 @@ impl Conv {
     /// How it is computed.
     pub fn algorithm(&self) -> Algorithm {
         match &self.weights {
-            Weights::Gemm(_) | Weights::Depthwise(_) | Weights::Spread(_) => Algorithm::Direct,
+            Weights::Gemm(_) | Weights::Depthwise(_) | Weights::Spread(_) | Weights::Narrow(_) => Algorithm::Direct,
             Weights::Winograd(winograd) => Algorithm::Winograd(winograd.size()),
         }
     }
@@ -250,6 +257,7 @@ impl Conv {
             Weights::Gemm(groups) => groups.iter().map(PackedB::bytes).sum(),
             Weights::Depthwise(depthwise) => depthwise.bytes(),
             Weights::Spread(spread) => spread.bytes(),
+            Weights::Narrow(narrow) => narrow.bytes(),
             Weights::Winograd(winograd) => winograd.bytes(),
         }
     }
@@ -320,6 +328,10 @@ impl Conv {
                 return Ok(());
             }
             Weights::Spread(spread) => return spread.run(cx, input, out_spatial, x, residual, activation, out),
+            Weights::Narrow(narrow) => {
+                narrow.run(cx, &self.params, input, out_spatial, x, residual, activation, out);
+                return Ok(());
+            }
             Weights::Winograd(winograd) => {
                 return winograd.run(cx, &self.params, input, out_spatial, x, residual, activation, out);
             }
