@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for rows of the output                                      in parallel
-//!     for 8, 4, 4 or 2 columns: as many as registers hold     at the sides of the image one by one, tap by tap
+//!     for 8, 4, 3 or 2 columns: what 16 registers hold        at the sides of the image one by one, tap by tap
 //!         for rows of the kernel that fall into the image
 //!             for vectors of the kw * c inputs that lie side by side
 //!                 acc[column][o] += x[column] * w[o]          each x is loaded once for all o, each w for all columns
@@ -126,7 +126,7 @@ impl Kernel for Row<'_> {
         match outputs {
             1 => columns::<S, 1, 8>(s, image, row),
             2 => columns::<S, 2, 4>(s, image, row),
-            3 => columns::<S, 3, 4>(s, image, row),
+            3 => columns::<S, 3, 3>(s, image, row),
             _ => columns::<S, 4, 2>(s, image, row),
         }
         let cols = image.out_spatial[2] * outputs;
