@@ -19,7 +19,8 @@
 //! strides 1 and 2, away from the sides; other pixels and kernels have a list of places, two for each product, and load
 //! each input for each tap. Pairs of inputs side by side begin at even places, so that a pixel at an odd one meets them with
 //! its weights moved by one: `(w0, w1), (w2, 0)` or `(0, w0), (w1, w2)`. Channels that do not fill the last vectors are
-//! computed with vectors that end with them and overlap the ones before.
+//! computed with vectors that end with them and overlap the ones before; where there are too few for that, the vectors are
+//! those of a weaker instruction set.
 
 use super::Bytes;
 use super::output::Sink;
@@ -33,6 +34,8 @@ use core::ops::Range;
 /// The weights of a depthwise convolution.
 #[derive(Clone, Debug)]
 pub(super) struct QDepthwise {
+    /// The one whose vectors the channels fill.
+    isa: Isa,
     /// `[pairs of rows][kw][channels]`, two `i16` each, less their zero points; zeros for the partner of an odd row. Then,
     /// for an odd number of rows, the last of them twice as `[kw / 2 + 1][channels]`, pairs of its own: from its first
     /// weight on, and behind a zero.
@@ -56,17 +59,17 @@ fn padded_taps([kd, kh, kw]: [usize; 3]) -> Option<usize> {
 }
 
 impl QDepthwise {
-    /// Whether a convolution can run here: one channel per group, two vectors of them.
+    /// Whether a convolution can run here: one channel per group, two of the shortest vectors of them.
     pub(super) fn supports(isa: Isa, params: &ConvParams) -> bool {
         let ConvParams { in_channels, out_channels, groups, kernel, .. } = *params;
         in_channels == groups
             && out_channels == groups
-            && groups >= 2 * isa.lanes()
+            && groups >= 2 * isa.narrowed(groups / 2).lanes()
             && padded_taps(kernel).is_some_and(|taps| taps <= MAX_TAPS)
     }
 
     /// Packs `weights` laid out `[channels, taps]`; lengths were checked.
-    pub(super) fn new(params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
+    pub(super) fn new(isa: Isa, params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
         let (channels, taps) = (params.out_channels, params.kernel.iter().product::<usize>());
         let kw = params.kernel[2];
         let (pairs, side_by_side) = (taps.div_ceil(2 * kw) * kw, kw / 2 + 1);
@@ -94,7 +97,7 @@ impl QDepthwise {
             }
         }
         let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
-        Ok(Self { weights: packed, sums })
+        Ok(Self { isa: isa.narrowed(channels / 2), weights: packed, sums })
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -154,11 +157,11 @@ impl QDepthwise {
                 for row in crate::gemm::part(rows, tasks, task) {
                     for first in (0..ow).step_by(chunk) {
                         let columns = first..(first + chunk).min(ow);
-                        image.pixels(cx.isa(), row, columns.clone(), sums);
+                        image.pixels(self.isa, row, columns.clone(), sums);
                         // SAFETY: the caller's contract; tasks have different rows.
                         unsafe {
                             let pixels = row * ow + columns.start..row * ow + columns.end;
-                            sink.finish(cx.isa(), sums.as_ptr(), channels, pixels, 0..channels);
+                            sink.finish(self.isa, sums.as_ptr(), channels, pixels, 0..channels);
                         }
                     }
                 }

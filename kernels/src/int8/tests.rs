@@ -305,6 +305,11 @@ fn convolutions_match_the_oracle() {
         (conv(72, 72, 72, [1, 5, 5], [1, 2, 2], one), [1, 9, 10], [0, 2, 2]),
         (conv(16, 16, 16, [2, 1, 4], one, [1, 1, 2]), [3, 4, 9], [1, 0, 2]),
         (conv(8, 8, 8, [1, 1, 1], one, one), [1, 4, 4], [0; 3]),
+        // Channels that fill shorter vectors than the instruction set has.
+        (conv(8, 8, 8, [1, 3, 3], one, one), [1, 5, 6], [0, 1, 1]),
+        (conv(13, 13, 13, [1, 5, 5], [1, 2, 2], one), [1, 8, 9], [0, 2, 2]),
+        (conv(16, 16, 16, [1, 3, 3], [1, 2, 2], one), [1, 7, 6], [0, 1, 1]),
+        (conv(27, 27, 27, [1, 3, 3], one, one), [1, 6, 6], [0, 1, 1]),
         (conv(1, 4, 1, [1, 1, 7], one, one), [1, 1, 3], [0, 0, 6]),
         // Also by Winograd's algorithm.
         (conv(16, 17, 1, [1, 3, 3], one, one), [2, 5, 11], [0, 1, 1]),

@@ -94,6 +94,13 @@ impl Isa {
         }
     }
 
+    /// The strongest instruction set up to this one, and available, whose vectors have no more than `lanes` lanes; but vectors
+    /// it has if this one has any. For rows too short to fill wider ones.
+    pub(crate) fn narrowed(self, lanes: usize) -> Self {
+        let fits = |isa: &Self| *isa <= self && isa.lanes() <= lanes.max(4) && isa.is_available();
+        Self::compiled().iter().copied().rev().find(fits).unwrap_or(self)
+    }
+
     /// The instruction sets this build has code for, weakest first.
     ///
     /// On wasm that is exactly one, since an engine rejects a module with an opcode it does not know.
@@ -320,6 +327,18 @@ mod tests {
             fn run<S: crate::simd::Simd>(self, _: S) {}
         }
         assert!(std::panic::catch_unwind(|| dispatch(absent, Nothing)).is_err());
+    }
+
+    #[test]
+    fn narrowed_keeps_vectors_that_fit() {
+        for isa in Isa::available() {
+            for lanes in [0, 1, 3, 4, 7, 8, 15, 16, 99] {
+                let narrowed = isa.narrowed(lanes);
+                assert!(narrowed <= isa && narrowed.is_available(), "{isa} {lanes}: {narrowed}");
+                assert!(narrowed.lanes() <= lanes.max(4) && narrowed.lanes() >= isa.lanes().min(4), "{isa} {lanes}");
+                assert!(narrowed == isa || isa.lanes() > lanes, "{isa} {lanes}: {narrowed}");
+            }
+        }
     }
 
     #[test]
