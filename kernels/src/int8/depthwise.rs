@@ -1,4 +1,5 @@
-//! Depthwise convolution of bytes, channels last: each channel has its own kernel.
+//! Depthwise convolution of bytes, channels last: each channel has its own kernel. And convolutions of groups of a few
+//! channels, which are made one.
 //!
 //! ```text
 //! for rows of the output                                  in parallel
@@ -21,13 +22,25 @@
 //! its weights moved by one: `(w0, w1), (w2, 0)` or `(0, w0), (w1, w2)`. Channels that do not fill the last vectors are
 //! computed with vectors that end with them and overlap the ones before; where there are too few for that, the vectors are
 //! those of a weaker instruction set.
+//!
+//! Groups of a few channels, as products, would be matrices of a few columns, of which a tile has room for many, and each
+//! would gather patches of its own. They are spread first, as those of floats are ([`crate::conv`]), with planes instead of
+//! rows in turns:
+//!
+//! ```text
+//! for each i of the inputs of a group, row of the input                  in parallel
+//!     spread[i][row][x][o] = input[row][x][input i of the group of o]
+//! sums = as above, with a row of taps in each plane for each row of the kernel
+//! ```
+//!
+//! Where all outputs are less than two of the shortest vectors, pixels of the planes have channels more, of zero weights.
 
 use super::Bytes;
 use super::output::Sink;
-use crate::conv::{ConvInput, ConvParams};
+use crate::conv::{ConvInput, ConvParams, volume};
 use crate::error::Result;
 use crate::gemm::Aligned;
-use crate::par::Cx;
+use crate::par::{Cx, DisjointMut};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
 
@@ -36,16 +49,18 @@ use core::ops::Range;
 pub(super) struct QDepthwise {
     /// The one whose vectors the channels fill.
     isa: Isa,
-    /// `[pairs of rows][kw][channels]`, two `i16` each, less their zero points; zeros for the partner of an odd row. Then,
-    /// for an odd number of rows, the last of them twice as `[kw / 2 + 1][channels]`, pairs of its own: from its first
-    /// weight on, and behind a zero.
+    /// `[pairs of rows][kw][channels]` of `[kd, kh, inputs]` rows, two `i16` each, less their zero points; zeros for the
+    /// partner of an odd row. Then, for an odd number of rows, the last of them twice as `[kw / 2 + 1][channels]`, pairs of
+    /// its own: from its first weight on, and behind a zero.
     weights: Aligned,
     /// Their sum for each channel.
     sums: Vec<i32>,
+    /// Inputs of a group and its outputs, if they have to be spread.
+    spread: Option<[usize; 2]>,
 }
 
 /// Most taps with those of the partner of an odd row; of other kernels each group is a product of its own.
-const MAX_TAPS: usize = 64;
+const MAX_TAPS: usize = 100;
 /// Multiplications that a task should have at least.
 const TASK_COST: u64 = 1 << 16;
 /// More tasks than this would not balance better.
@@ -53,30 +68,49 @@ const MAX_TASKS: u64 = 64;
 /// Sums that are kept before they go to the output; 16 KiB.
 const CHUNK_SUMS: usize = 4096;
 
+/// Most inputs of a group: each is a plane.
+const MAX_INPUTS: usize = 8;
+/// Most outputs of a group, the factor by which inputs grow.
+const MAX_OUTPUTS: usize = 8;
+
 /// Taps of an even number of rows.
-fn padded_taps([kd, kh, kw]: [usize; 3]) -> Option<usize> {
-    kd.checked_mul(kh)?.checked_next_multiple_of(2)?.checked_mul(kw)
+fn padded_taps([kd, kh, kw]: [usize; 3], inputs: usize) -> Option<usize> {
+    kd.checked_mul(kh)?.checked_mul(inputs)?.checked_next_multiple_of(2)?.checked_mul(kw)
 }
 
 impl QDepthwise {
-    /// Whether a convolution can run here: one channel per group, two of the shortest vectors of them.
+    /// Whether a convolution can run here, and should.
     pub(super) fn supports(isa: Isa, params: &ConvParams) -> bool {
         let ConvParams { in_channels, out_channels, groups, kernel, .. } = *params;
-        in_channels == groups
-            && out_channels == groups
-            && groups >= 2 * isa.narrowed(groups / 2).lanes()
-            && padded_taps(kernel).is_some_and(|taps| taps <= MAX_TAPS)
+        let (inputs, outputs) = (in_channels / groups, out_channels / groups);
+        // One group is no narrower a product than it must be; but patches of one channel are gathered byte by byte.
+        (groups > 1 || inputs == 1)
+            // Products gather runs of inputs that fill vectors fast: with 128 bits those of 8 were up to twice as fast as here,
+            // with 512 a quarter as fast.
+            && (1..2 * isa.lanes()).contains(&inputs)
+            && inputs <= MAX_INPUTS
+            && outputs <= MAX_OUTPUTS
+            && padded_taps(kernel, inputs).is_some_and(|taps| taps <= MAX_TAPS)
     }
 
-    /// Packs `weights` laid out `[channels, taps]`; lengths were checked.
+    /// Packs `weights` laid out `[channels, inputs, taps]`; lengths were checked.
     pub(super) fn new(isa: Isa, params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
-        let (channels, taps) = (params.out_channels, params.kernel.iter().product::<usize>());
-        let kw = params.kernel[2];
+        let ConvParams { in_channels, out_channels, groups, kernel: [kd, kh, kw], .. } = *params;
+        let (inputs, outputs) = (in_channels / groups, out_channels / groups);
+        let isa = isa.narrowed(out_channels / 2);
+        let channels = out_channels.max(2 * isa.lanes());
+        let plain = channels == in_channels && channels == out_channels;
+        let spread = (!plain || inputs > 1).then_some([inputs, outputs]);
+        let taps = kd * kh * inputs * kw;
         let (pairs, side_by_side) = (taps.div_ceil(2 * kw) * kw, kw / 2 + 1);
         let odd = taps / kw % 2 == 1;
         let mut packed = Aligned::zeros((pairs + if odd { 2 * side_by_side } else { 0 }) * channels)?;
         let centred = |c: usize, tap: usize| {
-            if tap < taps { weights.get(c * taps + tap) - zero[if zero.len() == 1 { 0 } else { c }] } else { 0 }
+            if tap >= taps || c >= out_channels {
+                return 0;
+            }
+            let (line, input, x) = (tap / kw / inputs, tap / kw % inputs, tap % kw);
+            weights.get(((c * inputs + input) * kd * kh + line) * kw + x) - zero[if zero.len() == 1 { 0 } else { c }]
         };
         let (rows, last) = bytemuck::cast_slice_mut::<f32, i32>(packed.as_mut_slice()).split_at_mut(pairs * channels);
         for (pair, row) in rows.chunks_exact_mut(channels).enumerate() {
@@ -97,13 +131,16 @@ impl QDepthwise {
             }
         }
         let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
-        Ok(Self { isa: isa.narrowed(channels / 2), weights: packed, sums })
+        Ok(Self { isa, weights: packed, sums, spread })
     }
 
     pub(super) fn bytes(&self) -> usize {
         size_of_val(self.weights.as_slice()) + size_of_val(&self.sums[..])
     }
 
+    /// # Errors
+    /// If what is spread does not fit the address space.
+    ///
     /// # Safety
     /// `x` and the sink have the sizes that `params` and `input` say; nobody else uses the sink's output.
     pub(super) unsafe fn run(
@@ -116,11 +153,13 @@ impl QDepthwise {
         x_zero: i32,
         bias: Option<&[i32]>,
         sink: &Sink<'_>,
-    ) {
+    ) -> Result<()> {
         let [od, oh, ow] = out_spatial;
-        let channels = params.out_channels;
+        let [id, ih, iw] = input.spatial;
+        let channels = self.sums.len();
         let rows = input.batch * od * oh;
-        let taps: usize = params.kernel.iter().product();
+        let [inputs, outputs] = self.spread.unwrap_or([1; 2]);
+        let taps = params.kernel.iter().product::<usize>() * inputs;
         let cost = ((rows * ow) as u64).saturating_mul((channels * taps) as u64);
         let tasks = (cost / TASK_COST).clamp(1, MAX_TASKS.min(rows as u64)) as usize;
         // Columns whose taps all lie inside the line.
@@ -131,16 +170,40 @@ impl QDepthwise {
             None => start,
         };
         let chunk = (CHUNK_SUMS / channels).next_multiple_of(2).max(2).min(ow);
-        cx.with_workspace(channels + channels.div_ceil(4), |workspace| {
-            let (first, zeros) = workspace.split_at_mut(channels);
+        let lines = input.batch * id * ih;
+        let plane = volume(&[lines, iw, channels])?;
+        let spread_len = if self.spread.is_some() { volume(&[plane, inputs])?.div_ceil(4) } else { 0 };
+        cx.with_workspace(channels + channels.div_ceil(4) + spread_len, |workspace| {
+            let (first, workspace) = workspace.split_at_mut(channels);
+            let (zeros, spread) = workspace.split_at_mut(channels.div_ceil(4));
             let first: &mut [i32] = bytemuck::cast_slice_mut(first);
             for (c, first) in first.iter_mut().enumerate() {
-                *first = bias.map_or(0, |bias| bias[c]).wrapping_sub(x_zero * self.sums[c]);
+                let bias = bias.and_then(|bias| bias.get(c)).copied().unwrap_or(0);
+                *first = bias.wrapping_sub(x_zero * self.sums[c]);
             }
             let zeros: &mut [u8] = bytemuck::cast_slice_mut(zeros);
             zeros.fill(x_zero as u8);
+            let spread: &mut [u8] = bytemuck::cast_slice_mut(spread);
+            if self.spread.is_some() && plane > 0 {
+                let from: &[u8] = match x {
+                    Bytes::U8(x) => x,
+                    Bytes::I8(x) => bytemuck::cast_slice(x),
+                };
+                // Whole lines if nothing is filled up.
+                let unit = if channels == params.out_channels { iw } else { 1 };
+                let to = DisjointMut::new(&mut *spread);
+                cx.for_each(lines * inputs, (plane * inputs) as u64, &|task| {
+                    let (input, line) = (task / lines, task % lines);
+                    // SAFETY: each task has its own line.
+                    let to = unsafe { to.range(task * iw * channels, iw * channels) };
+                    let from = &from[line * iw * params.in_channels..][..iw * params.in_channels];
+                    for (i, from) in from.chunks_exact(unit * params.in_channels).enumerate() {
+                        repeat(&from[input..], inputs, &mut to[i * unit * channels..], outputs);
+                    }
+                });
+            }
             let image = Image {
-                x: x.as_ptr(),
+                x: if self.spread.is_some() { spread.as_ptr() } else { x.as_ptr() },
                 signed: matches!(x, Bytes::I8(_)),
                 weights: bytemuck::cast_slice(self.weights.as_slice()),
                 first,
@@ -150,23 +213,41 @@ impl QDepthwise {
                 out_spatial,
                 pads: input.pads_begin,
                 interior: start..end,
+                planes: inputs,
+                plane,
                 taps: taps.div_ceil(2 * params.kernel[2]) * 2 * params.kernel[2],
             };
             cx.for_each_scratch(tasks, cost, chunk * channels, &|task, sums| {
                 let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
+                let mut places = [[image.padding(); MAX_TAPS]; 2];
                 for row in crate::gemm::part(rows, tasks, task) {
                     for first in (0..ow).step_by(chunk) {
                         let columns = first..(first + chunk).min(ow);
-                        image.pixels(self.isa, row, columns.clone(), sums);
+                        image.pixels(self.isa, row, columns.clone(), sums, &mut places);
                         // SAFETY: the caller's contract; tasks have different rows.
                         unsafe {
                             let pixels = row * ow + columns.start..row * ow + columns.end;
-                            sink.finish(self.isa, sums.as_ptr(), channels, pixels, 0..channels);
+                            sink.finish(self.isa, sums.as_ptr(), channels, pixels, 0..params.out_channels);
                         }
                     }
                 }
             });
         });
+        Ok(())
+    }
+}
+
+/// Every `step`th byte `times` times, at most [`MAX_OUTPUTS`]; behind the last one is room, or it may be written to.
+fn repeat(from: &[u8], step: usize, to: &mut [u8], times: usize) {
+    for (i, &x) in from.iter().step_by(step).enumerate() {
+        let to = &mut to[i * times..];
+        // Not `fill`, of which LLVM makes one call of `memset` for all lengths.
+        let bytes = (u64::from(x) * 0x0101_0101_0101_0101).to_ne_bytes();
+        match to.first_chunk_mut() {
+            // What is too much is overwritten by the next.
+            Some(to) => *to = bytes,
+            None => to[..times].copy_from_slice(&bytes[..times]),
+        }
     }
 }
 
@@ -184,6 +265,9 @@ struct Image<'a> {
     out_spatial: [usize; 3],
     pads: [usize; 3],
     interior: Range<usize>,
+    /// Of the input, and the bytes of each.
+    planes: usize,
+    plane: usize,
     /// With those of the partner of an odd row.
     taps: usize,
 }
@@ -199,9 +283,22 @@ struct Tap {
 }
 
 impl Image<'_> {
-    /// Sums of some pixels of one row of the output, `[pixels, channels]`.
-    fn pixels(&self, isa: Isa, row: usize, columns: Range<usize>, sums: &mut [i32]) {
-        let ConvParams { kernel: [kd, kh, kw], strides, dilations, out_channels: channels, .. } = *self.params;
+    /// A tap, or a row of them, outside of the image.
+    fn padding(&self) -> Tap {
+        Tap { x: self.zeros.as_ptr(), step: 0 }
+    }
+
+    /// Sums of some pixels of one row of the output, `[pixels, channels]`. `rows` and `taps` are room for them.
+    fn pixels(
+        &self,
+        isa: Isa,
+        row: usize,
+        columns: Range<usize>,
+        sums: &mut [i32],
+        [rows, taps]: &mut [[Tap; MAX_TAPS]; 2],
+    ) {
+        let ConvParams { kernel: [kd, kh, kw], strides, dilations, .. } = *self.params;
+        let channels = self.first.len();
         let [id, ih, iw] = self.spatial;
         let [od, oh, _] = self.out_spatial;
         let (b, z, y) = (row / oh / od, row / oh % od, row % oh);
@@ -209,40 +306,35 @@ impl Image<'_> {
         let position =
             |d: usize, out: usize, tap: usize| (out * strides[d] + tap * dilations[d]) as isize - self.pads[d] as isize;
         let inside = |position: isize, size: usize| position >= 0 && position < size as isize;
-        let zero = Tap { x: self.zeros.as_ptr(), step: 0 };
+        let rows = &mut rows[..kd * kh * self.planes];
+        // An odd row is paired with zero points, whose weights are zero.
+        let taps = &mut taps[..self.taps];
         let mut column = columns.start;
         while column < columns.end {
             let interior = self.interior.contains(&column);
             let count = if interior { self.interior.end.min(columns.end) - column } else { 1 };
             // Rows of taps; those outside of the image are zero points however far one goes.
-            let mut rows = [zero; MAX_TAPS];
-            let mut count_rows = 0;
-            for kz in 0..kd {
-                let iz = position(0, z, kz);
-                for ky in 0..kh {
-                    let iy = position(1, y, ky);
-                    if inside(iz, id) && inside(iy, ih) {
-                        let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
-                        // May lie before the line, where no tap of it is read.
-                        let first = line as isize + position(2, column, 0);
-                        let x = self.x.wrapping_offset(first.wrapping_mul(channels as isize));
-                        rows[count_rows] = Tap { x, step: channels };
+            rows.fill(self.padding());
+            for (line, rows) in rows.chunks_exact_mut(self.planes).enumerate() {
+                let (iz, iy) = (position(0, z, line / kh), position(1, y, line % kh));
+                if inside(iz, id) && inside(iy, ih) {
+                    let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
+                    // May lie before the line, where no tap of it is read.
+                    let first = line as isize + position(2, column, 0);
+                    let x = self.x.wrapping_offset(first.wrapping_mul(channels as isize));
+                    for (i, row) in rows.iter_mut().enumerate() {
+                        *row = Tap { x: x.wrapping_add(i * self.plane), step: channels };
                     }
-                    count_rows += 1;
                 }
             }
             let sums = &mut sums[(column - columns.start) * channels..][..count * channels];
             // Two pixels at once.
             let tiled = if interior && dilations[2] == 1 { count / 2 * 2 } else { 0 };
-            let tiled = if tiled > 0 && self.tiles(isa, &rows[..count_rows], &mut sums[..tiled * channels]) {
-                tiled
-            } else {
-                0
-            };
+            let tiled = if tiled > 0 && self.tiles(isa, rows, &mut sums[..tiled * channels]) { tiled } else { 0 };
             if tiled < count {
                 let step = strides[2] * channels;
-                let mut taps = [zero; MAX_TAPS];
-                for (row, first) in rows[..count_rows].iter().enumerate().filter(|(_, row)| row.step > 0) {
+                taps.fill(self.padding());
+                for (row, first) in rows.iter().enumerate().filter(|(_, row)| row.step > 0) {
                     for kx in 0..kw {
                         if inside(position(2, column + tiled, kx), iw) {
                             let x = first.x.wrapping_add(tiled * step + kx * dilations[2] * channels);
@@ -250,13 +342,11 @@ impl Image<'_> {
                         }
                     }
                 }
-                // An odd row is paired with zero points, whose weights are zero.
-                let taps = &mut taps[..self.taps];
                 let (count, sums) = (count - tiled, &mut sums[tiled * channels..]);
                 if self.signed {
-                    dispatch(isa, Pixels::<true> { image: self, taps, count, sums });
+                    dispatch(isa, Pixels::<true> { image: self, taps: &mut *taps, count, sums });
                 } else {
-                    dispatch(isa, Pixels::<false> { image: self, taps, count, sums });
+                    dispatch(isa, Pixels::<false> { image: self, taps: &mut *taps, count, sums });
                 }
             }
             column += count;

@@ -361,7 +361,7 @@ pub struct QConv {
 enum Weights {
     /// For each group a matrix of `kd * kh * kw * in / groups` rows and `out / groups` columns.
     Products(Vec<PackedQ>),
-    /// One channel per group.
+    /// One channel per group, or a few.
     Depthwise(QDepthwise),
     Winograd(QWinograd),
 }
@@ -519,8 +519,7 @@ impl QConv {
             Weights::Products(weights) => weights,
             Weights::Depthwise(depthwise) => {
                 // SAFETY: the input and the output were checked to have the sizes that the parameters say.
-                unsafe { depthwise.run(cx, &self.params, input, out_spatial, x, x_zero, bias, &sink) };
-                return Ok(());
+                return unsafe { depthwise.run(cx, &self.params, input, out_spatial, x, x_zero, bias, &sink) };
             }
             Weights::Winograd(winograd) => {
                 // SAFETY: as above.
