@@ -132,6 +132,18 @@ impl Convert {
         // SAFETY: promised by the caller; vectors lie inside, the last one overlaps the one before.
         unsafe {
             let step = if self.wide { 2 * S::LANES } else { 4 * S::LANES };
+            if S::LANES == 16 && !self.wide && (8..step).contains(&len) {
+                // Those of a few channels are far shorter than such vectors.
+                let flip = u64::from_ne_bytes([self.flip; 8]);
+                let mut i = 0;
+                loop {
+                    dst.add(i).cast::<u64>().write_unaligned(src.add(i).cast::<u64>().read_unaligned() ^ flip);
+                    if i == len - 8 {
+                        return;
+                    }
+                    i = (i + 8).min(len - 8);
+                }
+            }
             if len < step {
                 for i in 0..len {
                     self.one(*src.add(i), dst.add(i * self.size()));
