@@ -89,6 +89,8 @@ impl<'a> Sink<'a> {
         if rows.is_empty() || cols.is_empty() {
             return;
         }
+        // Columns that do not fill two vectors go row by row.
+        let isa = isa.narrowed(cols.len() / 2);
         let part = Part { sink: self, sums, ld, rows: rows.clone(), cols: cols.clone() };
         match &self.kind {
             Kind::Sums(_) => dispatch(isa, Store(part)),
