@@ -35,8 +35,8 @@
 //!
 //! Where all outputs are less than two of the shortest vectors, pixels of the planes have channels more, of zero weights.
 
-use super::Bytes;
 use super::output::Sink;
+use super::{Bytes, Form};
 use crate::conv::{ConvInput, ConvParams, volume};
 use crate::error::Result;
 use crate::gemm::Aligned;
@@ -80,16 +80,16 @@ fn padded_taps([kd, kh, kw]: [usize; 3], inputs: usize) -> Option<usize> {
 
 impl QDepthwise {
     /// Whether a convolution can run here, and should.
-    pub(super) fn supports(isa: Isa, params: &ConvParams) -> bool {
+    pub(super) fn supports(isa: Isa, form: Form, params: &ConvParams) -> bool {
         let ConvParams { in_channels, out_channels, groups, kernel, strides, .. } = *params;
         let (inputs, outputs) = (in_channels / groups, out_channels / groups);
         // Products gather runs of inputs that fill vectors fast. Where runs of 8 do not, spreading them pays if every copy is
-        // read several times: 1.4 to 2.4 times as fast with AVX-512 and AVX2, but 0.75 to 1.06 with strides of 2, and 0.3 to
+        // read several times: 1.4 to 2.4 times as fast, but 0.75 to 1.06 with strides of 2, and 0.3 to
         // 0.6 at 1 x 1.
         let few = if kernel == [1; 3] || strides != [1; 3] { MAX_INPUTS - 1 } else { MAX_INPUTS };
         // One group is no narrower a product than it must be; but patches of one channel are gathered byte by byte.
         (groups > 1 || inputs == 1)
-            && (1..=few.min(2 * isa.lanes() - 1)).contains(&inputs)
+            && (1..=few.min(form.group() * isa.lanes() - 1)).contains(&inputs)
             && outputs <= MAX_OUTPUTS
             && padded_taps(kernel, inputs).is_some_and(|taps| taps <= MAX_TAPS)
     }

@@ -438,7 +438,7 @@ impl QConv {
                 }
             }
         }
-        if QDepthwise::supports(isa, &params) {
+        if QDepthwise::supports(isa, form, &params) {
             let weights = Weights::Depthwise(QDepthwise::new(isa, &params, weights, zero)?);
             return Ok(Self { isa, params, weights });
         }
