@@ -10,6 +10,7 @@ pub mod chain;
 pub mod conv;
 pub mod conv_transpose;
 pub mod convert;
+pub mod deform;
 mod depthwise;
 pub mod elementwise;
 pub mod epilogue;

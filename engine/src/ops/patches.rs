@@ -7,6 +7,7 @@ use crate::fact::{Dim, Fact, Shape};
 use crate::for_dtype;
 use crate::tensor::{DType, Dims, element_count};
 use weblane_kernels::conv::Layout;
+use weblane_kernels::deform;
 use weblane_kernels::par::Cx;
 use weblane_kernels::patches::{PatchAxis, col2im, scatter_maxima};
 use weblane_kernels::sampling::{DeformConv as Sizes, deform_conv};
@@ -284,18 +285,26 @@ impl Operator for DeformConv {
         cx.results(vec![Fact::new(x.dtype, &[s.x[0], s.w[0], plane[0], plane[1]])])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (x, w, offset) = (io.input(0)?, io.input(1)?, io.input(2)?);
         let s = self.sizes(x.dims, w.dims)?;
         let (bias, mask) = (io.optional(3), io.optional(4));
-        let dtype: DType = x.dtype;
-        for_dtype!(dtype, [F32, F64], T => {
-            let bias = bias.map(|b| b.as_slice::<T>()).transpose()?;
-            let mask = mask.map(|m| m.as_slice::<T>()).transpose()?;
-            let y = io.output(0)?.as_slice::<T>()?;
-            deform_conv(&s, x.as_slice::<T>()?, w.as_slice::<T>()?, offset.as_slice::<T>()?, bias, mask, y);
-            Ok(())
-        }, else Err(wrong_dtype("x", dtype, "float32 and float64")))
+        match x.dtype {
+            DType::F32 => {
+                let bias = bias.map(|b| b.as_slice()).transpose()?;
+                let mask = mask.map(|m| m.as_slice()).transpose()?;
+                let y = io.output(0)?.as_slice()?;
+                Ok(deform::deform_conv(cx, &s, x.as_slice()?, w.as_slice()?, offset.as_slice()?, bias, mask, y)?)
+            }
+            DType::F64 => {
+                let bias = bias.map(|b| b.as_slice::<f64>()).transpose()?;
+                let mask = mask.map(|m| m.as_slice::<f64>()).transpose()?;
+                let y = io.output(0)?.as_slice()?;
+                deform_conv(&s, x.as_slice()?, w.as_slice()?, offset.as_slice()?, bias, mask, y);
+                Ok(())
+            }
+            other => Err(wrong_dtype("x", other, "float32 and float64")),
+        }
     }
 }
 
