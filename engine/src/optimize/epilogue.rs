@@ -1,7 +1,7 @@
 //! Epilogues: what follows a product element by element is computed while the product is in registers.
 //!
 //! ```text
-//! MatMul + bias [n]                  -> MatMul with bias
+//! MatMul or MatMulNBits + bias [n]   -> with bias
 //! Conv or MatMul + other             -> with residual, if `other` has the shape of the result for sure
 //! activation(Conv, MatMul or Gemm)   -> with activation
 //! ```
@@ -20,6 +20,7 @@ use crate::ops::conv_transpose::ConvTranspose;
 use crate::ops::gemm::Gemm;
 use crate::ops::integer_product::{IntegerProduct, Kind, Target};
 use crate::ops::matmul::MatMul;
+use crate::ops::matmul_nbits::MatMulNBits;
 use crate::tensor::Tensor;
 use weblane_kernels::epilogue::Activation;
 
@@ -90,6 +91,8 @@ fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacem
             return Some(Replacement { root: i, nodes: vec![i, p], op: integer.into(), operands });
         }
         (integer.into(), at)
+    } else if let Some(few_bits) = product.op.get::<MatMulNBits>().filter(|_| product.inputs.len() <= 5) {
+        (few_bits.clone().into(), 5)
     } else {
         let matmul = product.op.get::<MatMul>().filter(|m| !m.bias && m.activation == plain)?;
         (MatMul { bias: true, ..matmul.clone() }.into(), 2)
@@ -104,6 +107,7 @@ fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacem
         return None;
     }
     let mut operands = operands(product);
+    operands.resize_with(operands.len().max(at), || Operand::Absent);
     operands.insert(at, bias.into());
     Some(Replacement { root: i, nodes: vec![i, p], op, operands })
 }
@@ -143,7 +147,7 @@ fn add_residual(view: &View, i: usize, x: ValueId, residual: ValueId) -> Option<
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Net, ints, names};
+    use super::super::testing::{Net, int, ints, names};
     use super::*;
 
     #[test]
@@ -216,5 +220,25 @@ mod tests {
         assert_eq!(build(&["batch", "1", "5"], false), ["MatMul", "Add"]);
         assert_eq!(build(&["tokens", "5"], false), ["MatMul", "Add"]);
         assert_eq!(build(&["2", "batch", "tokens", "5"], false), ["MatMul", "Add"]);
+    }
+
+    #[test]
+    fn weights_of_few_bits_take_a_bias() {
+        let mut n = Net::new(21);
+        let x = n.input("x", &[2, 3, 32]);
+        let bytes: Vec<u8> = (0..5 * 16).map(|i| (i * 37 % 251) as u8).collect();
+        let b = n.graph.add_constant("b", Tensor::from_slice(&[5, 1, 16], &bytes).unwrap());
+        let scales = n.weights(&[5, 1]);
+        let attributes = [("K", int(32)), ("N", int(5)), ("block_size", int(32))];
+        let y = n.contrib("MatMulNBits", &[Some(x), Some(b), Some(scales)], &attributes);
+        let bias = n.weights(&[1, 5]);
+        let y = n.op("Add", &[bias, y]);
+        n.output(y);
+        assert_eq!(n.passed(run), ["com.microsoft.MatMulNBits"]);
+        // It has room for one.
+        let bias = n.weights(&[5]);
+        let y = n.op("Add", &[y, bias]);
+        n.graph.outputs = vec![y];
+        assert_eq!(n.passed(run), ["com.microsoft.MatMulNBits", "Add"]);
     }
 }
