@@ -189,8 +189,9 @@ mod tests {
         let x = n.input("x", &[2, ROWS]);
         let mut w = Tensor::zeros(DType::U4, &[ROWS, COLS]).unwrap();
         w.view_mut().bytes().fill(0x3a);
-        let (w, scale) = (n.graph.add_constant("w", w), n.constant(&[], &[0.01]));
-        let w = n.op("DequantizeLinear", &[w, scale]);
+        // Scales along k, which no product of few bits has.
+        let (w, scale) = (n.graph.add_constant("w", w), n.constant(&[ROWS], &[0.01; ROWS]));
+        let w = n.op_with("DequantizeLinear", &[w, scale], &[("axis", int(0))]);
         let y = n.op("MatMul", &[x, w]);
         n.output(y);
         assert_eq!(left(&n, true), (vec!["DequantizeLinear".into(), "MatMul".into()], vec![DType::U4]));

@@ -22,6 +22,7 @@ mod half;
 mod layer_norm;
 mod layout;
 mod multi_head;
+mod nbits;
 mod padding;
 mod pattern;
 mod pooling;
@@ -80,6 +81,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], packs: bool, cx: &Cx) -> Resu
     qdq::run(&mut graph, &pass)?;
     // Folding lets go of weights one by one; facts would hold them.
     pass.memo.take();
+    nbits::run(&mut graph, &pass)?;
     // Weights in half precision become single here, once.
     fold::run(&mut graph, &pass)?;
     half::drop_round_trips(&mut graph, &pass)?;
