@@ -212,7 +212,7 @@ impl Conv {
         } else if Spread::supports(isa, &params) {
             Weights::Spread(Spread::new(&params, weights, bias)?)
         } else if Narrow::supports(isa, &params) {
-            Weights::Narrow(Narrow::new(&params, weights, bias)?)
+            Weights::Narrow(Narrow::new(isa, &params, weights, bias)?)
         } else {
             let k = taps * ipg;
             let mut rows = vec![0.0; if taps == 1 { 0 } else { opg * k }];

@@ -108,7 +108,7 @@ impl Attributes {
 
     /// The function that onnxruntime's optimiser has put into a product, attribute `activation`; `parameter` gives its
     /// numbers in the order of ONNX.
-    pub fn activation(&mut self, mut parameter: impl FnMut(&mut Self, usize) -> Result<f32>) -> Result<Activation> {
+    pub fn activation(&mut self, parameter: &mut dyn FnMut(&mut Self, usize) -> Result<f32>) -> Result<Activation> {
         let Some(name) = self.string("activation")? else { return Ok(Activation::Identity) };
         Ok(match name.as_str() {
             "" => Activation::Identity,

@@ -41,7 +41,7 @@ pub struct Conv {
 fn parse_fused(a: &mut Attributes) -> Result<Op> {
     let parameters = a.floats("activation_params")?.unwrap_or_default();
     let wanted = |i: usize| Error::invalid_model(format!("attribute activation_params has no number {i}"));
-    let activation = a.activation(|_, i| parameters.get(i).copied().ok_or_else(|| wanted(i)))?;
+    let activation = a.activation(&mut |_, i| parameters.get(i).copied().ok_or_else(|| wanted(i)))?;
     Ok(Conv { activation, residual: a.has_input(3), ..parse(a)? }.into())
 }
 

@@ -32,7 +32,7 @@ pub struct Gemm {
 }
 
 fn parse_fused(a: &mut Attributes) -> Result<Op> {
-    let activation = a.activation(|a, i| match i {
+    let activation = a.activation(&mut |a, i| match i {
         0 => a.required("activation_alpha", Attributes::float),
         _ => a.required("activation_beta", Attributes::float),
     })?;

@@ -10,8 +10,8 @@
 //!     activation(row)
 //! ```
 //!
-//! As products such convolutions are matrices of so few columns that most of a tile is empty. Inputs that do not
-//! fill the last vector are read with one that ends with them, of which the lanes that were there before count as 0.
+//! As products such convolutions are matrices of so few columns that most of a tile is empty. Channels fill whole vectors:
+//! if need be those of a weaker instruction set.
 
 use super::{ConvInput, ConvParams};
 use crate::epilogue::Activation;
@@ -23,6 +23,8 @@ use core::ops::Range;
 
 /// Most output channels. With more, 16 registers hold the sums of so few columns that a product is as fast.
 const MAX_OUTPUTS: usize = 4;
+/// Most rows of a kernel.
+const MAX_LINES: usize = 32;
 /// Scalar operations that a task should have at least.
 const TASK_COST: u64 = 1 << 18;
 /// More tasks than this would not balance better.
@@ -31,20 +33,32 @@ const MAX_TASKS: u64 = 64;
 /// A convolution with its weights packed.
 #[derive(Clone, Debug)]
 pub(super) struct Narrow {
+    /// The one whose vectors the channels fill.
+    isa: Isa,
     /// `[out, taps, in]`.
     weights: Aligned,
     bias: [f32; MAX_OUTPUTS],
 }
 
 impl Narrow {
-    /// Whether a convolution can run here and should: a pixel of the input fills a vector.
+    /// The instruction set whose vectors the channels of a pixel fill, if there is one.
+    fn isa(isa: Isa, channels: usize) -> Option<Isa> {
+        Some(isa.narrowed(1 << channels.trailing_zeros().min(4))).filter(|isa| channels.is_multiple_of(isa.lanes()))
+    }
+
+    /// Whether a convolution can run here and should.
     pub(super) fn supports(isa: Isa, params: &ConvParams) -> bool {
-        let ConvParams { in_channels, out_channels, groups, .. } = *params;
-        groups == 1 && (1..=MAX_OUTPUTS).contains(&out_channels) && in_channels >= isa.lanes()
+        let ConvParams { in_channels, out_channels, groups, kernel: [kd, kh, _], .. } = *params;
+        groups == 1
+            && kd.checked_mul(kh).is_some_and(|lines| lines <= MAX_LINES)
+            && (1..=MAX_OUTPUTS).contains(&out_channels)
+            && in_channels > 0
+            && Self::isa(isa, in_channels).is_some()
     }
 
     /// Packs `weights` laid out `[out, in, taps]`; lengths were checked.
-    pub(super) fn new(params: &ConvParams, weights: &[f32], bias: Option<&[f32]>) -> Result<Self> {
+    pub(super) fn new(isa: Isa, params: &ConvParams, weights: &[f32], bias: Option<&[f32]>) -> Result<Self> {
+        let isa = Self::isa(isa, params.in_channels).unwrap_or(isa);
         let taps: usize = params.kernel.iter().product();
         let mut packed = Aligned::zeros(weights.len())?;
         let (k, rows) = (taps * params.in_channels, packed.as_mut_slice());
@@ -55,7 +69,7 @@ impl Narrow {
         }
         let mut own_bias = [0.0; MAX_OUTPUTS];
         own_bias.iter_mut().zip(bias.unwrap_or(&[])).for_each(|(own, bias)| *own = *bias);
-        Ok(Self { weights: packed, bias: own_bias })
+        Ok(Self { isa, weights: packed, bias: own_bias })
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -86,11 +100,13 @@ impl Narrow {
             None => start,
         };
         let out = OutPtr(out.as_mut_ptr());
-        let image =
-            Image { narrow: self, x, residual, out, activation, params, input, out_spatial, interior: start..end };
+        let image = Image { narrow: self, x, residual, out, params, input, out_spatial, interior: start..end };
         cx.for_each(tasks, cost, &|task| {
             for row in crate::gemm::part(rows, tasks, task) {
-                dispatch(cx.isa(), Row { image: &image, row });
+                dispatch(self.isa, Row { image: &image, row });
+                let cols = ow * params.out_channels;
+                let c = image.out.offset(row * cols).0;
+                dispatch(cx.isa(), Activate { activation, c, rows: 1, cols, ld: cols });
             }
         });
     }
@@ -102,7 +118,6 @@ struct Image<'a> {
     x: &'a [f32],
     residual: Option<&'a [f32]>,
     out: OutPtr,
-    activation: Activation,
     params: &'a ConvParams,
     input: &'a ConvInput,
     out_spatial: [usize; 3],
@@ -122,100 +137,105 @@ impl Kernel for Row<'_> {
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
         let Self { image, row } = self;
-        let outputs = image.params.out_channels;
+        let lines = image.lines(row);
+        let (outputs, ow) = (image.params.out_channels, image.out_spatial[2]);
+        let first = row * ow;
+        let columns = [8, 4, 3, 2][outputs - 1];
+        let (start, end) = (image.interior.start, image.interior.end);
+        let end = start + (end - start) / columns * columns;
+        // What fills no tile, and the sides, in one piece of code for all numbers of outputs.
+        for pixel in (first..first + start).chain(first + end..first + ow) {
+            for output in 0..outputs {
+                tile::<S, 1, 1>(s, image, &lines, pixel, output);
+            }
+        }
+        let pixels = first + start..first + end;
         match outputs {
-            1 => columns::<S, 1, 8>(s, image, row),
-            2 => columns::<S, 2, 4>(s, image, row),
-            3 => columns::<S, 3, 3>(s, image, row),
-            _ => columns::<S, 4, 2>(s, image, row),
-        }
-        let cols = image.out_spatial[2] * outputs;
-        let c = image.out.offset(row * cols).0;
-        Activate { activation: image.activation, c, rows: 1, cols, ld: cols }.run(s);
-    }
-}
-
-/// All columns of a row, `P` at once where all taps lie inside the line.
-#[inline(always)]
-fn columns<S: Simd, const N: usize, const P: usize>(s: S, image: &Image<'_>, row: usize) {
-    let ow = image.out_spatial[2];
-    let mut column = 0;
-    while column < ow {
-        if image.interior.contains(&column) && column + P <= image.interior.end {
-            tile::<S, N, P>(s, image, row, column);
-            column += P;
-        } else {
-            tile::<S, N, 1>(s, image, row, column);
-            column += 1;
+            1 => tiles::<S, 1, 8>(s, image, &lines, pixels),
+            2 => tiles::<S, 2, 4>(s, image, &lines, pixels),
+            3 => tiles::<S, 3, 3>(s, image, &lines, pixels),
+            _ => tiles::<S, 4, 2>(s, image, &lines, pixels),
         }
     }
 }
 
-/// `P` columns whose taps all lie inside the line, or one.
+/// Rows of a kernel that fall into the image, for one row of the output: where each line of the image and its taps begin.
+struct Lines {
+    list: [[usize; 2]; MAX_LINES],
+    count: usize,
+}
+
+impl Image<'_> {
+    /// Position of a tap along an axis, if it is not padding.
+    #[inline(always)]
+    fn position(&self, axis: usize, out: usize, tap: usize) -> Option<usize> {
+        let ConvParams { strides, dilations, .. } = self.params;
+        // Cannot overflow: the padded image was checked to be half an address space at most.
+        let at = (out * strides[axis] + tap * dilations[axis]) as isize - self.input.pads_begin[axis] as isize;
+        usize::try_from(at).ok().filter(|&at| at < self.input.spatial[axis])
+    }
+
+    fn lines(&self, row: usize) -> Lines {
+        let ConvParams { in_channels: channels, kernel: [_, kh, kw], .. } = *self.params;
+        let ([id, ih, iw], [od, oh, _]) = (self.input.spatial, self.out_spatial);
+        let mut lines = Lines { list: [[0; 2]; MAX_LINES], count: 0 };
+        for line in 0..self.params.kernel[0] * kh {
+            let (z, y) = (self.position(0, row / oh % od, line / kh), self.position(1, row % oh, line % kh));
+            if let (Some(z), Some(y)) = (z, y) {
+                let start = ((row / oh / od * id + z) * ih + y) * iw;
+                lines.list[lines.count] = [start * channels, line * kw * channels];
+                lines.count += 1;
+            }
+        }
+        lines
+    }
+}
+
+/// The columns of a range in whole tiles.
 #[inline(always)]
-fn tile<S: Simd, const N: usize, const P: usize>(s: S, image: &Image<'_>, row: usize, column: usize) {
-    let Image { narrow, x, residual, params, input, out_spatial: [od, oh, ow], .. } = image;
-    let ConvParams { in_channels: channels, kernel: [kd, kh, kw], strides, dilations, .. } = **params;
-    let [id, ih, iw] = input.spatial;
-    let (b, z, y) = (row / oh / od, row / oh % od, row % oh);
-    // Positions in the padded image cannot overflow: it was checked to be half an address space at most.
-    let position = |d: usize, out: usize, tap: usize| {
-        (out * strides[d] + tap * dilations[d]) as isize - input.pads_begin[d] as isize
-    };
-    let inside = |position: isize, size: usize| position >= 0 && position < size as isize;
+fn tiles<S: Simd, const N: usize, const P: usize>(s: S, image: &Image<'_>, lines: &Lines, pixels: Range<usize>) {
+    for pixel in pixels.step_by(P) {
+        tile::<S, N, P>(s, image, lines, pixel, 0);
+    }
+}
+
+/// The outputs from `first` on of `P` pixels whose taps all lie inside the line, or of any one.
+#[inline(always)]
+fn tile<S: Simd, const N: usize, const P: usize>(s: S, image: &Image<'_>, lines: &Lines, pixel: usize, first: usize) {
+    let Image { narrow, x, residual, params, .. } = image;
+    let ConvParams { in_channels: channels, kernel: [_, _, kw], strides, dilations, .. } = **params;
+    let column = pixel % image.out_spatial[2];
+    let (weights, step) = (narrow.weights.as_slice(), strides[2] * channels);
+    let k = weights.len() / params.out_channels;
     // Taps side by side in memory form one run.
     let merged = dilations[2] == 1 && image.interior.contains(&column);
-    let (runs, run) = if merged { (1, kw * channels) } else { (kw, channels) };
-    let k = kd * kh * kw * channels;
+    let (runs, length) = if merged { (1, kw * channels) } else { (kw, channels) };
     let mut acc = [[s.splat(0.0); N]; P];
-    for line in 0..kd * kh {
-        let (iz, iy) = (position(0, z, line / kh), position(1, y, line % kh));
-        if !inside(iz, id) || !inside(iy, ih) {
-            continue;
-        }
-        let start = ((b * id + iz as usize) * ih + iy as usize) * iw;
-        for kx in 0..runs {
-            let ix = position(2, column, kx);
-            if !inside(ix, iw) {
-                continue;
-            }
-            let first = (start + ix as usize) * channels;
-            let step = strides[2] * channels;
-            // The last column's run ends inside the line.
-            let x = &x[first..first + (P - 1) * step + run];
-            let w = &narrow.weights.as_slice()[(line * kw + kx) * channels..][..(N - 1) * k + run];
-            // SAFETY: the slices are that long.
-            unsafe { dots::<S, N, P>(s, x.as_ptr(), step, w.as_ptr(), k, run, &mut acc) };
+    for [line, tap] in &lines.list[..lines.count] {
+        for run in 0..runs {
+            let Some(at) = image.position(2, column, run) else { continue };
+            let x = &x[line + at * channels..][..(P - 1) * step + length];
+            let w = &weights[first * k + tap + run * channels..][..(N - 1) * k + length];
+            // SAFETY: the slices are that long, and lengths are multiples of that of a vector.
+            unsafe { dots::<S, N, P>(s, x.as_ptr(), step, w.as_ptr(), k, length, &mut acc) };
         }
     }
-    let at = (row * ow + column) * N;
+    let outputs = params.out_channels;
+    let at = pixel * outputs + first;
     for (p, acc) in acc.iter().enumerate() {
         for (n, acc) in acc.iter().enumerate() {
-            let i = at + p * N + n;
-            let y = s.reduce_add(*acc) + narrow.bias[n] + residual.map_or(0.0, |residual| residual[i]);
+            let i = at + p * outputs + n;
+            let y = s.reduce_add(*acc) + narrow.bias[first + n] + residual.map_or(0.0, |residual| residual[i]);
             // SAFETY: the row lies inside the output, and nobody else writes it.
             unsafe { *image.out.offset(i).0 = y };
         }
     }
 }
 
-/// The widest vectors.
-const MAX_LANES: usize = 16;
-/// Read from `MAX_LANES - lanes + n` on: the last `n` lanes are 1, those before 0.
-static NEW: [f32; 2 * MAX_LANES] = {
-    let mut new = [1.0; 2 * MAX_LANES];
-    let mut i = 0;
-    while i < MAX_LANES {
-        new[i] = 0.0;
-        i += 1;
-    }
-    new
-};
-
-/// `acc[p][n] += x[p * step ..] * w[n * k ..]`, of `run` elements each.
+/// `acc[p][n] += x[p * step ..] * w[n * k ..]`, of `length` elements each.
 ///
 /// # Safety
-/// They must be readable and fill a vector.
+/// They must be readable, and whole vectors.
 #[inline(always)]
 unsafe fn dots<S: Simd, const N: usize, const P: usize>(
     s: S,
@@ -223,14 +243,12 @@ unsafe fn dots<S: Simd, const N: usize, const P: usize>(
     step: usize,
     w: *const f32,
     k: usize,
-    run: usize,
+    length: usize,
     acc: &mut [[S::F32; N]; P],
 ) {
-    let whole = run / S::LANES * S::LANES;
-    let mut j = 0;
-    // SAFETY: promised by the caller.
-    unsafe {
-        while j < whole {
+    for j in (0..length).step_by(S::LANES) {
+        // SAFETY: promised by the caller.
+        unsafe {
             let mut weights = [s.splat(0.0); N];
             for (n, weights) in weights.iter_mut().enumerate() {
                 *weights = s.load_ptr(w.add(n * k + j));
@@ -239,17 +257,6 @@ unsafe fn dots<S: Simd, const N: usize, const P: usize>(
                 let x = s.load_ptr(x.add(p * step + j));
                 for (acc, w) in acc.iter_mut().zip(weights) {
                     *acc = s.mul_add(x, w, *acc);
-                }
-            }
-            j += S::LANES;
-        }
-        if j < run {
-            let at = run - S::LANES;
-            let new = s.lt(s.splat(0.0), s.load_ptr(NEW.as_ptr().add(MAX_LANES - S::LANES + run - j)));
-            for (p, acc) in acc.iter_mut().enumerate() {
-                let x = s.select(new, s.load_ptr(x.add(p * step + at)), s.splat(0.0));
-                for (n, acc) in acc.iter_mut().enumerate() {
-                    *acc = s.mul_add(x, s.load_ptr(w.add(n * k + at)), *acc);
                 }
             }
         }
