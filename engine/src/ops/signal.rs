@@ -7,7 +7,7 @@ use crate::for_dtype;
 use crate::tensor::{DType, TensorView};
 use weblane_kernels::naive::Number;
 use weblane_kernels::par::Cx;
-use weblane_kernels::signal::{dft, mel_weights};
+use weblane_kernels::signal::{Lines, Real, Transform, mel_weights};
 
 /// The operators of this file.
 pub const OPERATORS: &[Registration] = &[
@@ -103,7 +103,7 @@ impl Operator for Dft {
         cx.results(vec![Fact::with_shape(x.dtype, result)])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let x = io.input(0)?;
         let axis = self.axis(io.optional(2).map(scalar_of).transpose()?, x.rank())?;
         let n = self.length(io.optional(1).map(scalar_of).transpose()?, x.dims[axis])?;
@@ -115,33 +115,16 @@ impl Operator for Dft {
         for_dtype!(x.dtype, [F32, F64], T => {
             let x = x.as_slice::<T>()?;
             let y = io.output(0)?.as_slice::<T>()?;
-            let mut signal = vec![[0.0; 2]; n];
-            for o in 0..outer {
-                for i in 0..inner {
-                    for (k, s) in signal.iter_mut().enumerate() {
-                        // Half a spectrum stands for a whole one with conjugates behind.
-                        let mirrored = self.inverse && self.onesided && k > n / 2;
-                        let at = if mirrored { n - k } else { k };
-                        *s = [0.0; 2];
-                        if at < from {
-                            let at = ((o * from + at) * inner + i) * in_parts;
-                            s[0] = x[at].to_f64();
-                            s[1] = if in_parts == 2 { x[at + 1].to_f64() } else { 0.0 };
-                            if mirrored {
-                                s[1] = -s[1];
-                            }
-                        }
-                    }
-                    let result = dft(&signal, self.inverse);
-                    for (k, v) in result.iter().take(count).enumerate() {
-                        let at = ((o * count + k) * inner + i) * parts;
-                        y[at] = T::from_f64(v[0]);
-                        if parts == 2 {
-                            y[at + 1] = T::from_f64(v[1]);
-                        }
-                    }
-                }
-            }
+            let lines = |len: usize, parts: usize| Lines {
+                per_outer: inner,
+                outer: len * inner * parts,
+                inner: parts,
+                step: inner * parts,
+                len,
+                parts,
+            };
+            let plan = Transform::new(n, in_parts, self.inverse, self.onesided);
+            T::transform(cx, &plan, outer * inner, (x, lines(from, in_parts)), None, (y, lines(count, parts)));
             Ok(())
         }, else Err(wrong_dtype("the operand", x.dtype, "float32 and float64")))
     }
@@ -210,7 +193,7 @@ impl Operator for Stft {
         cx.results(vec![Fact::with_shape(x.dtype, result)])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let x = io.input(0)?;
         let &[batch, n, parts] = x.dims else { return Err(Error::internal("a signal of another rank")) };
         let step = scalar_of(io.input(1)?)?;
@@ -220,27 +203,19 @@ impl Operator for Stft {
             (None, Some(w)) => w.len(),
             (None, None) => return Err(Error::invalid_model("the length of a frame is missing")),
         };
+        if let Some(w) = window.filter(|w| w.len() != frame) {
+            return Err(Error::shape(format!("a window of {} for frames of {frame}", w.len())));
+        }
         let count = frames(n, frame, step)?;
         let bins = if self.onesided { frame / 2 + 1 } else { frame };
         for_dtype!(x.dtype, [F32, F64], T => {
             let x = x.as_slice::<T>()?;
             let window = window.map(|w| w.as_slice::<T>()).transpose()?;
             let y = io.output(0)?.as_slice::<T>()?;
-            let mut signal = vec![[0.0; 2]; frame];
-            for b in 0..batch {
-                for f in 0..count {
-                    for (k, s) in signal.iter_mut().enumerate() {
-                        let at = (b * n + f * step as usize + k) * parts;
-                        let w = window.map_or(1.0, |w| w[k].to_f64());
-                        *s = [x[at].to_f64() * w, if parts == 2 { x[at + 1].to_f64() * w } else { 0.0 }];
-                    }
-                    for (k, v) in dft(&signal, false).iter().take(bins).enumerate() {
-                        let at = ((b * count + f) * bins + k) * 2;
-                        y[at] = T::from_f64(v[0]);
-                        y[at + 1] = T::from_f64(v[1]);
-                    }
-                }
-            }
+            let inner = step as usize * parts;
+            let from = Lines { per_outer: count, outer: n * parts, inner, step: parts, len: frame, parts };
+            let to = Lines { per_outer: 1, outer: bins * 2, inner: 0, step: 2, len: bins, parts: 2 };
+            T::transform(cx, &Transform::new(frame, parts, false, false), batch * count, (x, from), window, (y, to));
             Ok(())
         }, else Err(wrong_dtype("the signal", x.dtype, "float32 and float64")))
     }
