@@ -31,6 +31,7 @@ pub mod reduce;
 pub mod reference;
 pub mod resize;
 pub mod rnn;
+pub mod roi;
 pub mod sampling;
 pub mod signal;
 pub mod simd;

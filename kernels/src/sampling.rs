@@ -140,18 +140,20 @@ pub fn cubic(t: f64, a: f64) -> [f64; 4] {
     [far(t + 1.0), near(t), near(1.0 - t), far(2.0 - t)]
 }
 
-/// The four pixels around a point of an image and their weights, as RoiAlign wants them: a point up to one pixel outside
-/// reads the border.
-fn around(y: f64, x: f64, height: usize, width: usize) -> Option<[(usize, f64); 4]> {
-    if !(-1.0..=height as f64).contains(&y) || !(-1.0..=width as f64).contains(&x) || height == 0 || width == 0 {
+/// The two pixels around a point of an axis of RoiAlign and how far it is from the first: a point up to one pixel outside
+/// is at the border.
+pub(crate) fn between(v: f64, size: usize) -> Option<(usize, usize, f64)> {
+    if !(-1.0..=size as f64).contains(&v) || size == 0 {
         return None;
     }
-    let axis = |v: f64, n: usize| {
-        let v = v.max(0.0);
-        let low = v as usize;
-        if low + 1 >= n { (n - 1, n - 1, 0.0) } else { (low, low + 1, v - low as f64) }
-    };
-    let ((y0, y1, ty), (x0, x1, tx)) = (axis(y, height), axis(x, width));
+    let v = v.max(0.0);
+    let low = v as usize;
+    Some(if low + 1 >= size { (size - 1, size - 1, 0.0) } else { (low, low + 1, v - low as f64) })
+}
+
+/// The four pixels around a point of an image and their weights.
+fn around(y: f64, x: f64, height: usize, width: usize) -> Option<[(usize, f64); 4]> {
+    let ((y0, y1, ty), (x0, x1, tx)) = (between(y, height)?, between(x, width)?);
     Some([
         (y0 * width + x0, (1.0 - ty) * (1.0 - tx)),
         (y0 * width + x1, (1.0 - ty) * tx),
@@ -175,6 +177,40 @@ pub struct RoiAlign {
     pub scale: f64,
 }
 
+/// One axis of a region.
+pub(crate) struct Region {
+    start: f64,
+    cell: f64,
+    /// Samples per cell.
+    pub(crate) samples: usize,
+}
+
+impl Region {
+    /// Where a sample of a cell lies.
+    pub(crate) fn at(&self, cell: usize, sample: usize) -> f64 {
+        self.start + cell as f64 * self.cell + (sample as f64 + 0.5) * self.cell / self.samples as f64
+    }
+}
+
+impl RoiAlign {
+    /// Rows and columns of the region with sides x1, y1, x2, y2 in an image of that height and width.
+    pub(crate) fn region(&self, side: impl Fn(usize) -> f64, image: [usize; 2]) -> [Region; 2] {
+        let shift = if self.half_pixel { 0.5 } else { 0.0 };
+        [0, 1].map(|axis| {
+            let [start, end] = [1 - axis, 3 - axis].map(|i| side(i) * self.scale - shift);
+            // The first form of the operator makes regions at least one pixel large.
+            let size = if self.half_pixel { end - start } else { (end - start).max(1.0) };
+            let cell = size / self.output[axis] as f64;
+            // A region cannot want more samples than would fit the image twice over.
+            let samples = match self.sampling {
+                0 => (cell.ceil().max(0.0) as usize).min(2 * image[axis] + 2),
+                s => s,
+            };
+            Region { start, cell, samples }
+        })
+    }
+}
+
 /// RoiAlign of `x`, `[batch, channels, height, width]`, for `rois`, `[n, 4]` as x1, y1, x2, y2, of images `batches`.
 ///
 /// # Panics
@@ -182,31 +218,18 @@ pub struct RoiAlign {
 pub fn roi_align<T: Number>(x: &[T], dims: [usize; 4], rois: &[T], batches: &[usize], p: &RoiAlign, y: &mut [T]) {
     let [_, channels, height, width] = dims;
     let [rows, cols] = p.output;
-    let shift = if p.half_pixel { 0.5 } else { 0.0 };
     for (r, &batch) in batches.iter().enumerate() {
-        let side = |i: usize| rois[r * 4 + i].to_f64() * p.scale - shift;
-        let (x1, y1, x2, y2) = (side(0), side(1), side(2), side(3));
-        let (mut w, mut h) = (x2 - x1, y2 - y1);
-        if !p.half_pixel {
-            // The first form of the operator makes regions at least one pixel large.
-            (w, h) = (w.max(1.0), h.max(1.0));
-        }
-        let (cell_h, cell_w) = (h / rows as f64, w / cols as f64);
-        // A region cannot want more samples than would fit the image twice over.
-        let samples = |cell: f64, n: usize| match p.sampling {
-            0 => (cell.ceil().max(0.0) as usize).min(2 * n + 2),
-            s => s,
-        };
-        let (sh, sw) = (samples(cell_h, height), samples(cell_w, width));
+        let [down, across] = p.region(|i| rois[r * 4 + i].to_f64(), [height, width]);
+        let (sh, sw) = (down.samples, across.samples);
         for c in 0..channels {
             let image = &x[(batch * channels + c) * height * width..][..height * width];
             for i in 0..rows {
                 for j in 0..cols {
                     let (mut sum, mut max) = (0.0, None);
                     for a in 0..sh {
-                        let py = y1 + i as f64 * cell_h + (a as f64 + 0.5) * cell_h / sh as f64;
+                        let py = down.at(i, a);
                         for b in 0..sw {
-                            let px = x1 + j as f64 * cell_w + (b as f64 + 0.5) * cell_w / sw as f64;
+                            let px = across.at(j, b);
                             let taps = around(py, px, height, width).unwrap_or([(0, 0.0); 4]);
                             let values = taps.map(|(at, w)| if w == 0.0 { 0.0 } else { w * image[at].to_f64() });
                             sum += values.iter().sum::<f64>();

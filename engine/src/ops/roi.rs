@@ -4,8 +4,10 @@ use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
 use crate::for_dtype;
+use crate::tensor::DType;
 use weblane_kernels::naive::Number;
 use weblane_kernels::par::Cx;
+use weblane_kernels::roi::roi_mean;
 use weblane_kernels::sampling::{RoiAlign as Align, max_roi_pool, roi_align};
 
 /// The operators of this file.
@@ -70,7 +72,7 @@ impl Operator for RoiAlign {
         cx.results(vec![Fact::with_shape(x.dtype, shape.into_iter().collect())])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (x, rois) = (io.input(0)?, io.input(1)?);
         let &[batch, c, h, w] = x.dims else { return Err(Error::internal("x is no image")) };
         let index = |i: &i64| {
@@ -78,6 +80,10 @@ impl Operator for RoiAlign {
             fits.ok_or_else(|| Error::invalid_input(format!("region of image {i}; there are {batch}")))
         };
         let batches: Vec<usize> = io.input(2)?.to_i64s()?.iter().map(index).collect::<Result<_>>()?;
+        if x.dtype == DType::F32 && !self.0.max {
+            let y = io.output(0)?.as_slice()?;
+            return Ok(roi_mean(cx, x.as_slice()?, [batch, c, h, w], rois.as_slice()?, &batches, &self.0, y)?);
+        }
         for_dtype!(x.dtype, [F32, F64], T => {
             let y = io.output(0)?.as_slice::<T>()?;
             roi_align(x.as_slice::<T>()?, [batch, c, h, w], rois.as_slice::<T>()?, &batches, &self.0, y);
