@@ -18,8 +18,8 @@
 //! that end with them and overlap the ones before, which stores the same values twice; so do columns that do not fill
 //! the last tile.
 //!
-//! That is for widths 3 and 5 with strides 1 and 2; other kernels have a loop over taps instead, and columns at the sides
-//! one by one.
+//! That is for widths 3 and 5 with strides 1 and 2 and width 7 with stride 1; other kernels have a loop over taps instead,
+//! with two vectors of channels so that sums do not wait for each other, and columns at the sides one by one, with four.
 
 use crate::conv::{ConvInput, ConvParams};
 use crate::epilogue::Activation;
@@ -198,10 +198,17 @@ impl Image<'_> {
                 residual: self.residual.map_or(core::ptr::null(), |residual| residual[at..].as_ptr()),
             }
         };
+        // Several vectors overlap, so there must be as many.
+        let several = |vectors: usize| c >= vectors * isa.lanes();
         let any = |columns: Range<usize>| {
             for column in columns {
                 let taps = clip(left(column), dilation, kw, self.width[0]);
-                dispatch(isa, AnyTiles::<1> { image: self, place: place(column, taps), tiles: 1 });
+                let place = place(column, taps);
+                if several(4) {
+                    dispatch(isa, AnyTiles::<1, 4> { image: self, place, tiles: 1 });
+                } else {
+                    dispatch(isa, AnyTiles::<1, 1> { image: self, place, tiles: 1 });
+                }
             }
         };
         if ow < COLUMNS {
@@ -229,7 +236,11 @@ impl Image<'_> {
             let tiles = inside.len() / COLUMNS;
             if tiles > 0 {
                 let place = place(inside.start, 0..kw);
-                dispatch(isa, AnyTiles::<COLUMNS> { image: self, place, tiles });
+                if several(2) {
+                    dispatch(isa, AnyTiles::<COLUMNS, 2> { image: self, place, tiles });
+                } else {
+                    dispatch(isa, AnyTiles::<COLUMNS, 1> { image: self, place, tiles });
+                }
             }
             any(inside.start + tiles * COLUMNS..ow);
         }
@@ -242,7 +253,7 @@ impl Image<'_> {
     fn known(&self, isa: Isa) -> bool {
         // They compute whole vectors only.
         self.channels >= vectors(self.kernel[1]) * isa.lanes()
-            && matches!((self.kernel[1], self.strides[1], self.dilations[1]), (3 | 5, 1 | 2, 1))
+            && matches!((self.kernel[1], self.strides[1], self.dilations[1]), (3 | 5, 1 | 2, 1) | (7, 1, 1))
     }
 
     /// Tiles side by side with all taps of a row inside the image, or one of which some are not, whose first input is
@@ -264,8 +275,9 @@ impl Image<'_> {
         match (self.kernel[1], self.strides[1]) {
             (3, 1) => tiles!(3, 1),
             (3, _) => tiles!(3, 2),
-            (_, 1) => tiles!(5, 1),
-            _ => tiles!(5, 2),
+            (5, 1) => tiles!(5, 1),
+            (5, _) => tiles!(5, 2),
+            _ => tiles!(7, 1),
         }
     }
 }
@@ -327,7 +339,7 @@ impl<const KW: usize, const STRIDE: usize, const V: usize, const EDGE: bool> Ker
             loop {
                 // SAFETY: the contract of the type, and c + V * LANES <= channels.
                 unsafe {
-                    let mut acc = [load_all::<S, V>(s, image.bias.as_ptr().add(c)); COLUMNS];
+                    let mut acc = [load_all::<S, V>(s, image.bias.as_ptr().add(c), S::LANES); COLUMNS];
                     let zeros = image.zeros.as_ptr().add(c);
                     for kh in 0..place.taps[0] {
                         let x = place.x.wrapping_add(kh * place.row_step + c);
@@ -354,16 +366,16 @@ impl<const KW: usize, const STRIDE: usize, const V: usize, const EDGE: bool> Ker
     }
 }
 
-/// Vectors side by side.
+/// Vectors side by side, or as many `lanes` of one.
 ///
 /// # Safety
 /// They must be readable.
 #[inline(always)]
-unsafe fn load_all<S: Simd, const V: usize>(s: S, p: *const f32) -> [S::F32; V] {
+unsafe fn load_all<S: Simd, const V: usize>(s: S, p: *const f32, lanes: usize) -> [S::F32; V] {
     let mut all = [s.splat(0.0); V];
     for (v, x) in all.iter_mut().enumerate() {
         // SAFETY: promised by the caller.
-        *x = unsafe { s.load_ptr(p.add(v * S::LANES)) };
+        *x = unsafe { load(s, p.add(v * S::LANES), lanes) };
     }
     all
 }
@@ -399,14 +411,15 @@ fn add<S: Simd, const KW: usize, const STRIDE: usize, const V: usize>(
     }
 }
 
-/// Tiles for any kernel width, stride, dilation, clipping and number of channels. Contract as for [`Tiles`].
-struct AnyTiles<'a, const T: usize> {
+/// Tiles for any kernel width, stride, dilation, clipping and number of channels, `V` vectors at least if that is not 1.
+/// Contract as for [`Tiles`].
+struct AnyTiles<'a, const T: usize, const V: usize> {
     image: &'a Image<'a>,
     place: Place,
     tiles: usize,
 }
 
-impl<const T: usize> Kernel for AnyTiles<'_, T> {
+impl<const T: usize, const V: usize> Kernel for AnyTiles<'_, T, V> {
     type Output = ();
 
     #[cfg_attr(target_arch = "wasm32", inline(never))]
@@ -415,31 +428,34 @@ impl<const T: usize> Kernel for AnyTiles<'_, T> {
         let image = self.image;
         let channels = image.channels;
         let [step, tap_step] = [image.strides[1] * channels, image.dilations[1] * channels];
-        let lanes = S::LANES.min(channels);
+        let lanes = if V == 1 { S::LANES.min(channels) } else { S::LANES };
         for tile in 0..self.tiles {
             let place = self.place.tile(image, tile, T);
             let mut c = 0;
             loop {
-                // SAFETY: the contract of the type, and c + lanes <= channels.
+                // SAFETY: the contract of the type, and c + V * lanes <= channels.
                 unsafe {
-                    let mut acc = [[load(s, image.bias.as_ptr().add(c), lanes)]; T];
+                    let mut acc = [load_all::<S, V>(s, image.bias.as_ptr().add(c), lanes); T];
                     for kh in 0..place.taps[0] {
                         let w = place.w.add(kh * image.kernel[1] * channels + c);
                         let x = place.x.wrapping_add(kh * place.row_step + c);
                         for kw in 0..place.taps[1] {
-                            let weight = load(s, w.add(kw * channels), lanes);
+                            let weights = load_all::<S, V>(s, w.add(kw * channels), lanes);
                             let x = x.wrapping_add(kw * tap_step);
-                            for (t, [acc]) in acc.iter_mut().enumerate() {
-                                *acc = s.mul_add(load(s, x.add(t * step), lanes), weight, *acc);
+                            for (t, acc) in acc.iter_mut().enumerate() {
+                                for (v, acc) in acc.iter_mut().enumerate() {
+                                    let x = load(s, x.add(t * step + v * S::LANES), lanes);
+                                    *acc = s.mul_add(x, weights[v], *acc);
+                                }
                             }
                         }
                     }
                     finish(s, image, &place, &mut acc, c, lanes);
                 }
-                if c + lanes == channels {
+                if c + V * lanes == channels {
                     break;
                 }
-                c = (c + lanes).min(channels - lanes);
+                c = (c + V * lanes).min(channels - V * lanes);
             }
         }
     }
