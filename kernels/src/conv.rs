@@ -102,6 +102,35 @@ impl ConvParams {
         }
         Ok(out)
     }
+
+    /// The same convolution of such an input without the sides of the kernel that meet nothing but padding, whatever the
+    /// output: its parameters, its padding, and the first tap that is left.
+    ///
+    /// A 3 x 3 kernel whose dilation is the size of the image is its tap in the middle.
+    ///
+    /// # Errors
+    /// If the kernel does not fit into the padded input.
+    pub fn trimmed(&self, input: &ConvInput) -> Result<(Self, ConvInput, [usize; 3])> {
+        let out = self.output_spatial(input)?;
+        let (mut params, mut part, mut first) = (self.clone(), input.clone(), [0; 3]);
+        for d in 0..3 {
+            let (taps, dilation, pads) = (self.kernel[d], self.dilations[d], [input.pads_begin[d], input.pads_end[d]]);
+            let used = |&t: &usize| {
+                // The first output for which the tap is not before the image.
+                let o = pads[0].saturating_sub(t * dilation).div_ceil(self.strides[d]);
+                o < out[d] && o * self.strides[d] + t * dilation < pads[0] + input.spatial[d]
+            };
+            let (Some(start), Some(last)) = ((0..taps).find(used), (0..taps).rfind(used)) else { continue };
+            // There is no padding of negative size.
+            let start = start.min(pads[0] / dilation);
+            let after = (taps - 1 - last).min(pads[1] / dilation);
+            first[d] = start;
+            params.kernel[d] = taps - start - after;
+            part.pads_begin[d] -= start * dilation;
+            part.pads_end[d] -= after * dilation;
+        }
+        Ok((params, part, first))
+    }
 }
 
 /// What of a convolution depends on its input.
@@ -174,6 +203,21 @@ pub(crate) fn volume(sizes: &[usize]) -> Result<usize> {
         .try_fold(1usize, |product, &size| product.checked_mul(size))
         .filter(|&product| product <= isize::MAX as usize / size_of::<f32>())
         .ok_or_else(|| Error::new(format!("a tensor of {sizes:?} elements does not fit the address space")))
+}
+
+/// Of weights `[..., kd, kh, kw]` the part of each kernel that begins at `first`.
+///
+/// # Panics
+/// If it ends outside of the kernel.
+pub fn part_of_kernels(weights: &[f32], kernel: [usize; 3], first: [usize; 3], part: [usize; 3]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(weights.len() / kernel.iter().product::<usize>() * part.iter().product::<usize>());
+    for kernel_of_one in weights.chunks_exact(kernel.iter().product()) {
+        for line in 0..part[0] * part[1] {
+            let (z, y) = (first[0] + line / part[1], first[1] + line % part[1]);
+            out.extend_from_slice(&kernel_of_one[(z * kernel[1] + y) * kernel[2] + first[2]..][..part[2]]);
+        }
+    }
+    out
 }
 
 /// Refuses a slice that does not have the `wanted` number of elements.

@@ -7,8 +7,9 @@ use super::{
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
 use crate::tensor::{DType, Tensor};
+use std::borrow::Cow;
 use std::sync::Arc;
-use weblane_kernels::conv::{Algorithm, Conv as Kernel, ConvInput, ConvParams, Layout};
+use weblane_kernels::conv::{Algorithm, Conv as Kernel, ConvInput, ConvParams, Layout, part_of_kernels};
 use weblane_kernels::epilogue::Activation;
 use weblane_kernels::naive;
 use weblane_kernels::par::Cx;
@@ -180,8 +181,14 @@ impl Operator for Conv {
             return Ok(None);
         }
         let (params, input) = self.geometry(&cx.dims(0)?, weights.dims())?;
-        let algorithm = algorithm(cx, &params, Some(&input)).unwrap_or(Algorithm::Direct);
-        let packed = pack(cx, weights, bias, params, algorithm)?;
+        let packed_for = |whole: [usize; 3], (params, input, first): (ConvParams, ConvInput, [usize; 3])| {
+            let algorithm = algorithm(cx, &params, Some(&input)).unwrap_or(Algorithm::Direct);
+            Ok((pack(cx, weights, bias.clone(), whole, params, first, algorithm)?, input))
+        };
+        // Weights that were packed and dropped before the size of the image was known are there with all taps only.
+        let whole = params.kernel;
+        let (packed, input) = packed_for(whole, params.trimmed(&input)?)
+            .or_else(|_: Error| packed_for(whole, (params.clone(), input.clone(), [0; 3])))?;
         let flops = input_flops(&packed.kernel, &input)?;
         Ok(Some(Arc::new(Prepared { op: self.clone(), packed, input, flops })))
     }
@@ -196,8 +203,13 @@ impl Operator for Conv {
         let params = self.params(weights.dims())?;
         let input = self.input_if_known(cx, weights.dims())?;
         // Without the size of the image the choice has to wait, and with it the packing.
+        let whole = params.kernel;
+        let (params, input, first) = match input.map(|input| params.trimmed(&input)).transpose()? {
+            Some((params, input, first)) => (params, Some(input), first),
+            None => (params, None, [0; 3]),
+        };
         let Some(algorithm) = algorithm(cx, &params, input.as_ref()) else { return Ok(&[]) };
-        pack(cx, weights, bias, params, algorithm)?;
+        pack(cx, weights, bias, whole, params, first, algorithm)?;
         Ok(&[1])
     }
 
@@ -261,18 +273,25 @@ struct Packed {
     _bias: Option<Arc<Tensor>>,
 }
 
+/// Packs the taps from `first` on of a kernel of size `whole`, as many as `params` says.
 fn pack(
     cx: &Prepare,
     weights: &Arc<Tensor>,
     bias: Option<Arc<Tensor>>,
+    whole: [usize; 3],
     params: ConvParams,
+    first: [usize; 3],
     algorithm: Algorithm,
 ) -> Result<Arc<Packed>> {
     let isa: Isa = cx.isa;
-    let kind = format!("conv {isa} {algorithm:?} {params:?} {:?}", bias.as_ref().map(Arc::as_ptr));
+    let kind = format!("conv {isa} {algorithm:?} {params:?} {first:?} {:?}", bias.as_ref().map(Arc::as_ptr));
     cx.cache.get(weights, &kind, |w| {
         let b = bias.as_ref().map(|b| b.as_slice::<f32>()).transpose()?;
-        let kernel = Kernel::new(isa, params, algorithm, w.as_slice::<f32>()?, b)?;
+        let mut w = Cow::Borrowed(w.as_slice::<f32>()?);
+        if params.kernel != whole {
+            w = part_of_kernels(&w, whole, first, params.kernel).into();
+        }
+        let kernel = Kernel::new(isa, params, algorithm, &w, b)?;
         Ok(Packed { kernel, _bias: bias })
     })
 }
@@ -375,6 +394,42 @@ mod tests {
                 assert_eq!(cache.len(), 1);
             }
         });
+    }
+
+    #[test]
+    fn taps_in_the_padding_are_not_packed() {
+        let (x, w) = (ramp(8), ramp(18));
+        let bias = f32s(&[1], &[0.5]);
+        let pads = OneNode::new("Conv").ints("pads", &[2; 4]).ints("dilations", &[2, 2]);
+        let y = pads.run(&[f32s(&[1, 2, 2, 2], &x), f32s(&[1, 2, 3, 3], &w), bias]).unwrap();
+        let want: Vec<f32> = (0..4).map(|i| 4.0 * x[i] + 13.0 * x[4 + i] + 0.5).collect();
+        assert_eq!(y[0].as_slice::<f32>().unwrap(), want);
+        // Of unknown size: all taps are packed before, and the plan makes do with them.
+        let conv = |size: Dim| {
+            let axes = |sizes: &[usize]| sizes.iter().copied().collect();
+            let (strides, dilations, pads) = (axes(&[]), axes(&[2, 2]), axes(&[2; 4]));
+            let window = Window { kernel: None, strides, dilations, pads, auto_pad: AutoPad::NotSet, ceil: false };
+            let (layout, activation) = (Layout::Nchw, Activation::Identity);
+            let conv = Conv { window, groups: 1, layout, activation, residual: false };
+            let w = Arc::new(f32s(&[1, 2, 3, 3], &w));
+            let dims = [Dim::Known(1), Dim::Known(2), size.clone(), size];
+            let early =
+                [Some(Fact::with_shape(DType::F32, dims.into_iter().collect())), Some(Fact::constant(w.clone()))];
+            let outputs = [Fact::new(DType::F32, &[1, 1, 2, 2])];
+            let cache = PackCache::new(Precision::Fast);
+            Pool::new(1).run(Isa::best(), |cx| {
+                let prepare = Prepare { isa: cx.isa(), cx, inputs: &early, outputs: &outputs, cache: &cache };
+                assert_eq!(conv.prepack(&prepare).unwrap(), [1]);
+                let released = Arc::new(Tensor::released(DType::F32, &[1, 2, 3, 3]));
+                cache.release(&w, &released).unwrap();
+                let inputs = [Some(Fact::new(DType::F32, &[1, 2, 2, 2])), Some(Fact::constant(released))];
+                let prepare = Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache: &cache };
+                let flops = conv.prepare(&prepare).unwrap().unwrap().flops();
+                assert_eq!(cache.len(), 1);
+                flops
+            })
+        };
+        assert_eq!([conv(Dim::Known(2)), conv(Dim::Unknown)], [16, 144]);
     }
 
     #[test]

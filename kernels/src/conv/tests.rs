@@ -232,3 +232,36 @@ fn few_outputs() {
         check(&c);
     }
 }
+
+#[test]
+fn taps_in_the_padding_are_left_out() {
+    // Kernel, stride, dilation, pads before and after, what is left of the kernel and from where; height 7, width 9.
+    for (kernel, stride, dilation, begin, end, left, first) in [
+        ([3, 3], 1, [9, 9], [9, 9], [9, 9], [1, 1], [1, 1]),
+        ([3, 3], 1, [7, 8], [7, 8], [7, 8], [1, 3], [1, 0]),
+        ([3, 3], 2, [9, 9], [8, 9], [9, 9], [2, 1], [0, 1]),
+        ([5, 4], 1, [3, 5], [6, 0], [6, 15], [5, 2], [0, 0]),
+        ([3, 3], 1, [1, 1], [1, 1], [1, 1], [3, 3], [0, 0]),
+        ([1, 2], 3, [1, 9], [0, 9], [0, 0], [1, 1], [0, 1]),
+    ] {
+        let mut c = case([5, 6, 1], 2, [7, 9], kernel, stride, 0);
+        c.params.dilations = [1, dilation[0], dilation[1]];
+        c.input.pads_begin = [0, begin[0], begin[1]];
+        c.input.pads_end = [0, end[0], end[1]];
+        let (params, input, from) = c.params.trimmed(&c.input).unwrap();
+        assert_eq!(
+            (params.kernel, from),
+            ([1, left[0], left[1]], [0, first[0], first[1]]),
+            "{:?} {:?}",
+            c.params,
+            c.input
+        );
+        let out = c.params.output_spatial(&c.input).unwrap();
+        assert_eq!(params.output_spatial(&input).unwrap(), out);
+        let w = integers(30 * kernel[0] * kernel[1], 1);
+        let (x, bias) = (integers(2 * 63 * 5, 2), [0.5; 6]);
+        let part = part_of_kernels(&w, c.params.kernel, from, params.kernel);
+        let want = reference(&c.params, &c.input, out, &x, &w, &bias);
+        assert_eq!(reference(&params, &input, out, &x, &part, &bias), want);
+    }
+}
