@@ -19,7 +19,7 @@ use crate::depthwise::Depthwise;
 use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
 use crate::gemm::{self, Lhs, Matrix, OutPtr, PackedB, Problem, Rhs};
-use crate::movement;
+use crate::movement::{self, Axis};
 use crate::par::{Cx, DisjointMut};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::winograd::{self, TileSize, Winograd};
@@ -405,6 +405,31 @@ impl Conv {
                 problem(group).with(rows)
             });
         }
+        let pads = |d: usize| input.pads_begin[d] + input.pads_end[d];
+        let padded = [0, 1, 2].map(|d| input.spatial[d] + pads(d));
+        if kernel[0] > 1
+            && in_channels <= PADDED_CHANNELS
+            && padded != input.spatial
+            && let Ok(len) = volume(&[input.batch, padded[0], padded[1], padded[2], in_channels])
+            && len / 4 <= x.len()
+        {
+            return cx.with_workspace(len, |workspace| {
+                workspace.fill(0.0);
+                let (mut from, mut to, mut axes) =
+                    (in_channels, in_channels, [Axis { len: in_channels, src: 1, dst: 1 }; 5]);
+                let mut first = 0;
+                for d in (0..3).rev() {
+                    axes[d + 1] = Axis { len: input.spatial[d], src: from as isize, dst: to };
+                    first += input.pads_begin[d] * to;
+                    (from, to) = (from * input.spatial[d], to * padded[d]);
+                }
+                axes[0] = Axis { len: input.batch, src: from as isize, dst: to };
+                let (from, to) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(&mut *workspace));
+                movement::copy_strided(cx, 4, &axes, from, 0, to, first)?;
+                let input = ConvInput { batch: input.batch, spatial: padded, pads_begin: [0; 3], pads_end: [0; 3] };
+                self.run_channels_last(cx, &input, out_spatial, workspace, residual, activation, out)
+            });
+        }
         let patches = |group: usize| Patches {
             x,
             channels: in_channels,
@@ -440,6 +465,9 @@ impl Conv {
     }
 }
 
+/// Channels up to which images of three dimensions are copied with their padding: there a sixth of the patches may reach
+/// into it, and to clip their short runs takes several times as long as to copy them.
+const PADDED_CHANNELS: usize = 4;
 /// Output channels from which a small number of patches is gathered once: with fewer, blocks do not share rows.
 const GATHER_ONCE_COLUMNS: usize = 256;
 /// Elements of patches that are gathered once at most: what stays near (1 MiB).
