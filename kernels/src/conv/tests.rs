@@ -107,6 +107,19 @@ fn dilated_and_uneven() {
 }
 
 #[test]
+fn three_dimensions_of_few_channels() {
+    for (channels, groups) in [(1, 1), (3, 1), (4, 2), (5, 1)] {
+        let mut c = case([channels, 6, groups], 2, [6, 9], [3, 3], 1, 1);
+        c.params.kernel[0] = 2;
+        c.params.strides[2] = 2;
+        c.input.spatial[0] = 4;
+        c.input.pads_begin[0] = 1;
+        c.input.pads_end = [0, 2, 3];
+        check(&c);
+    }
+}
+
+#[test]
 fn one_and_three_dimensions() {
     for groups in [1, 4] {
         let mut c = case([4, 4, groups], 2, [1, 19], [1, 5], 2, 0);
@@ -141,6 +154,10 @@ fn depthwise() {
         }
     }
     check(&case([64, 64, 64], 1, [40, 40], [3, 3], 1, 1));
+    // Several vectors of channels at the sides of the image, the last ones overlapping.
+    for (kernel, stride) in [([7, 7], 1), ([7, 7], 2), ([2, 9], 1), ([13, 13], 1)] {
+        check(&case([70, 70, 70], 1, [6, 12], kernel, stride, kernel[1] / 2));
+    }
     check(&case([6, 6, 6], 1, [1, 1], [3, 3], 1, 1));
     check(&case([6, 6, 6], 1, [2, 2], [5, 5], 2, 2));
 }
