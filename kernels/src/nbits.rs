@@ -427,14 +427,19 @@ mod tests {
                         for m in [1, 2, 3, 4, 7, 33] {
                             let a = reals(m * k, 6);
                             let want = reference::gemm(ndarray::ArrayView2::from_shape((m, k), &a).unwrap(), w.view());
-                            let epilogue =
-                                Epilogue { bias: Some(&bias), residual: None, activation: Activation::Identity };
+                            let residual = reals(m * n, 7);
+                            let epilogue = Epilogue {
+                                bias: Some(&bias),
+                                residual: Some(&residual),
+                                activation: Activation::LeakyRelu { alpha: 0.5 },
+                            };
                             let mut y = vec![9.0; m * n];
                             gemm(cx, Matrix::new(&a, m, k), Rhs::Bits(&packed), &epilogue, &mut y, n).unwrap();
                             // Sums of k products of up to 1.3 with weights of up to 2^bits * 0.13.
                             let tolerance = 1e-6 * (k as f64).sqrt() * f64::from(1u32 << bits);
                             for (i, (&y, want)) in y.iter().zip(want.iter()).enumerate() {
-                                let want = want + f64::from(bias[i % n]);
+                                let want = want + f64::from(bias[i % n]) + f64::from(residual[i]);
+                                let want = if want < 0.0 { 0.5 * want } else { want };
                                 assert!(
                                     (f64::from(y) - want).abs() <= tolerance,
                                     "{} {format:?} {zeros:?} m {m} element {i}: {y} for {want}",

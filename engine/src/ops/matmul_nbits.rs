@@ -14,12 +14,15 @@ use weblane_kernels::simd::Isa;
 /// The operators of this file.
 pub const OPERATORS: &[Registration] = &[Registration::microsoft("MatMulNBits", parse)];
 
-/// `A B + bias` for A of `[..., k]`. Operands: A, B as bytes of `[n, blocks, block * bits / 8]`, scales `[n, blocks]`, zero
-/// points (packed like B, or real, or left out for the middle of the range), none, bias `[n]`.
+/// `activation(A B + bias + residual)` for A of `[..., k]`. Operands: A, B as bytes of `[n, blocks, block * bits / 8]`, scales
+/// `[n, blocks]`, zero points (packed like B, or real, or left out for the middle of the range), none, bias `[n]`, a residual
+/// of the result's shape.
 #[derive(Clone, Debug)]
 pub struct MatMulNBits {
     /// What B is.
     pub format: Format,
+    /// Applied last; set by the optimiser, which adds the residual too.
+    pub activation: Activation,
 }
 
 fn parse(a: &mut Attributes) -> Result<Op> {
@@ -53,7 +56,7 @@ fn parse(a: &mut Attributes) -> Result<Op> {
             "operand g_idx, which orders blocks anew, is given; only blocks of neighbours can be computed",
         ));
     }
-    Ok(MatMulNBits { format }.into())
+    Ok(MatMulNBits { format, activation: Activation::Identity }.into())
 }
 
 /// Blocks may have scale 0, and a negative one where the range leans that way: quantisers write both.
@@ -95,8 +98,8 @@ impl MatMulNBits {
         let (a, n) = (io.input(0)?, self.format.n);
         let rows = element_count(&a.dims[..a.rank().saturating_sub(1)])?;
         let a = Matrix::new(a.as_slice::<f32>()?, rows, self.format.k);
-        let bias = io.optional(5).map(|b| b.as_slice::<f32>()).transpose()?;
-        let epilogue = Epilogue { bias, residual: None, activation: Activation::Identity };
+        let extra = |at| io.optional(at).map(|t| t.as_slice::<f32>()).transpose();
+        let epilogue = Epilogue { bias: extra(5)?, residual: extra(6)?, activation: self.activation };
         Ok(gemm(cx, a, Rhs::Bits(b), &epilogue, io.output(0)?.as_slice::<f32>()?, n)?)
     }
 }
@@ -152,7 +155,13 @@ impl Operator for MatMulNBits {
         }
         let rows = shape[..shape.len() - 1].iter().cloned();
         let y: Shape = rows.chain(std::iter::once(Dim::Known(n))).collect();
-        cx.results(vec![Fact::with_shape(a.dtype, y)])
+        let y = Fact::with_shape(a.dtype, y);
+        if let (Some(r), Some(y)) = (cx.optional(6).and_then(Fact::dims), y.dims())
+            && r != y
+        {
+            return Err(Error::shape(format!("the residual is of shape {r:?}, the result {y:?}")));
+        }
+        cx.results(vec![y])
     }
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {

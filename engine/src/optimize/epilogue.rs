@@ -1,12 +1,12 @@
 //! Epilogues: what follows a product element by element is computed while the product is in registers.
 //!
 //! ```text
-//! MatMul or MatMulNBits + bias [n]   -> with bias
+//! MatMul + bias [n]                  -> with bias
 //! Conv or MatMul + other             -> with residual, if `other` has the shape of the result for sure
 //! activation(Conv, MatMul or Gemm)   -> with activation
 //! ```
 //!
-//! Kernels compute `activation(product + bias + residual)`, so nothing is added after an activation.
+//! and MatMulNBits like MatMul. Kernels compute `activation(product + bias + residual)`, so nothing is added after an activation.
 
 use super::Pass;
 use super::activation::{activation_of, compose};
@@ -55,6 +55,8 @@ fn activate(view: &View, i: usize) -> Option<Replacement> {
         MatMul { activation: compose(matmul.activation, activation)?, ..matmul.clone() }.into()
     } else if let Some(gemm) = product.op.get::<Gemm>() {
         Gemm { activation: compose(gemm.activation, activation)?, ..gemm.clone() }.into()
+    } else if let Some(few_bits) = product.op.get::<MatMulNBits>() {
+        MatMulNBits { activation: compose(few_bits.activation, activation)?, ..few_bits.clone() }.into()
     } else {
         let mut integer = product.op.get::<IntegerProduct>()?.clone();
         let Target::Real { activation: last, .. } = &mut integer.target else { return None };
@@ -91,7 +93,7 @@ fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacem
             return Some(Replacement { root: i, nodes: vec![i, p], op: integer.into(), operands });
         }
         (integer.into(), at)
-    } else if let Some(few_bits) = product.op.get::<MatMulNBits>().filter(|_| product.inputs.len() <= 5) {
+    } else if let Some(few_bits) = few_bits(product).filter(|_| product.inputs.get(5).is_none_or(Option::is_none)) {
         (few_bits.clone().into(), 5)
     } else {
         let matmul = product.op.get::<MatMul>().filter(|m| !m.bias && m.activation == plain)?;
@@ -107,9 +109,18 @@ fn add_bias(view: &View, i: usize, x: ValueId, bias: ValueId) -> Option<Replacem
         return None;
     }
     let mut operands = operands(product);
-    operands.resize_with(operands.len().max(at), || Operand::Absent);
-    operands.insert(at, bias.into());
+    if few_bits(product).is_some() {
+        operands.resize_with(operands.len().max(at + 1), || Operand::Absent);
+        operands[at] = bias.into();
+    } else {
+        operands.insert(at, bias.into());
+    }
     Some(Replacement { root: i, nodes: vec![i, p], op, operands })
+}
+
+/// Weights of few bits in a product without activation: its operands have fixed places.
+fn few_bits(product: &Node) -> Option<&MatMulNBits> {
+    product.op.get::<MatMulNBits>().filter(|m| m.activation == Activation::Identity)
 }
 
 /// A constant that adds one number to each channel of `[batch, channels, spatial...]`, as a vector.
@@ -128,7 +139,11 @@ fn add_residual(view: &View, i: usize, x: ValueId, residual: ValueId) -> Option<
         return None;
     }
     let plain = Activation::Identity;
-    let op: Op = if let Some(conv) = product.op.get::<Conv>().filter(|c| c.activation == plain && !c.residual) {
+    let mut operands = operands(product);
+    let op: Op = if let Some(few_bits) = few_bits(product).filter(|_| operands.len() <= 6) {
+        operands.resize_with(6, || Operand::Absent);
+        few_bits.clone().into()
+    } else if let Some(conv) = product.op.get::<Conv>().filter(|c| c.activation == plain && !c.residual) {
         Conv { residual: true, ..conv.clone() }.into()
     } else if let Some(matmul) = product.op.get::<MatMul>().filter(|m| m.activation == plain && !m.residual) {
         MatMul { residual: true, ..matmul.clone() }.into()
@@ -140,7 +155,6 @@ fn add_residual(view: &View, i: usize, x: ValueId, residual: ValueId) -> Option<
         }
         integer.into()
     };
-    let mut operands = operands(product);
     operands.push(residual.into());
     Some(Replacement { root: i, nodes: vec![i, p], op, operands })
 }
@@ -223,22 +237,35 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_few_bits_take_a_bias() {
-        let mut n = Net::new(21);
-        let x = n.input("x", &[2, 3, 32]);
-        let bytes: Vec<u8> = (0..5 * 16).map(|i| (i * 37 % 251) as u8).collect();
-        let b = n.graph.add_constant("b", Tensor::from_slice(&[5, 1, 16], &bytes).unwrap());
-        let scales = n.weights(&[5, 1]);
-        let attributes = [("K", int(32)), ("N", int(5)), ("block_size", int(32))];
-        let y = n.contrib("MatMulNBits", &[Some(x), Some(b), Some(scales)], &attributes);
-        let bias = n.weights(&[1, 5]);
-        let y = n.op("Add", &[bias, y]);
-        n.output(y);
-        assert_eq!(n.passed(run), ["com.microsoft.MatMulNBits"]);
-        // It has room for one.
-        let bias = n.weights(&[5]);
-        let y = n.op("Add", &[y, bias]);
-        n.graph.outputs = vec![y];
-        assert_eq!(n.passed(run), ["com.microsoft.MatMulNBits", "Add"]);
+    fn weights_of_few_bits() {
+        // A row, which has a loop of its own, and several; with a bias before, behind or no bias.
+        for (rows, bias) in [("1", None), ("1", Some(true)), ("tokens", Some(true)), ("tokens", Some(false))] {
+            let mut n = Net::new(21);
+            let x = n.symbolic("x", &["1", rows, "32"]);
+            let r = n.symbolic("r", &["1", rows, "5"]);
+            let bytes: Vec<u8> = (0..5 * 16).map(|i| (i * 37 % 251) as u8).collect();
+            let b = n.graph.add_constant("b", Tensor::from_slice(&[5, 1, 16], &bytes).unwrap());
+            let scales = n.weights(&[5, 1]);
+            let attributes = [("K", int(32)), ("N", int(5)), ("block_size", int(32))];
+            let mut y = n.contrib("MatMulNBits", &[Some(x), Some(b), Some(scales)], &attributes);
+            if bias == Some(true) {
+                let bias = n.weights(&[1, 5]);
+                y = n.op("Add", &[bias, y]);
+            }
+            y = n.op("Add", &[y, r]);
+            if bias == Some(false) {
+                let bias = n.weights(&[5]);
+                y = n.op("Add", &[y, bias]);
+            }
+            y = n.op("Gelu", &[y]);
+            n.output(y);
+            assert_eq!(n.passed(run), ["com.microsoft.MatMulNBits"]);
+            // It has room for one of each, and nothing is added behind the activation.
+            let bias = n.weights(&[5]);
+            let y = n.op("Add", &[y, bias]);
+            let y = n.op("Add", &[y, r]);
+            n.graph.outputs = vec![y];
+            assert_eq!(n.passed(run), ["com.microsoft.MatMulNBits", "Add", "Add"]);
+        }
     }
 }

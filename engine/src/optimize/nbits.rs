@@ -75,7 +75,7 @@ fn replace(graph: &mut Graph, pass: &Pass, min_elements: usize) -> Result<()> {
             }
         };
         let node = &mut graph.nodes[i];
-        node.op = MatMulNBits { format }.into();
+        node.op = MatMulNBits { format, activation: Activation::Identity }.into();
         node.inputs = std::iter::once(x).chain(operands).collect();
         if bias.is_some() {
             node.inputs.extend([None, bias]);
