@@ -91,6 +91,8 @@ pub struct FusedAttention {
     pub v: Form,
     /// Of the result; `HeadsInside` gives `[batch, queries, heads * size]`.
     pub y: Form,
+    /// Whether a query sees only keys at and before its position.
+    pub causal: bool,
     /// Whether an element of the mask that is not 0 takes the place of the score instead of being added to it.
     pub replaces: bool,
     /// The result of a query that sees no key: NaN, as softmax says, or the 0 that a model puts in its place.
@@ -216,7 +218,7 @@ impl Operator for FusedAttention {
             scale: self.scale,
             cap: 0.0,
             mask,
-            visible: None,
+            visible: if self.causal { Some(&|_, i| 0..ks.positions.min(i + 1)) } else { None },
             unseen: self.unseen,
             sinks: None,
             y_strides: self.y.strides(ys),

@@ -8,7 +8,8 @@
 //!
 //! for `[batch, heads, positions, size]`, and for `[batch * heads, positions, size]`. The transposes between
 //! `[batch, positions, heads, size]` and the first form go as well, the kernel reads and writes both; so do the copies of
-//! keys and values that several heads of queries share.
+//! keys and values that several heads of queries share. ONNX's own Attention, where it has no past and shows no scores,
+//! becomes the same node for the same reason.
 
 use super::Pass;
 use super::pattern::{Match, Operand, Pattern, Replacement, View, any, constant, op, op_if, rewrite, var};
@@ -16,14 +17,14 @@ use crate::error::Result;
 use crate::fact::{Dim, Fact, axis_index};
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::Op;
-use crate::ops::attention::{Form, FusedAttention};
+use crate::ops::attention::{Attention, Form, FusedAttention};
 use crate::ops::binary::{Arithmetic, Function};
 use crate::ops::matmul::MatMul;
 use crate::ops::reshape::{Reshape, Unsqueeze};
 use crate::ops::softmax::Softmax;
 use crate::ops::transpose::Transpose;
 use crate::ops::where_::Where;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use weblane_kernels::elementwise::Binary;
 use weblane_kernels::epilogue::Activation;
 
@@ -31,11 +32,18 @@ use weblane_kernels::epilogue::Activation;
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
     let (outer, inner) = patterns();
     rewrite(graph, pass, |view, i| {
-        let inside = match view.graph.nodes[i].op.name() {
+        let node = &view.graph.nodes[i];
+        let inside = match node.op.name() {
             "Transpose" => true,
             "MatMul" => false,
+            "Attention" => return of_onnx(view, i, i),
             _ => return Ok(None),
         };
+        if inside
+            && let Some((p, _)) = node.inputs[0].and_then(|x| view.producer(x)).filter(|(_, n)| n.op.is::<Attention>())
+        {
+            return of_onnx(view, i, p);
+        }
         let Some(found) = view.find(if inside { &outer } else { &inner }, i) else { return Ok(None) };
         replacement(view, &found, inside)
     })
@@ -112,13 +120,94 @@ fn factor(found: &Match, times: &str, over: &str) -> Option<f32> {
 
 fn replacement(view: &View, found: &Match, inside: bool) -> Result<Option<Replacement>> {
     let Some((op, operands)) = operands(view, found, inside)? else { return Ok(None) };
+    let (op, operands) = result(op, operands, inside)?;
+    Ok(Some(found.replace(op, operands)))
+}
+
+/// The node in the shape that the model wants.
+fn result(op: FusedAttention, operands: Vec<Operand>, inside: bool) -> Result<(Op, Vec<Operand>)> {
     if !inside {
-        return Ok(Some(found.replace(op, operands)));
+        return Ok((op.into(), operands));
     }
     // `[batch, positions, heads * size]` as `[batch, positions, heads, size]`; the model will join them again.
     let shape = [0, 0, op.heads as i64, -1];
     let shape = Operand::Constant(Tensor::from_slice(&[shape.len()], &shape)?);
-    Ok(Some(found.replace(Reshape { allow_zero: false }, vec![Operand::Computed(op.into(), operands), shape])))
+    Ok((Reshape { allow_zero: false }.into(), vec![Operand::Computed(op.into(), operands), shape]))
+}
+
+/// For node `p`, an Attention; what `root` computes stays, which is the same or the transpose of its result.
+fn of_onnx(view: &View, root: usize, p: usize) -> Result<Option<Replacement>> {
+    let (node, inside) = (&view.graph.nodes[p], root != p);
+    let of = || {
+        let op = node.op.get::<Attention>().filter(|a| a.cap == 0.0 && a.window == [None, None] && !a.double)?;
+        let &[Some(q), Some(k), Some(v), ref rest @ ..] = node.inputs.as_slice() else { return None };
+        let (y, others) = node.outputs.split_first()?;
+        let hidden = others.iter().all(|&id| view.uses(id) == 0) && (!inside || view.uses(*y) == 1);
+        let plain = hidden && rest.iter().skip(1).all(Option::is_none) && view.fact(q)?.rank() == Some(4);
+        let ([batch, heads, queries, size], [_, kv_heads, keys, _]) = (sizes(view, q)?, sizes(view, k)?);
+        let fits = plain && [q, k, v].iter().all(|&id| view.is_f32(id));
+        if !fits || (inside && !permutes(view, &view.graph.nodes[root], &[0, 2, 1, 3])) {
+            return None;
+        }
+        let mask = rest.first().copied().flatten();
+        let last = |id| view.fact(id)?.shape.as_ref()?.last().filter(|&last| agree(last, &keys));
+        let wanted = [batch, heads.clone(), queries, keys.clone()];
+        let typed = |id| view.is_f32(id) || view.fact(id).is_some_and(|f| f.dtype == DType::Bool);
+        if mask.is_some_and(|id| {
+            !typed(id) || last(id).is_none() || view.fact(id).is_none_or(|f| !covers(f, &wanted, false))
+        }) {
+            return None;
+        }
+        let scale = op.scale.or_else(|| Some(1.0 / (size.known()? as f32).sqrt()))?;
+        Some((op, [q, k, v], mask, scale, heads.known()?, kv_heads.known()?))
+    };
+    let Some((op, [q, k, v], mask, scale, heads, mut kv_heads)) = of() else { return Ok(None) };
+    let first = |id: ValueId| (Operand::from(id), Form::HeadsFirst);
+    let [(q, q_form), (k, k_form), (v, v_form)] = apart(view, [first(q), first(k), first(v)], &mut kv_heads);
+    let mut operands = vec![q, k, v];
+    if let Some(id) = mask {
+        operands.push(match view.is_f32(id) {
+            true => id.into(),
+            false => {
+                let numbers = [0.0, f32::NEG_INFINITY].map(Tensor::scalar);
+                let [seen, unseen] = numbers.map(|t| t.map(Operand::Constant));
+                Operand::Computed(Where.into(), vec![id.into(), seen?, unseen?])
+            }
+        });
+    }
+    let y = if inside { Form::HeadsInside } else { Form::HeadsFirst };
+    let forms = FusedAttention {
+        scale,
+        heads,
+        kv_heads,
+        q: q_form,
+        k: k_form,
+        v: v_form,
+        y,
+        causal: op.causal,
+        replaces: false,
+        unseen: 0.0,
+    };
+    let (op, operands) = result(forms, operands, inside)?;
+    Ok(Some(Replacement { root, nodes: vec![root, p], op, operands }))
+}
+
+/// Queries, keys and values before they were transposed, and before heads of the latter were repeated.
+fn apart(view: &View, [q, mut k, mut v]: [(Operand, Form); 3], kv_heads: &mut usize) -> [(Operand, Form); 3] {
+    if let (Some((one, groups)), Some((other, same))) = (ungrouped(view, &k), ungrouped(view, &v))
+        && groups == same
+    {
+        *kv_heads = groups;
+        (k, v) = ((one.into(), Form::HeadsFirst), (other.into(), Form::HeadsFirst));
+    }
+    [q, k, v].map(|(operand, form)| match (operand, form) {
+        (Operand::Value(id), Form::HeadsFirst) => match heads_inside(view, id) {
+            Some((id, form)) => (joined(view, id).into(), form),
+            None => (id.into(), form),
+        },
+        (Operand::Value(id), Form::HeadsInside) => (joined(view, id).into(), form),
+        other => other,
+    })
 }
 
 fn operands(view: &View, found: &Match, inside: bool) -> Result<Option<(FusedAttention, Vec<Operand>)>> {
@@ -164,27 +253,13 @@ fn operands(view: &View, found: &Match, inside: bool) -> Result<Option<(FusedAtt
         };
         [q.into(), k, v.into()].map(|operand| (operand, Form::HeadsInside))
     } else {
-        let mut k = match untransposed(view, kt) {
+        let k = match untransposed(view, kt) {
             Some((k, form)) => (k.into(), form),
             // For a single query that would cost more than the attention.
             None if queries.known() == Some(1) => return Ok(None),
             None => (Operand::Computed(Transpose::new(&[0, 1, 3, 2]).into(), vec![kt.into()]), Form::HeadsFirst),
         };
-        let mut v = (v.into(), Form::HeadsFirst);
-        if let (Some((one, groups)), Some((other, same))) = (ungrouped(view, &k), ungrouped(view, &v))
-            && groups == same
-        {
-            kv_heads = groups;
-            (k, v) = ((one.into(), Form::HeadsFirst), (other.into(), Form::HeadsFirst));
-        }
-        [(q.into(), Form::HeadsFirst), k, v].map(|(operand, form)| match (operand, form) {
-            (Operand::Value(id), Form::HeadsFirst) => match heads_inside(view, id) {
-                Some((id, form)) => (joined(view, id).into(), form),
-                None => (id.into(), form),
-            },
-            (Operand::Value(id), Form::HeadsInside) => (joined(view, id).into(), form),
-            other => other,
-        })
+        apart(view, [(q.into(), Form::HeadsFirst), k, (v.into(), Form::HeadsFirst)], &mut kv_heads)
     };
     let [(q, q_form), (k, k_form), (v, v_form)] = parts;
     let y_form = if inside || flat { Form::HeadsInside } else { Form::HeadsFirst };
@@ -199,7 +274,18 @@ fn operands(view: &View, found: &Match, inside: bool) -> Result<Option<(FusedAtt
         Masking::Other => return Ok(None),
     };
     let unseen = if found.get("lost").is_some() { 0.0 } else { f32::NAN };
-    let op = FusedAttention { scale, heads, kv_heads, q: q_form, k: k_form, v: v_form, y: y_form, replaces, unseen };
+    let op = FusedAttention {
+        scale,
+        heads,
+        kv_heads,
+        q: q_form,
+        k: k_form,
+        v: v_form,
+        y: y_form,
+        causal: false,
+        replaces,
+        unseen,
+    };
     Ok(Some((op, operands)))
 }
 
@@ -276,6 +362,16 @@ fn heads_inside(view: &View, id: ValueId) -> Option<(ValueId, Form)> {
 fn untransposed(view: &View, id: ValueId) -> Option<(ValueId, Form)> {
     let (_, node) = view.producer(id)?;
     let x = node.inputs.first().copied()??;
+    if node.op.name() == "Reshape" {
+        // PyTorch joins batches and heads for that: `Reshape(Transpose(Reshape(x), [0, 2, 1]))`.
+        let (_, middle) = view.producer(x).filter(|(_, n)| permutes(view, n, &[0, 2, 1]))?;
+        let flat = middle.inputs.first().copied()??;
+        let (_, first) = view.producer(flat).filter(|(_, n)| n.op.name() == "Reshape")?;
+        let x = first.inputs.first().copied()??;
+        let (from, to) = (sizes(view, x)?, sizes(view, id)?);
+        let same = [(0, 0), (1, 1), (2, 3), (3, 2)].into_iter().all(|(i, j)| agree(&from[i], &to[j]));
+        return (same && from[2..] == sizes(view, flat)?[2..]).then_some((x, Form::HeadsFirst));
+    }
     if permutes(view, node, &[0, 2, 3, 1]) {
         return Some((x, Form::HeadsInside));
     }
@@ -426,6 +522,76 @@ mod tests {
         assert_eq!(n.passed(run), ["weblane.FusedAttention"]);
         let f = fused(&n);
         assert!((f.scale - 0.5).abs() < 1e-6 && f.y == Form::HeadsFirst && f.k == Form::HeadsInside, "{f:?}");
+    }
+
+    #[test]
+    fn keys_transposed_with_batches_and_heads_joined() {
+        // As PyTorch's exporter spells the function out for opsets below 23: the last two sizes of the keys, then those before.
+        let mut n = Net::new(18);
+        let [q, k, v] = qkv(&mut n).map(|x| heads(&mut n, x, &[0, 2, 1, 3]));
+        let shape = n.op("Shape", &[k]);
+        let part = |n: &mut Net, from: i64, to: i64| {
+            let (from, to) = (n.i64s(&[from]), n.i64s(&[to]));
+            n.op("Slice", &[shape, from, to])
+        };
+        let (lead, tokens, size) = (part(&mut n, i64::MIN, -2), part(&mut n, -2, -1), part(&mut n, -1, i64::MAX));
+        let rest = n.i64s(&[-1]);
+        let axis = [("axis", int(0))];
+        let flat = n.op_with("Concat", &[rest, tokens, size], &axis);
+        let y = n.op("Reshape", &[k, flat]);
+        let y = n.op_with("Transpose", &[y], &[("perm", ints(&[0, 2, 1]))]);
+        let full = n.op_with("Concat", &[lead, size, tokens], &axis);
+        let k = n.op("Reshape", &[y, full]);
+        let y = n.op("MatMul", &[q, k]);
+        let y = n.op("Softmax", &[y]);
+        let y = n.op("MatMul", &[y, v]);
+        let y = joined(&mut n, y);
+        n.output(y);
+        assert_eq!(n.optimized(), ["weblane.FusedAttention", "Abs"]);
+        assert_eq!(fused(&n).k, Form::HeadsInside);
+    }
+
+    #[test]
+    fn operator_of_onnx_between_transposes() {
+        // Llama and GPT-2 as PyTorch exports them: a mask of truth values that all layers share, or a causal flag.
+        for (masked, causal) in [(true, 0), (false, 1), (true, 1), (false, 0)] {
+            let mut n = Net::new(23);
+            let [q, k, v] = qkv(&mut n).map(|x| heads(&mut n, x, &[0, 2, 1, 3]));
+            let mask = n.symbolic("mask", &["batch", "1", "tokens", "tokens"]);
+            let zero = n.scalar(0.0);
+            let mask = n.op("Less", &[mask, zero]);
+            let mut operands = vec![Some(q), Some(k), Some(v)];
+            operands.extend(masked.then_some(Some(mask)));
+            let attributes = [("is_causal", int(causal)), ("scale", float(0.4))];
+            let y = n.node("Attention", &operands, &attributes);
+            let y = joined(&mut n, y);
+            n.output(y);
+            let left = n.optimized();
+            let want = ["Less", "Where", "weblane.FusedAttention", "Abs"];
+            assert_eq!(left, want[if masked { 0 } else { 2 }..]);
+            let f = fused(&n);
+            assert_eq!(
+                (f.q, f.v, f.y, f.causal),
+                (Form::HeadsInside, Form::HeadsInside, Form::HeadsInside, causal == 1)
+            );
+        }
+    }
+
+    #[test]
+    fn operator_of_onnx_stays_where_it_does_more() {
+        let build = |attributes: super::super::testing::Attrs, mask: Option<&[&str]>, results: usize| {
+            let mut n = Net::new(23);
+            let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "2", "tokens", "4"]));
+            let mut operands = vec![Some(q), Some(k), Some(v)];
+            operands.extend(mask.map(|dims| Some(n.symbolic("mask", dims))));
+            let y = n.nodes_of("", "Attention", &operands, attributes, results);
+            n.graph.outputs = y;
+            n.passed(run).concat()
+        };
+        assert_eq!(build(&[], Some(&["tokens", "tokens"]), 1), "weblane.FusedAttention");
+        assert_eq!(build(&[("softcap", float(2.0))], None, 1), "Attention");
+        assert_eq!(build(&[], None, 4), "Attention", "scores are shown");
+        assert_eq!(build(&[], Some(&["tokens", "1"]), 1), "Attention", "a mask with fewer keys");
     }
 
     #[test]
