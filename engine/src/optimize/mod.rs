@@ -28,6 +28,7 @@ mod pattern;
 mod pooling;
 mod products;
 mod qdq;
+mod rotary;
 mod simplify;
 mod skip_norm;
 mod softmax;
@@ -100,6 +101,7 @@ pub fn optimize(mut graph: Graph, inputs: &[Fact], packs: bool, cx: &Cx) -> Resu
     layer_norm::run(&mut graph, &pass)?;
     activation::run(&mut graph, &pass)?;
     softmax::run(&mut graph, &pass)?;
+    rotary::run(&mut graph, &pass)?;
     attention::run(&mut graph, &pass)?;
     // The masks that attention made, once per layer, and the reshapes around it.
     cse::run(&mut graph, &pass)?;
