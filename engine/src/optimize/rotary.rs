@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! x * cos + Concat(-x[.., n..], x[.., ..n]) * sin         -> RotaryEmbedding(x, cos[.., ..n], sin[.., ..n])
+//! Concat(RotaryEmbedding(x[.., ..m], ..), x[.., m..])     -> RotaryEmbedding(x, ..) of m elements of each head
 //! RotaryEmbedding(Transpose(x, [0, 2, 1, 3]), ..)         -> Transpose(RotaryEmbedding(x, ..), [0, 2, 1, 3])
 //! ```
 //!
@@ -11,7 +12,7 @@
 use super::Pass;
 use super::pattern::{Match, Operand, Pattern, Replacement, View, op, op_if, rewrite, var};
 use crate::error::Result;
-use crate::fact::Dim;
+use crate::fact::{Dim, Fact};
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::reshape::{Reshape, Squeeze};
 use crate::ops::rotary::RotaryEmbedding;
@@ -24,6 +25,7 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
     let pattern = pattern();
     rewrite(graph, pass, |view, i| match view.graph.nodes[i].op.name() {
         "Add" => view.find(&pattern, i).map_or(Ok(None), |found| turned(view, &found)),
+        "Concat" => Ok(partial(view, i)),
         _ => inside(view, i),
     })
     .map(drop)
@@ -31,25 +33,28 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
 
 fn pattern() -> Pattern {
     let x = var("x");
-    let half =
-        |second: bool| op_if(&["Slice"], [var("x")], move |view, node| is_half(view, node, second) == Some(true));
+    let half = |second: bool| {
+        op_if(&["Slice"], [var("x")], move |view, node| {
+            part(view, node).is_some_and(|(_, [start, n, of])| 2 * n == of && start == if second { n } else { 0 })
+        })
+    };
     let turned = op_if(&["Concat"], [op("Neg", [half(true)]), half(false)], |_, node| node.inputs.len() == 2);
     &x * var("cos") + turned.named("turned") * var("sin")
 }
 
-/// Whether a slice takes this half of the last axis.
-fn is_half(view: &View, node: &Node, second: bool) -> Option<bool> {
+/// The operand of a slice of neighbours along the last axis, where it begins there, and how many of how many it takes.
+fn part(view: &View, node: &Node) -> Option<(ValueId, [usize; 3])> {
     let number = |k: usize| match *view.fact(node.inputs.get(k).copied()??)?.i64s()? {
         [n] => Some(n),
         _ => None,
     };
     let shape = |id: ValueId| view.fact(id)?.shape.as_deref();
-    let (from, to) = (shape(node.inputs[0]?)?, shape(*node.outputs.first()?)?);
-    let (size, half) = (from.last()?.known()? as i64, to.last()?.known()? as i64);
-    let positive = |n: i64, of: usize| if n < 0 { n + of as i64 } else { n };
-    let axis = positive(number(3)?, from.len()) + 1 == from.len() as i64;
-    let start = positive(number(1)?, size as usize) == if second { half } else { 0 };
-    Some(axis && start && 2 * half == size && (node.inputs.len() < 5 || number(4) == Some(1)))
+    let x = node.inputs.first().copied().flatten().filter(|_| node.op.is::<Slice>())?;
+    let (from, to) = (shape(x)?, shape(*node.outputs.first()?)?);
+    let (of, count) = (from.last()?.known()?, to.last()?.known()?);
+    let positive = |n: i64, of: usize| usize::try_from(if n < 0 { n + of as i64 } else { n }).ok();
+    let fits = positive(number(3)?, from.len())? + 1 == from.len() && (node.inputs.len() < 5 || number(4) == Some(1));
+    fits.then_some((x, [positive(number(1)?, of)?, count, of]))
 }
 
 /// Whether the rows of a table are twice the same.
@@ -105,6 +110,22 @@ fn turned(view: &View, found: &Match) -> Result<Option<Replacement>> {
     Ok(Some(found.replace(op, operands)))
 }
 
+/// Heads of which only the first elements turn.
+fn partial(view: &View, i: usize) -> Option<Replacement> {
+    let node = &view.graph.nodes[i];
+    let &[Some(turned), Some(rest)] = node.inputs.as_slice() else { return None };
+    let (p, rotary) = view.producer(turned).filter(|_| view.uses(turned) == 1)?;
+    let op = rotary.op.get::<RotaryEmbedding>().filter(|r| r.size == 0)?;
+    let (x, [start, size, of]) = part(view, view.producer(rotary.inputs[0]?)?.1)?;
+    let (other, [after, count, _]) = part(view, view.producer(rest)?.1)?;
+    let fits = x == other && start == 0 && after == size && size + count == of && view.same_shape(x, node.outputs[0]);
+    let rank = view.fact(x).and_then(Fact::rank);
+    let tables = rotary.inputs.iter().skip(1).map(|&id| id.into());
+    let operands = std::iter::once(x.into()).chain(tables).collect();
+    let op = RotaryEmbedding { size, ..op.clone() }.into();
+    (fits && rank == Some(4)).then_some(Replacement { root: i, nodes: vec![i, p], op, operands })
+}
+
 fn inside(view: &View, i: usize) -> Result<Option<Replacement>> {
     let node = &view.graph.nodes[i];
     let of = || {
@@ -134,12 +155,16 @@ mod tests {
     use super::super::testing::{Net, int, ints};
     use super::*;
 
-    /// Queries of `[batch, tokens, 16]` in two heads, turned as Llama turns them, and the tables from positions `[.., tokens, 1]`.
-    fn llama(n: &mut Net, positions: &[&str], twice: bool) -> ValueId {
-        let x = n.symbolic("x", &["batch", "tokens", "16"]);
-        let shape = n.i64s(&[0, 0, 2, 8]);
+    /// Queries in two heads, `[batch, 2, tokens, size]`, from a product.
+    fn queries(n: &mut Net, size: i64) -> ValueId {
+        let x = n.symbolic("x", &["batch", "tokens", &(2 * size).to_string()]);
+        let shape = n.i64s(&[0, 0, 2, size]);
         let q = n.op("Reshape", &[x, shape]);
-        let q = n.op_with("Transpose", &[q], &[("perm", ints(&[0, 2, 1, 3]))]);
+        n.op_with("Transpose", &[q], &[("perm", ints(&[0, 2, 1, 3]))])
+    }
+
+    /// Heads of size 8, turned as Llama turns them, by tables from positions `[.., tokens, 1]`.
+    fn llama(n: &mut Net, q: ValueId, positions: &[&str], twice: bool) -> ValueId {
         let at = n.symbolic("at", positions);
         let (frequencies, others) = (n.weights(&[4]), n.weights(&[4]));
         let angles = n.op("Mul", &[at, frequencies]);
@@ -165,7 +190,8 @@ mod tests {
     fn as_llama_is_exported() {
         for batch in ["batch", "1"] {
             let mut n = Net::new(18);
-            let y = llama(&mut n, &[batch, "tokens", "1"], true);
+            let q = queries(&mut n, 8);
+            let y = llama(&mut n, q, &[batch, "tokens", "1"], true);
             n.output(y);
             let left = n.passed(run);
             assert!(left.contains(&"RotaryEmbedding".into()) && !left.contains(&"Neg".into()), "{left:?}");
@@ -177,6 +203,26 @@ mod tests {
             n.graph.outputs = vec![y];
             let left = n.optimized();
             assert!(!left.contains(&"Transpose".into()) && !left.contains(&"Reshape".into()), "{left:?}");
+        }
+    }
+
+    #[test]
+    fn part_of_a_head() {
+        // As Phi and GPT-NeoX: the rest of a head stays. If it is not the rest, so does the graph.
+        for (from, found) in [(8, true), (2, false)] {
+            let mut n = Net::new(18);
+            let q = queries(&mut n, 10);
+            let [zero, eight, from, to, last] = [0, 8, from, from + 2, 3].map(|v| n.i64s(&[v]));
+            let first = n.op("Slice", &[q, zero, eight, last]);
+            let rest = n.op("Slice", &[q, from, to, last]);
+            let y = llama(&mut n, first, &["1", "tokens", "1"], true);
+            let y = n.op_with("Concat", &[y, rest], &[("axis", int(-1))]);
+            let y = n.op("Abs", &[y]);
+            n.output(y);
+            let graph = n.apply(run);
+            n.check(&graph);
+            let size = graph.nodes.iter().find_map(|n| n.op.get::<RotaryEmbedding>()).map(|r| r.size);
+            assert_eq!(size, Some(if found { 8 } else { 0 }));
         }
     }
 
@@ -205,7 +251,8 @@ mod tests {
         // Halves with angles of their own, and positions that are not known to be as many.
         for (positions, twice) in [(["batch", "tokens", "1"], false), (["batch", "1", "1"], true)] {
             let mut n = Net::new(18);
-            let y = llama(&mut n, &positions, twice);
+            let q = queries(&mut n, 8);
+            let y = llama(&mut n, q, &positions, twice);
             n.output(y);
             assert!(!n.passed(run).contains(&"RotaryEmbedding".into()));
         }
