@@ -94,6 +94,7 @@ fn unflatten(view: &View, i: usize) -> Option<Replacement> {
 mod tests {
     use super::super::testing::{Net, float, int, ints};
     use super::*;
+    use crate::tensor::Tensor;
 
     /// A shape computed from the first sizes of a value and a number, as PyTorch writes it.
     fn sizes_of(n: &mut Net, x: ValueId, axes: &[i64], last: i64) -> ValueId {
@@ -146,6 +147,23 @@ mod tests {
             let names = n.passed(run);
             assert_eq!(names == ["MatMul"], left, "{names:?}");
         }
+    }
+
+    #[test]
+    fn rows_of_weights_of_few_bits() {
+        let mut n = Net::new(20);
+        let x = n.symbolic("x", &["batch", "tokens", "32"]);
+        let rows = n.i64s(&[-1, 32]);
+        let flat = n.op("Reshape", &[x, rows]);
+        let b = n.graph.add_constant("b", Tensor::from_slice(&[5, 1, 16], &[0x5au8; 80]).unwrap());
+        let (scales, bias) = (n.weights(&[5, 1]), n.weights(&[5]));
+        let operands = [Some(flat), Some(b), Some(scales), None, None, Some(bias)];
+        let attributes = [("K", int(32)), ("N", int(5)), ("block_size", int(32))];
+        let y = n.contrib("MatMulNBits", &operands, &attributes);
+        let shape = sizes_of(&mut n, x, &[0, 1], 5);
+        let y = n.op("Reshape", &[y, shape]);
+        n.output(y);
+        assert_eq!(n.passed(run), ["com.microsoft.MatMulNBits"]);
     }
 
     #[test]
