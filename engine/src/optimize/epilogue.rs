@@ -11,6 +11,7 @@
 use super::Pass;
 use super::activation::{activation_of, compose};
 use super::pattern::{Operand, Replacement, View, rewrite};
+use super::products::unflatten;
 use crate::error::Result;
 use crate::fact::Fact;
 use crate::graph::{Graph, Node, ValueId};
@@ -29,6 +30,7 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
     rewrite(graph, pass, |view, i| {
         Ok(match view.graph.nodes[i].op.name() {
             "Add" => add(view, i),
+            "Reshape" | "Flatten" => unflatten(view, i),
             _ => activate(view, i),
         })
     })
