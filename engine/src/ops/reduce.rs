@@ -131,7 +131,19 @@ impl Operator for Reduce {
             let wide = converted(x, DType::I64)?;
             let y = io.output(0)?;
             let mut sums = Tensor::zeros(DType::I64, y.dims)?;
-            reduce_any(self.reduction, wide.as_slice::<i64>()?, x.dims, &mask, sums.view_mut().as_slice()?)?;
+            let mut view = sums.view_mut();
+            let out = view.as_slice::<i64>()?;
+            reduce_any(self.reduction, wide.as_slice::<i64>()?, x.dims, &mask, out)?;
+            if let Reduction::Max | Reduction::Min = self.reduction {
+                // The extreme of nothing is that of the type.
+                let (least, greatest) = match x.dtype {
+                    DType::U32 => (0, u32::MAX.into()),
+                    DType::I8 => (i8::MIN.into(), i8::MAX.into()),
+                    DType::U8 => (0, u8::MAX.into()),
+                    _ => (0, 1),
+                };
+                out.iter_mut().for_each(|v| *v = (*v).clamp(least, greatest));
+            }
             return convert(sums.view(), y);
         }
         for_dtype!(x.dtype, [F64, I32, I64, U64], T => {
@@ -248,6 +260,9 @@ mod tests {
         assert_eq!(run(OneNode::new("ReduceMax")), [200]);
         assert_eq!(run(OneNode::new("ReduceMean")), [102]);
         assert_eq!(run(OneNode::new("ArgMin").int("axis", 0)), 2i64.to_le_bytes());
+        let nothing = Tensor::from_slice::<i8>(&[0], &[]).unwrap();
+        let y = OneNode::new("ReduceMax").run(&[nothing]).unwrap();
+        assert_eq!(y[0].as_slice::<i8>().unwrap(), [i8::MIN]);
     }
 
     #[test]
