@@ -63,8 +63,10 @@ impl Variant {
         // By itself LLVM's WebAssembly backend orders the operations of a block to need few registers, by a model in which
         // they are unlimited: of a GEMM's 12 sums it kept six broadcasts alive where the source has one, and V8 spilled.
         // This keeps the order of the source, which in kernels is chosen.
-        let mut flags =
-            vec![features, "-Cllvm-args=-pre-RA-sched=source".to_owned(), "-Zlocation-detail=file,line".to_owned()];
+        // A panic says in which file it is. Line and column of each of some thousand places that may are a tenth of what a
+        // module's data is compressed to: 13 kB.
+        let places = "-Zlocation-detail=file".to_owned();
+        let mut flags = vec![features, "-Cllvm-args=-pre-RA-sched=source".to_owned(), places];
         if self.threads() {
             flags[0] += ",+atomics";
             let exports = ["__wasm_init_tls", "__tls_size", "__tls_align", "__tls_base", "__heap_base"];

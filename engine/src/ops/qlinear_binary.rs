@@ -1,13 +1,10 @@
 //! QLinearAdd and QLinearMul of onnxruntime: sums and products of quantised tensors, with NumPy's broadcasting.
 
 use super::qparams::{Count, bounds, check_byte, infer_scale, infer_zero, scale, zero};
-use super::sizes::broadcast_strides;
-use super::{Infer, Io, Operator, Registration, wrong_dtype};
+use super::{Infer, Io, Operator, Registration, quantized_binary};
 use crate::error::{Error, Result};
 use crate::fact::{Fact, broadcast};
-use crate::for_dtype;
-use crate::tensor::Element;
-use weblane_kernels::naive::Number;
+use weblane_kernels::int8::{Binary, Function};
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
@@ -23,28 +20,15 @@ pub struct QLinearBinary {
     pub multiply: bool,
 }
 
-/// The arithmetic, in `f32`; the zero point is added before rounding, as onnxruntime does.
-#[derive(Clone, Copy)]
-enum Formula {
-    /// `round((a - a_zero) * first + (b - b_zero) * second + zero)`.
-    Sum { first: f32, second: f32 },
-    /// `round((a - a_zero) * (b - b_zero) * ratio + zero)`.
-    Product { ratio: f32 },
-}
-
-/// Calls `f` with the places in both operands and in the result of each element.
-fn pairs(a: &[usize], b: &[usize], y: &[usize], mut f: impl FnMut(usize, usize, usize)) {
-    let (sa, sb) = (broadcast_strides(a, y), broadcast_strides(b, y));
-    let Some((&cols, outer)) = y.split_last() else { return f(0, 0, 0) };
-    let (ca, cb) = (sa[outer.len()], sb[outer.len()]);
-    for row in 0..outer.iter().product() {
-        let (mut at_a, mut at_b, mut rest) = (0, 0, row);
-        for (d, &size) in outer.iter().enumerate().rev() {
-            at_a += rest % size * sa[d];
-            at_b += rest % size * sb[d];
-            rest /= size;
-        }
-        (0..cols).for_each(|j| f(row * cols + j, at_a + j * ca, at_b + j * cb));
+impl QLinearBinary {
+    /// What the kernels compute for scales and zero points of A, B and C, and the bounds of C's type. The zero point is added
+    /// before rounding, as onnxruntime does.
+    pub fn binary(&self, [a, b, c]: [f32; 3], zeros: [i32; 3], [lo, hi]: [i32; 2]) -> Binary {
+        let function = match self.multiply {
+            true => Function::Mul { scale: a * b / c },
+            false => Function::Add { first: a / c, second: b / c },
+        };
+        Binary { function, zeros: [zeros[0], zeros[1]], offset: zeros[2] as f32, zero: 0, lo, hi }
     }
 }
 
@@ -69,7 +53,7 @@ impl Operator for QLinearBinary {
         }])
     }
 
-    fn run(&self, _cx: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (a, b) = (io.input(0)?, io.input(3)?);
         let [sa, sb, sc] =
             [scale(io.input(1)?, "A_scale")?, scale(io.input(4)?, "B_scale")?, scale(io.input(6)?, "C_scale")?];
@@ -78,41 +62,10 @@ impl Operator for QLinearBinary {
             zero(io.optional(5), "B_zero_point")?,
             zero(io.optional(7), "C_zero_point")?,
         ];
-        let formula = match self.multiply {
-            true => Formula::Product { ratio: sa * sb / sc },
-            false => Formula::Sum { first: sa / sc, second: sb / sc },
-        };
         let y = io.output(0)?;
-        let dims = y.dims;
-        let bounds = bounds(y.dtype);
-        for_dtype!(y.dtype, [U8, I8], T => {
-            combine::<T>(formula, zeros, bounds, (a.as_slice()?, a.dims), (b.as_slice()?, b.dims), (y.as_slice()?, dims));
-            Ok(())
-        }, else Err(wrong_dtype("the result", y.dtype, super::qparams::BYTES)))
+        let binary = self.binary([sa, sb, sc], zeros, bounds(y.dtype));
+        quantized_binary::run(cx, &binary, a, b, y)
     }
-}
-
-fn combine<T: Element + Number + Into<i32>>(
-    formula: Formula,
-    [za, zb, zc]: [i32; 3],
-    [lo, hi]: [i32; 2],
-    a: (&[T], &[usize]),
-    b: (&[T], &[usize]),
-    y: (&mut [T], &[usize]),
-) {
-    if y.0.is_empty() {
-        return;
-    }
-    let out = y.0;
-    let zero = zc as f32;
-    pairs(a.1, b.1, y.1, |i, at_a, at_b| {
-        let (p, q): (i32, i32) = (a.0[at_a].into() - za, b.0[at_b].into() - zb);
-        let v = match formula {
-            Formula::Sum { first, second } => p as f32 * first + q as f32 * second + zero,
-            Formula::Product { ratio } => (p * q) as f32 * ratio + zero,
-        };
-        out[i] = T::from_f64(f64::from((v.round_ties_even() as i32).clamp(lo, hi)));
-    });
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::sizes::broadcast_strides;
 use super::{Infer, Io, Operator, Permuted, Registration};
 use crate::error::Result;
 use crate::fact::{Fact, broadcast};
-use crate::tensor::DType;
+use crate::tensor::{DType, TensorMut, TensorView};
 use weblane_kernels::int8::{Binary, Bytes, BytesMut, Function, binary};
 use weblane_kernels::par::Cx;
 
@@ -65,41 +65,45 @@ impl Operator for QuantizedBinary {
 
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (a, b) = (io.input(0)?, io.input(1)?);
-        let y = io.output(0)?;
-        if y.is_empty() {
-            return Ok(());
-        }
-        // The axes before `inner` are walked here, the kernel repeats operands along the others.
-        let dims = y.dims;
-        let inner = repeats_from(a.dims, dims).max(repeats_from(b.dims, dims));
-        let block: usize = dims[inner..].iter().product();
-        let places = [a, b].map(|x| {
-            let own = x.dims[x.rank().saturating_sub(dims.len() - inner)..].iter().product::<usize>();
-            (broadcast_strides(x.dims, dims), own)
-        });
-        let (a, b) = (bytes(a)?, bytes(b)?);
-        let at = |i: usize, strides: &[usize]| {
-            let mut rest = i;
-            let step = |(axis, &d): (usize, &usize)| {
-                let place = rest % d * strides[axis];
-                rest /= d;
-                place
-            };
-            dims[..inner].iter().enumerate().rev().map(step).sum::<usize>()
-        };
-        let mut y = bytes_mut(y)?;
-        for i in 0..dims[..inner].iter().product() {
-            let [x, z] = [(&a, &places[0]), (&b, &places[1])].map(|(x, (strides, own))| part(x, at(i, strides), *own));
-            let y = match &mut y {
-                BytesMut::U8(y) => BytesMut::U8(&mut y[i * block..][..block]),
-                BytesMut::I8(y) => BytesMut::I8(&mut y[i * block..][..block]),
-            };
-            binary(cx, &self.binary, x, z, y)?;
-        }
-        Ok(())
+        run(cx, &self.binary, a, b, io.output(0)?)
     }
 
     fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 2)
     }
+}
+
+/// Combines two tensors of bytes that broadcast to the shape of `y`.
+pub(super) fn run(cx: &Cx, f: &Binary, a: TensorView, b: TensorView, y: &mut TensorMut) -> Result<()> {
+    if y.is_empty() {
+        return Ok(());
+    }
+    // The axes before `inner` are walked here, the kernel repeats operands along the others.
+    let dims = y.dims;
+    let inner = repeats_from(a.dims, dims).max(repeats_from(b.dims, dims));
+    let block: usize = dims[inner..].iter().product();
+    let places = [a, b].map(|x| {
+        let own = x.dims[x.rank().saturating_sub(dims.len() - inner)..].iter().product::<usize>();
+        (broadcast_strides(x.dims, dims), own)
+    });
+    let (a, b) = (bytes(a)?, bytes(b)?);
+    let at = |i: usize, strides: &[usize]| {
+        let mut rest = i;
+        let step = |(axis, &d): (usize, &usize)| {
+            let place = rest % d * strides[axis];
+            rest /= d;
+            place
+        };
+        dims[..inner].iter().enumerate().rev().map(step).sum::<usize>()
+    };
+    let mut y = bytes_mut(y)?;
+    for i in 0..dims[..inner].iter().product() {
+        let [x, z] = [(&a, &places[0]), (&b, &places[1])].map(|(x, (strides, own))| part(x, at(i, strides), *own));
+        let y = match &mut y {
+            BytesMut::U8(y) => BytesMut::U8(&mut y[i * block..][..block]),
+            BytesMut::I8(y) => BytesMut::I8(&mut y[i * block..][..block]),
+        };
+        binary(cx, f, x, z, y)?;
+    }
+    Ok(())
 }

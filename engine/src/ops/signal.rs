@@ -1,10 +1,11 @@
 //! DFT, STFT and MelWeightMatrix.
 
+use super::cast::convert;
 use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape, axis_index};
 use crate::for_dtype;
-use crate::tensor::{DType, TensorView};
+use crate::tensor::{DType, Tensor, TensorView};
 use weblane_kernels::naive::Number;
 use weblane_kernels::par::Cx;
 use weblane_kernels::signal::{Lines, Real, Transform, mel_weights};
@@ -264,12 +265,15 @@ impl Operator for MelWeightMatrix {
                 "edges at {low} and {high} Hz lie outside of the spectrum at a rate of {rate} Hz"
             ))
         })?;
-        for_dtype!(self.dtype, [F32, F64, I32, I64, U32, U64, I8, U8, I16, U16], T => {
-            for (y, v) in io.output(0)?.as_slice::<T>()?.iter_mut().zip(weights) {
-                *y = T::from_f64(v);
+        let y = io.output(0)?;
+        match y.dtype {
+            DType::F64 => y.as_slice()?.copy_from_slice(&weights),
+            DType::Bool | DType::String => {
+                return Err(wrong_dtype("attribute output_datatype", y.dtype, "floats and integers"));
             }
-            Ok(())
-        }, else Err(wrong_dtype("attribute output_datatype", self.dtype, "float32, float64 and integers")))
+            _ => convert(Tensor::from_slice(y.dims, &weights)?.view(), y)?,
+        }
+        Ok(())
     }
 
     fn shape_operands(&self) -> &'static [usize] {

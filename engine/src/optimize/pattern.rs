@@ -383,6 +383,11 @@ pub(super) fn rewrite(
     pass: &Pass,
     rule: impl Fn(&View, usize) -> Result<Option<Replacement>>,
 ) -> Result<bool> {
+    sweeps(graph, pass, &rule)
+}
+
+/// [`rewrite`], compiled once for all rules.
+fn sweeps(graph: &mut Graph, pass: &Pass, rule: &dyn Fn(&View, usize) -> Result<Option<Replacement>>) -> Result<bool> {
     let mut changed = false;
     for _ in 0..MAX_SWEEPS {
         let facts = pass.facts(graph)?;

@@ -22,7 +22,7 @@ use crate::ops::quantized_pool::{QuantizedMean, Windows};
 use crate::optimize::pattern::{Operand, Replacement, View};
 use weblane_kernels::conv::Layout;
 use weblane_kernels::epilogue::Activation;
-use weblane_kernels::int8::{Binary, Function, Mean};
+use weblane_kernels::int8::Mean;
 use weblane_kernels::pool::PoolOp;
 
 /// QLinearConv, QLinearMatMul, ConvInteger and MatMulInteger with constant weights, scales and zero points.
@@ -100,12 +100,8 @@ fn result(view: &View, node: &Node, at: usize) -> Option<Scheme> {
 fn binary(view: &View, node: &Node, op: &QLinearBinary) -> Option<Made> {
     let [(a, sa), (b, sb)] = [quantized(view, node, 0)?, quantized(view, node, 3)?];
     let y = result(view, node, 6)?;
-    let function = match op.multiply {
-        true => Function::Mul { scale: sa.scale * sb.scale / y.scale },
-        false => Function::Add { first: sa.scale / y.scale, second: sb.scale / y.scale },
-    };
     let (lo, hi) = y.bounds();
-    let binary = Binary { function, zeros: [sa.zero, sb.zero], offset: y.zero as f32, zero: 0, lo, hi };
+    let binary = op.binary([sa.scale, sb.scale, y.scale], [sa.zero, sb.zero, y.zero], [lo, hi]);
     Some((QuantizedBinary { binary, dtype: y.dtype }.into(), vec![a.into(), b.into()]))
 }
 
