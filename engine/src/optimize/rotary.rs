@@ -87,7 +87,9 @@ fn turned(view: &View, found: &Match) -> Result<Option<Replacement>> {
     let (Some(x), Some(cos), Some(sin), Some(turned)) = (x, cos, sin, turned) else { return Ok(None) };
     let shape = |id: ValueId| view.fact(id).and_then(|f| f.shape.as_deref());
     let Some([batch, _, positions, size]) = shape(x) else { return Ok(None) };
-    let Some(size) = size.known().filter(|_| view.same_shape(x, turned) && view.is_f32(x)) else { return Ok(None) };
+    let Some(size) = size.known().filter(|&size| size > 0 && view.same_shape(x, turned) && view.is_f32(x)) else {
+        return Ok(None);
+    };
     // All heads share them, and all batches may.
     let fits = |id: ValueId| {
         let one = Dim::Known(1);
