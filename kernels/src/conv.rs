@@ -133,6 +133,18 @@ impl ConvParams {
     }
 }
 
+impl ConvParams {
+    /// Columns of the output, of which there are `ow`, whose taps all lie inside the line.
+    pub(crate) fn interior(&self, input: &ConvInput, ow: usize) -> Range<usize> {
+        let (stride, reach) = (self.strides[2], (self.kernel[2] - 1) * self.dilations[2]);
+        let start = input.pads_begin[2].div_ceil(stride).min(ow);
+        match (input.spatial[2] + input.pads_begin[2]).checked_sub(reach + 1) {
+            Some(last) => start..(last / stride + 1).clamp(start, ow),
+            None => start..start,
+        }
+    }
+}
+
 /// What of a convolution depends on its input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConvInput {

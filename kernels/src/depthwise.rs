@@ -93,13 +93,6 @@ impl Depthwise {
         let rows = input.batch * od * oh;
         let cost = (2 * kh * kw) as u64 * out.len() as u64;
         let tasks = (cost / TASK_COST).clamp(1, MAX_TASKS.min(rows as u64)) as usize;
-        // Columns whose taps all lie inside the line.
-        let (stride, reach) = (params.strides[2], (kw - 1) * params.dilations[2]);
-        let start = input.pads_begin[2].div_ceil(stride).min(ow);
-        let end = match (input.spatial[2] + input.pads_begin[2]).checked_sub(reach + 1) {
-            Some(last) => (last / stride + 1).clamp(start, ow),
-            None => start,
-        };
         let image = Image {
             x,
             weights: self.weights.as_slice(),
@@ -114,10 +107,10 @@ impl Depthwise {
             height: [input.spatial[1], oh],
             width: [input.spatial[2], ow],
             kernel: [kh, kw],
-            strides: [params.strides[1], stride],
+            strides: [params.strides[1], params.strides[2]],
             dilations: [params.dilations[1], params.dilations[2]],
             pads: [input.pads_begin[1], input.pads_begin[2]],
-            interior: start..end,
+            interior: params.interior(input, ow),
         };
         cx.for_each(tasks, cost, &|task| {
             let start = |task: usize| task * (rows / tasks) + task.min(rows % tasks);

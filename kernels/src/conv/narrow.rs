@@ -92,15 +92,9 @@ impl Narrow {
         let rows = input.batch * od * oh;
         let cost = (2 * self.weights.as_slice().len() as u64).saturating_mul((rows * ow) as u64);
         let tasks = (cost / TASK_COST).clamp(1, MAX_TASKS.min(rows as u64)) as usize;
-        // Columns whose taps all lie inside the line.
-        let (stride, reach) = (params.strides[2], (params.kernel[2] - 1) * params.dilations[2]);
-        let start = input.pads_begin[2].div_ceil(stride).min(ow);
-        let end = match (input.spatial[2] + input.pads_begin[2]).checked_sub(reach + 1) {
-            Some(last) => (last / stride + 1).clamp(start, ow),
-            None => start,
-        };
         let out = OutPtr(out.as_mut_ptr());
-        let image = Image { narrow: self, x, residual, out, params, input, out_spatial, interior: start..end };
+        let image =
+            Image { narrow: self, x, residual, out, params, input, out_spatial, interior: params.interior(input, ow) };
         cx.for_each(tasks, cost, &|task| {
             for row in crate::gemm::part(rows, tasks, task) {
                 dispatch(self.isa, Row { image: &image, row });

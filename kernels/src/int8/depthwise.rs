@@ -163,13 +163,6 @@ impl QDepthwise {
         let taps = params.kernel.iter().product::<usize>() * inputs;
         let cost = ((rows * ow) as u64).saturating_mul((channels * taps) as u64);
         let tasks = (cost / TASK_COST).clamp(1, MAX_TASKS.min(rows as u64)) as usize;
-        // Columns whose taps all lie inside the line.
-        let (stride, reach) = (params.strides[2], (params.kernel[2] - 1) * params.dilations[2]);
-        let start = input.pads_begin[2].div_ceil(stride).min(ow);
-        let end = match (input.spatial[2] + input.pads_begin[2]).checked_sub(reach + 1) {
-            Some(last) => (last / stride + 1).clamp(start, ow),
-            None => start,
-        };
         let chunk = (CHUNK_SUMS / channels).next_multiple_of(2).max(2).min(ow);
         let lines = input.batch * id * ih;
         let plane = volume(&[lines, iw, channels])?;
@@ -213,7 +206,7 @@ impl QDepthwise {
                 spatial: input.spatial,
                 out_spatial,
                 pads: input.pads_begin,
-                interior: start..end,
+                interior: params.interior(input, ow),
                 planes: inputs,
                 plane,
                 taps: taps.div_ceil(2 * params.kernel[2]) * 2 * params.kernel[2],
