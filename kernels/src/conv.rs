@@ -131,9 +131,7 @@ impl ConvParams {
         }
         Ok((params, part, first))
     }
-}
 
-impl ConvParams {
     /// Columns of the output, of which there are `ow`, whose taps all lie inside the line.
     pub(crate) fn interior(&self, input: &ConvInput, ow: usize) -> Range<usize> {
         let (stride, reach) = (self.strides[2], (self.kernel[2] - 1) * self.dilations[2]);

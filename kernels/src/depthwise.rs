@@ -18,8 +18,7 @@
 //! that end with them and overlap the ones before, which stores the same values twice; so do columns that do not fill
 //! the last tile.
 //!
-//! That is for widths 3 and 5 with strides 1 and 2 and, on wide vectors, 7 with stride 1; other kernels have a loop over
-//! taps instead, with two vectors of channels so that sums do not wait for each other, and columns at the sides one by one,
+//! That is for widths 3 and 5 with strides 1 and 2; other kernels have a loop over taps instead, with two vectors of channels so that sums do not wait for each other, and columns at the sides one by one,
 //! with four.
 
 use crate::conv::{ConvInput, ConvParams};
@@ -245,14 +244,9 @@ impl Image<'_> {
 
     /// Whether there are [`Tiles`] for this kernel.
     fn known(&self, isa: Isa) -> bool {
-        let known = match (self.kernel[1], self.strides[1], self.dilations[1]) {
-            (3 | 5, 1 | 2, 1) => true,
-            // Takes 0.7 of the time of two vectors without a tile on 512 bits, as much on 256, 1.1 on 128.
-            (7, 1, 1) => isa.lanes() > 4,
-            _ => false,
-        };
         // They compute whole vectors only.
-        known && self.channels >= vectors(self.kernel[1]) * isa.lanes()
+        self.channels >= vectors(self.kernel[1]) * isa.lanes()
+            && matches!((self.kernel[1], self.strides[1], self.dilations[1]), (3 | 5, 1 | 2, 1))
     }
 
     /// Tiles side by side with all taps of a row inside the image, or one of which some are not, whose first input is
@@ -274,9 +268,7 @@ impl Image<'_> {
         match (self.kernel[1], self.strides[1]) {
             (3, 1) => tiles!(3, 1),
             (3, _) => tiles!(3, 2),
-            (5, 1) => tiles!(5, 1),
-            #[cfg(not(target_arch = "wasm32"))]
-            (7, _) => tiles!(7, 1),
+            (_, 1) => tiles!(5, 1),
             _ => tiles!(5, 2),
         }
     }

@@ -63,8 +63,7 @@ impl Variant {
         // By itself LLVM's WebAssembly backend orders the operations of a block to need few registers, by a model in which
         // they are unlimited: of a GEMM's 12 sums it kept six broadcasts alive where the source has one, and V8 spilled.
         // This keeps the order of the source, which in kernels is chosen.
-        // A panic says in which file it is. Line and column of each of some thousand places that may are a tenth of what a
-        // module's data is compressed to: 13 kB.
+        // A panic says in which file it is. Line and column of each place that may are 13 kB of a compressed module.
         let places = "-Zlocation-detail=file".to_owned();
         let mut flags = vec![features, "-Cllvm-args=-pre-RA-sched=source".to_owned(), places];
         if self.threads() {

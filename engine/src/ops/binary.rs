@@ -100,11 +100,13 @@ impl Arithmetic {
     fn check_dtype(&self, dtype: DType) -> Result<()> {
         let logical = matches!(self.name, "And" | "Or" | "Xor");
         let integers = !matches!(self.function, Function::Kernel(_) | Function::FloorMod);
+        // Of integers it is an operator of its own.
+        let power = self.function == Function::Kernel(Binary::Pow);
         let fits = match dtype {
             DType::Bool => logical,
             DType::F32 | DType::F64 | DType::F16 | DType::Bf16 => !integers,
             DType::String => false,
-            d => d.bits() >= 8 && !logical,
+            d => d.bits() >= 8 && !logical && !power,
         };
         let wanted = if logical {
             "bool"
@@ -296,7 +298,7 @@ macro_rules! integer_functions {
                     Function::Kernel(Binary::Min) => on!($t, |a, b| a.min(b)),
                     Function::Kernel(Binary::Max) => on!($t, |a, b| a.max(b)),
                     Function::Kernel(Binary::PRelu) => on!($t, |a, b| if a < 0 { a.wrapping_mul(b) } else { a }),
-                    // Pow is an operator of its own and calls `power`.
+                    // `check_dtype` lets no integers come here.
                     Function::Kernel(Binary::Pow) => |a, _| a,
                     Function::FloorMod => on!($t, |a, b| {
                         let r = if b == 0 { 0 } else { a.wrapping_rem(b) };

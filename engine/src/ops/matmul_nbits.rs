@@ -56,6 +56,10 @@ fn parse(a: &mut Attributes) -> Result<Op> {
             "operand g_idx, which orders blocks anew, is given; only blocks of neighbours can be computed",
         ));
     }
+    // A residual stands there in graphs of ours alone.
+    if a.has_input(6) {
+        return Err(Error::invalid_model("operand 6 is given; there are 6 at most"));
+    }
     Ok(MatMulNBits { format, activation: Activation::Identity }.into())
 }
 
@@ -268,6 +272,9 @@ mod tests {
         wrong[3] = None;
         wrong.push(Some(Tensor::from_slice(&[16], &[0i32; 16]).unwrap()));
         assert!(said(node(4, 16), &wrong).contains("g_idx"));
+        wrong[4] = None;
+        wrong.extend([None, Some(f32s(&[1, 2], &[0.0; 2]))]);
+        assert!(said(node(4, 16), &wrong).contains("operand 6 is given"));
         wrong = good();
         wrong[0] = Some(f32s(&[1, 8], &[1.0; 8]));
         assert!(said(node(4, 16), &wrong).contains("16 columns were wanted"));
