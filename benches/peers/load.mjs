@@ -6,6 +6,9 @@
  * browser on the profile of the first, with the HTTP cache and the engine's code cache that it left. Files come over
  * loopback. The runtime's script is imported and the inputs are filled before the clock starts; WebAssembly is not
  * compiled, and no worker is started, before it.
+ *
+ * Beside them stands what the bytes alone take: the model read by a worker while weblane's module compiles, and nothing
+ * else. No load of that file can end before; `ratio_of_bytes` is what a runtime that took no time would reach.
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -32,6 +35,9 @@ const { values: options } = parseArgs({
   },
 });
 const RUNTIMES = ["weblane", "onnxruntime-web"];
+/** No runtime, only its bytes. */
+const BYTES = "bytes";
+const SIDES = [...RUNTIMES, BYTES];
 const VISITS = ["first", "second"];
 /** Until a page that has just opened is at rest. */
 const REST_MS = 500;
@@ -48,6 +54,7 @@ async function visit(url, profile, config, stay) {
     const page = await openPage(browser, url);
     await delay(REST_MS);
     const call = (name, argument) => page.evaluate((n, a) => window.harness[n](a), name, argument ?? null);
+    if (config.runtime === BYTES) return { ...(await call("bytesAlone", config)), about: "read, not run" };
     const result = await call("firstResult", config);
     const { about } = await call("describeModel");
     const end = performance.now() + stay;
@@ -63,12 +70,10 @@ const server = await serveBench({ cacheControl: "max-age=3600" });
 const results = [];
 const threads = options.threads ? Number(options.threads) : undefined;
 for (const { name, url, inputs } of findWorkloads(options.workloads)) {
-  const seen = {
-    first: { weblane: [], "onnxruntime-web": [] },
-    second: { weblane: [], "onnxruntime-web": [] },
-  };
+  const noTimes = () => Object.fromEntries(SIDES.map((side) => [side, []]));
+  const seen = { first: noTimes(), second: noTimes() };
   for (let i = 0; i < Number(options.rounds); i++) {
-    for (const runtime of i % 2 ? RUNTIMES.toReversed() : RUNTIMES) {
+    for (const runtime of i % 2 ? SIDES.toReversed() : SIDES) {
       const profile = await mkdtemp(join(tmpdir(), "weblane-bench-"));
       try {
         const config = { runtime, url, inputs, threads };
@@ -81,7 +86,7 @@ for (const { name, url, inputs } of findWorkloads(options.workloads)) {
   }
   for (const which of VISITS) {
     const row = { workload: name, visit: which, rounds: Number(options.rounds) };
-    for (const runtime of RUNTIMES) {
+    for (const runtime of SIDES) {
       const times = seen[which][runtime].map(({ ms }) => ms);
       row[runtime] = {
         ms: round(median(times)),
@@ -90,22 +95,23 @@ for (const { name, url, inputs } of findWorkloads(options.workloads)) {
         about: seen[which][runtime][0].about,
       };
     }
-    const ratios = seen[which].weblane.map(({ ms }, i) => seen[which]["onnxruntime-web"][i].ms / ms);
-    row.ratio = round(median(ratios));
-    row.ratio_range = [round(min(ratios)), round(max(ratios))];
+    const ratios = (side) => seen[which][side].map(({ ms }, i) => seen[which]["onnxruntime-web"][i].ms / ms);
+    row.ratio = round(median(ratios("weblane")));
+    row.ratio_range = [round(min(ratios("weblane"))), round(max(ratios("weblane")))];
+    row.ratio_of_bytes = round(median(ratios(BYTES)));
     results.push(row);
-    const cells = RUNTIMES.map((runtime) => {
+    const cells = SIDES.map((runtime) => {
       const { ms, range, loaded_ms } = row[runtime];
       return `${runtime} ${ms} ms (${range.join(" .. ")}; loaded at ${loaded_ms})`;
     });
     console.log(
-      `${name.padEnd(20)} ${which.padEnd(6)} visit  ${cells.join("  ")}  ratio ${row.ratio} (${row.ratio_range.join(" .. ")})`,
+      `${name.padEnd(20)} ${which.padEnd(6)} visit  ${cells.join("  ")}  ratio ${row.ratio} (${row.ratio_range.join(" .. ")}), of the bytes alone ${row.ratio_of_bytes}`,
     );
   }
 }
 await server.close();
 await writeRecord(options.record ?? recordPath("load"), {
-  what: "milliseconds from the call that loads the model to its first result, medians and ranges; ratio: median of onnxruntime-web's / weblane's in the same round",
+  what: "milliseconds from the call that loads the model to its first result, medians and ranges; ratio: median of onnxruntime-web's / weblane's in the same round; bytes: the model read in a worker while weblane's module compiles, nothing run",
   command: "cargo xtask bench load",
   browser: version,
   peers: { "onnxruntime-web": await peerVersion("onnxruntime-web") },

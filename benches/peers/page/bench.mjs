@@ -114,6 +114,24 @@ async function firstResult({ runtime, url, inputs, threads }) {
   return { loaded, ms: performance.now() - start };
 }
 
+/**
+ * The least that a load on this machine can take, shaped as `firstResult` shapes it: a worker reads the model's bytes and
+ * drops them, while the page compiles weblane's module. Nothing is started, loaded or run.
+ */
+async function bytesAlone({ url }) {
+  const start = performance.now();
+  const worker = new Worker("/reader.mjs", { type: "module" });
+  const read = new Promise((resolve, reject) => {
+    worker.onmessage = ({ data }) => resolve(data);
+    worker.onerror = ({ message }) => reject(new Error(`the reader stopped: ${message}`));
+  });
+  worker.postMessage(url);
+  await Promise.all([read, WebAssembly.compileStreaming(fetch("/weblane/dist/weblane_relaxed_mt.wasm"))]);
+  const ms = performance.now() - start;
+  worker.terminate();
+  return { loaded: ms, ms };
+}
+
 /** What the model's runtime says about itself, and bytes of its WebAssembly memory where it tells. */
 async function describeModel() {
   return { about: await model.about(), memory: await model.memory() };
@@ -127,5 +145,6 @@ window.createHarness = async () => ({
   timeModel,
   profileModel,
   firstResult,
+  bytesAlone,
   describeModel,
 });
