@@ -2,22 +2,23 @@
 //! softmax is Milakov and Gimelshein, 2018).
 //!
 //! ```text
-//! for each (batch, head, 128 queries), in parallel
+//! for each (batch, head, 144 queries), in parallel
 //!     m = -inf, l = 0, o = 0                                   one per query; with a sink m is its score and l = 1
 //!     for each block of 128 keys that any of the queries may see
-//!         pack k^T and v into panels of two vectors' width
-//!         for each 32 of the queries
-//!             s = q k^T * scale, capped, + mask; -inf where not seen
+//!         pack k^T * scale and v as for a GEMM
+//!         for each 36 of the queries
+//!             s = q k^T, capped, + mask; -inf where not seen
 //!             m' = max(m, max s);  p = exp(s - m')
 //!             l = l * exp(m - m') + sum p;  o = o * exp(m - m') + p v;  m = m'
 //!     y = o / l                                                `unseen` for a query that sees nothing
 //! ```
 //!
-//! Both products run on one small tile of 4 rows by 2 vectors, over panels as in a GEMM: rows of heads lie so many bytes
-//! apart that few of them fit into the first-level cache together. The packing is paid back by the queries; for fewer
-//! than 4 of them (a decoder's step) rows of keys are read as they lie.
+//! Both products are those of [`gemm`](crate::gemm): rows of heads lie so many bytes apart that few of them fit into the
+//! first-level cache together, which panels mend. The packing is paid back by the queries; for fewer than 4 of them (a
+//! decoder's step) rows of keys are read as they lie.
 
 use crate::error::{Error, Result};
+use crate::gemm::{self, Matrix, OutPtr, table};
 use crate::math;
 use crate::par::{Cx, DisjointMut};
 use crate::simd::{Kernel, Simd, dispatch};
@@ -25,9 +26,10 @@ use crate::softmax::{map_row, row_exp_sum, row_max};
 use core::ops::Range;
 
 /// Queries of a task, at most: they share the packed keys and values.
-const BLOCK: usize = 128;
-/// Queries that are scored at a time: their scores stay in the first-level cache.
-const QUERIES: usize = 32;
+const BLOCK: usize = 144;
+/// Queries that are scored at a time: their scores stay in the first-level cache, and they fill tiles of all heights but
+/// NEON's.
+const QUERIES: usize = 36;
 /// Tasks of fewer queries are made if there would be fewer than this many of them.
 const MIN_TASKS: usize = 8;
 /// Keys that are scored at a time.
@@ -219,14 +221,20 @@ impl Kernel for Block<'_> {
             let count = KEYS.min(end - at);
             let keys = &a.k.data[batch * a.k.strides[0] + kv_head * a.k.strides[1] + at * a.k.strides[2]..];
             let values = &a.v.data[batch * a.v.strides[0] + kv_head * a.v.strides[1] + at * a.v.strides[2]..];
-            let padded = count.next_multiple_of(2 * S::LANES).min(KEYS);
+            let keys = Matrix { data: keys, rows: a.size, cols: count, row_stride: 1, col_stride: a.k.strides[2] };
+            let values =
+                Matrix { data: values, rows: count, cols: a.value_size, row_stride: a.v.strides[2], col_stride: 1 };
+            let panels = |columns: usize| 0..columns.div_ceil(table::panel_width(S::ISA));
+            let padded = count.next_multiple_of(S::LANES);
             if rows >= 4 {
-                pack_keys::<S>(keys, a.k.strides[2], count, padded, a.size, k_panels);
+                gemm::pack_panels(S::ISA, &keys, panels(count), k_panels);
+                // Exact for powers of two; else the scores are as close as if they were scaled themselves.
+                map_row(s, &mut k_panels[..a.size * padded], |v| s.mul(v, s.splat(a.scale)));
             }
             // For a decoder's step the packing would cost as much as the product.
             let direct = rows < 4 && width == a.value_size;
             if !direct {
-                pack_values::<S>(values, a.v.strides[2], count, a.value_size, width, v_panels);
+                gemm::pack_panels(S::ISA, &values, panels(a.value_size), v_panels);
             }
             let mut from = 0;
             while from < rows {
@@ -236,43 +244,53 @@ impl Kernel for Block<'_> {
                 if wanted.end <= at || wanted.start >= at + count {
                     continue;
                 }
-                for (i, to) in part.clone().zip(q.chunks_exact_mut(a.size.max(1))) {
-                    let from = batch * a.q.strides[0] + head * a.q.strides[1] + (first + i) * a.q.strides[2];
-                    to.copy_from_slice(&a.q.data[from..][..a.size]);
-                    // Exact for powers of two; else the scores are as close as if they were scaled themselves.
-                    map_row(s, to, |v| s.mul(v, s.splat(a.scale)));
-                }
+                let queries = &a.q.data[batch * a.q.strides[0] + head * a.q.strides[1]..];
+                let query = |i: usize| &queries[(first + i) * a.q.strides[2]..][..a.size];
                 if rows < 4 {
                     for i in 0..part.len() {
                         for j in 0..count {
-                            let key = &keys[j * a.k.strides[2]..][..a.size];
-                            scores[i * KEYS + j] = dot(s, &q[i * a.size..][..a.size], key);
+                            let key = &keys.data[j * keys.col_stride..][..a.size];
+                            scores[i * KEYS + j] = a.scale * dot(s, query(i), key);
                         }
                     }
                 } else {
-                    let k_panels = Columns::Panels { data: k_panels, depth: a.size };
-                    product(s, part.len(), padded, a.size, (q, a.size), k_panels, (scores, KEYS), false);
+                    let block = gemm::Block {
+                        m: part.len(),
+                        a: query(part.start).as_ptr(),
+                        lda: a.q.strides[2],
+                        b: k_panels,
+                        size: [a.size, padded],
+                        panels: panels(padded),
+                        c: OutPtr(scores.as_mut_ptr()),
+                        ldc: KEYS,
+                        accumulate: false,
+                    };
+                    assert!(part.len() * KEYS <= scores.len() && query(part.end - 1).len() == a.size);
+                    // SAFETY: q has all rows of the part, as the last of them shows, and the scores have as many.
+                    unsafe { block.run(S::ISA, Some(q)) };
                 }
                 for i in part.clone() {
                     let row = &mut scores[(i - part.start) * KEYS..][..count];
+                    let shown = seen(i);
+                    let clip = |j: usize| j.saturating_sub(at).min(count);
+                    let (begin, end) = (clip(shown.start), clip(shown.end).max(clip(shown.start)));
+                    row[..begin].fill(0.0);
+                    row[end..].fill(0.0);
+                    let row = &mut row[begin..end];
                     if a.cap != 0.0 {
                         let (cap, inverse) = (s.splat(a.cap), s.splat(1.0 / a.cap));
                         map_row(s, row, |v| s.mul(cap, math::tanh(s, s.mul(v, inverse))));
                     }
-                    if let Some(m) = a.mask {
-                        let from = batch * m.strides[0] + head * m.strides[1] + (first + i) * m.strides[2] + at;
-                        add_mask(s, row, &m.data[from..][..count], m.replaces);
-                    }
-                    if a.visible.is_some() {
-                        let r = seen(i);
-                        let hidden = |j: usize| j.saturating_sub(at).min(count);
-                        row[..hidden(r.start)].fill(f32::NEG_INFINITY);
-                        row[hidden(r.end).max(hidden(r.start))..].fill(f32::NEG_INFINITY);
-                    }
+                    let highest = match a.mask {
+                        Some(m) => {
+                            let from = batch * m.strides[0] + head * m.strides[1] + (first + i) * m.strides[2] + at;
+                            add_mask(s, row, &m.data[from + begin..][..end - begin], m.replaces)
+                        }
+                        None => row_max(s, row),
+                    };
                     let old = max[i];
-                    let highest = row_max(s, row);
                     let new = if highest > old || highest.is_nan() { highest } else { old };
-                    if new == f32::NEG_INFINITY {
+                    if new == f32::NEG_INFINITY && !row.iter().any(|score| score.is_nan()) {
                         // Nothing to see yet; differences of infinities would be NaN.
                         row.fill(0.0);
                         continue;
@@ -287,12 +305,25 @@ impl Kernel for Block<'_> {
                     max[i] = new;
                 }
                 let o = &mut o[part.start * width..][..part.len() * width];
-                let v = if direct {
-                    Columns::Rows { data: values, stride: a.v.strides[2] }
+                if direct {
+                    for (weights, o) in scores.chunks_exact(KEYS).zip(o.chunks_exact_mut(width)) {
+                        add_rows(s, &weights[..count], &values, o);
+                    }
                 } else {
-                    Columns::Panels { data: v_panels, depth: KEYS }
-                };
-                product(s, part.len(), width, count, (scores, KEYS), v, (o, width), true);
+                    let block = gemm::Block {
+                        m: part.len(),
+                        a: scores.as_ptr(),
+                        lda: KEYS,
+                        b: v_panels,
+                        size: [count, width],
+                        panels: panels(width),
+                        c: OutPtr(o.as_mut_ptr()),
+                        ldc: width,
+                        accumulate: true,
+                    };
+                    // SAFETY: the scores and the results have as many rows as the part.
+                    unsafe { block.run(S::ISA, None) };
+                }
             }
             at += count;
         }
@@ -307,61 +338,29 @@ impl Kernel for Block<'_> {
     }
 }
 
-/// Panels of two vectors of keys, one after the other, each `size` rows: element `(e, j)` of the transposed keys. Keys from
-/// `count` to `padded` are zeros.
-#[inline(always)]
-fn pack_keys<S: Simd>(keys: &[f32], stride: usize, count: usize, padded: usize, size: usize, panels: &mut [f32]) {
-    let width = 2 * S::LANES;
-    for j in 0..padded {
-        let panel = &mut panels[j / width * width * size..][..width * size];
-        let column = panel.iter_mut().skip(j % width).step_by(width);
-        if j < count {
-            column.zip(&keys[j * stride..][..size]).for_each(|(to, &v)| *to = v);
-        } else {
-            column.for_each(|to| *to = 0.0);
-        }
-    }
-}
-
-/// Panels of two vectors of elements (the last one may have one), each of `KEYS` rows: value `j`, elements of the panel.
-/// Elements from `size` to `width` are zeros.
-#[inline(always)]
-fn pack_values<S: Simd>(values: &[f32], stride: usize, count: usize, size: usize, width: usize, panels: &mut [f32]) {
-    let mut e = 0;
-    while e < width {
-        let panel = (2 * S::LANES).min(width - e);
-        let have = panel.min(size - e);
-        for (j, to) in panels[e * KEYS..][..count * panel].chunks_exact_mut(panel).enumerate() {
-            let (to, rest) = to.split_at_mut(have);
-            to.copy_from_slice(&values[j * stride + e..][..have]);
-            rest.fill(0.0);
-        }
-        e += panel;
-    }
-}
-
 /// `row += mask`, and exactly minus infinity where the mask is, whatever stood there. If it `replaces`, the same holds for
-/// all elements that are not 0.
+/// all elements that are not 0. Gives what [`row_max`] would.
 #[inline(always)]
-fn add_mask<S: Simd>(s: S, row: &mut [f32], mask: &[f32], replaces: bool) {
+fn add_mask<S: Simd>(s: S, row: &mut [f32], mask: &[f32], replaces: bool) -> f32 {
     let (hidden, zero) = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
-    let mut j = 0;
-    while j < row.len() {
-        let end = (j + S::LANES).min(row.len());
-        let whole = end - j == S::LANES;
-        let (x, m) = if whole {
-            (s.load(&row[j..]), s.load(&mask[j..]))
-        } else {
-            (s.load_partial(&row[j..end]), s.load_partial(&mask[j..end]))
-        };
+    let mut highest = hidden;
+    let (mut vectors, mut masks) = (row.chunks_exact_mut(S::LANES), mask.chunks_exact(S::LANES));
+    for (to, m) in (&mut vectors).zip(&mut masks) {
+        let (x, m) = (s.load(to), s.load(m));
         let x = if replaces { s.select(s.eq(m, zero), x, m) } else { s.select(s.eq(m, hidden), hidden, s.add(x, m)) };
-        if whole {
-            s.store(&mut row[j..], x)
-        } else {
-            s.store_partial(&mut row[j..end], x)
-        }
-        j = end;
+        highest = s.at_least(x, highest);
+        s.store(to, x);
     }
+    let mut highest = s.reduce_max(highest);
+    for (x, &m) in vectors.into_remainder().iter_mut().zip(masks.remainder()) {
+        *x = match m {
+            0.0 => *x,
+            m if replaces || m == f32::NEG_INFINITY => m,
+            m => *x + m,
+        };
+        highest = highest.max(*x);
+    }
+    highest
 }
 
 /// `sum a b`.
@@ -383,112 +382,43 @@ fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     s.reduce_add(s.add(acc[0], acc[1]))
 }
 
-/// The right-hand side of a [`product`], whole vectors of columns.
-#[derive(Clone, Copy)]
-enum Columns<'a> {
-    /// Panels of two vectors (the last one may have one), one after the other, each with room for `depth` rows.
-    Panels { data: &'a [f32], depth: usize },
-    /// Rows, `stride` apart.
-    Rows { data: &'a [f32], stride: usize },
-}
-
-/// `c (+)= a b` for `rows` rows and whole vectors of columns; a and c with their row strides.
+/// `y += weights rows`, for a y of whole vectors.
 #[inline(always)]
-fn product<S: Simd>(
-    s: S,
-    rows: usize,
-    cols: usize,
-    k: usize,
-    (a, lda): (&[f32], usize),
-    b: Columns<'_>,
-    (c, ldc): (&mut [f32], usize),
-    accumulate: bool,
-) {
-    if rows == 0 || cols == 0 {
-        return;
+fn add_rows<S: Simd>(s: S, weights: &[f32], rows: &Matrix, y: &mut [f32]) {
+    assert!(weights.is_empty() || (weights.len() - 1) * rows.row_stride + y.len() <= rows.data.len());
+    let (mut quads, vectors) = (y.chunks_exact_mut(4 * S::LANES), rows.data.as_ptr());
+    let mut e = 0;
+    for y in &mut quads {
+        // SAFETY: the assertion covers all columns of all rows.
+        unsafe { add_columns::<S, 4>(s, weights, vectors.add(e), rows.row_stride, y) };
+        e += y.len();
     }
-    assert!(cols.is_multiple_of(S::LANES) && (rows - 1) * ldc + cols <= c.len());
-    // Elements of b from a column to the next panel's, and from row to row.
-    let (b, step, stride) = match b {
-        Columns::Panels { data, depth } => {
-            assert!(k <= depth && depth * cols <= data.len());
-            (data.as_ptr(), depth, None)
-        }
-        Columns::Rows { data, stride } => {
-            assert!(k == 0 || (k - 1) * stride + cols <= data.len());
-            (data.as_ptr(), 1, Some(stride))
-        }
-    };
-    assert!(k == 0 || (rows - 1) * lda + k <= a.len());
-    let (a, c) = (a.as_ptr(), c.as_mut_ptr());
-    let mut j = 0;
-    while j < cols {
-        let wide = cols - j >= 2 * S::LANES;
-        let panel = if wide { 2 } else { 1 } * S::LANES;
-        let ldb = stride.unwrap_or(panel);
-        let mut i = 0;
-        while i < rows {
-            let tall = rows - i >= 4;
-            // SAFETY: the assertions cover all rows and columns of all operands.
-            unsafe {
-                let (a, b, c) = (a.add(i * lda), b.add(j * step), c.add(i * ldc + j));
-                match (tall, wide) {
-                    (true, true) => tile::<S, 4, 2>(s, k, a, lda, b, ldb, c, ldc, accumulate),
-                    (true, false) => tile::<S, 4, 1>(s, k, a, lda, b, ldb, c, ldc, accumulate),
-                    (false, true) => tile::<S, 1, 2>(s, k, a, lda, b, ldb, c, ldc, accumulate),
-                    (false, false) => tile::<S, 1, 1>(s, k, a, lda, b, ldb, c, ldc, accumulate),
-                }
-            }
-            i += if tall { 4 } else { 1 };
-        }
-        j += panel;
+    for y in quads.into_remainder().chunks_exact_mut(S::LANES) {
+        // SAFETY: as above.
+        unsafe { add_columns::<S, 1>(s, weights, vectors.add(e), rows.row_stride, y) };
+        e += y.len();
     }
 }
 
-/// `M` rows by `N` vectors of a product.
+/// `N` vectors of [`add_rows`], in registers.
 ///
 /// # Safety
-/// `a` has `M` rows of `k`, `b` has `k` rows of `N` vectors, `c` has `M` rows of `N` vectors.
-#[cfg_attr(target_arch = "wasm32", inline(never))]
-#[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-unsafe fn tile<S: Simd, const M: usize, const N: usize>(
-    s: S,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    ldb: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
-    let mut acc = [[s.splat(0.0); N]; M];
-    // SAFETY: promised by the caller.
-    unsafe {
-        if accumulate {
-            for (i, row) in acc.iter_mut().enumerate() {
-                for (v, x) in row.iter_mut().enumerate() {
-                    *x = s.load_ptr(c.add(i * ldc + v * S::LANES));
-                }
-            }
+/// As many rows as there are weights, `stride` apart, have `N` vectors from `rows` on.
+#[inline(always)]
+unsafe fn add_columns<S: Simd, const N: usize>(s: S, weights: &[f32], rows: *const f32, stride: usize, y: &mut [f32]) {
+    let mut sums = [s.splat(0.0); N];
+    for (v, sum) in sums.iter_mut().enumerate() {
+        *sum = s.load(&y[v * S::LANES..]);
+    }
+    for (p, weight) in weights.iter().enumerate() {
+        let weight = s.splat(*weight);
+        for (v, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: promised by the caller.
+            *sum = s.mul_add(weight, unsafe { s.load_ptr(rows.add(p * stride + v * S::LANES)) }, *sum);
         }
-        for p in 0..k {
-            let mut bv = [s.splat(0.0); N];
-            for (v, x) in bv.iter_mut().enumerate() {
-                *x = s.load_ptr(b.add(p * ldb + v * S::LANES));
-            }
-            for (i, row) in acc.iter_mut().enumerate() {
-                let av = s.splat_ptr(a.add(i * lda + p));
-                for (x, bv) in row.iter_mut().zip(bv) {
-                    *x = s.mul_add(av, bv, *x);
-                }
-            }
-        }
-        for (i, row) in acc.iter().enumerate() {
-            for (v, x) in row.iter().enumerate() {
-                s.store_ptr(c.add(i * ldc + v * S::LANES), *x);
-            }
-        }
+    }
+    for (v, sum) in sums.into_iter().enumerate() {
+        s.store(&mut y[v * S::LANES..], sum);
     }
 }
 

@@ -96,18 +96,19 @@ pub(crate) fn map_row<S: Simd>(s: S, y: &mut [f32], f: impl Fn(S::F32) -> S::F32
     }
 }
 
-/// Largest element; NaN if any is; minus infinity for an empty row.
+/// Largest element; minus infinity for an empty row. With a NaN among them it may be any element, which makes no difference
+/// to a softmax: the NaN's own exponential makes the sum NaN. So the bound of one instruction will do.
 #[inline(always)]
 pub(crate) fn row_max<S: Simd>(s: S, x: &[f32]) -> f32 {
     let mut acc = [s.splat(f32::NEG_INFINITY); 2];
     let mut chunks = x.chunks_exact(2 * S::LANES);
     for chunk in &mut chunks {
-        acc[0] = s.max(acc[0], s.load(chunk));
-        acc[1] = s.max(acc[1], s.load(&chunk[S::LANES..]));
+        acc[0] = s.at_least(s.load(chunk), acc[0]);
+        acc[1] = s.at_least(s.load(&chunk[S::LANES..]), acc[1]);
     }
-    let mut max = s.max(acc[0], acc[1]);
+    let mut max = s.at_least(acc[0], acc[1]);
     for &v in chunks.remainder() {
-        max = s.max(max, s.splat(v));
+        max = s.at_least(s.splat(v), max);
     }
     s.reduce_max(max)
 }

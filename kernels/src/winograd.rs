@@ -257,9 +257,19 @@ impl Steps for Image<'_> {
 
     fn multiply(&self, point: usize, m: usize, v: Rows, r: Rows) {
         let weights = &self.winograd.weights[point];
-        let (panels, c) = (0..weights.panels(), OutPtr(r.at(point)));
+        let block = gemm::Block {
+            m,
+            a: v.at(point),
+            lda: v.ld,
+            b: weights.data(),
+            size: [weights.k(), weights.n()],
+            panels: 0..weights.panels(),
+            c: OutPtr(r.at(point)),
+            ldc: r.ld,
+            accumulate: false,
+        };
         // SAFETY: both have `m` rows for each point, which nobody else uses.
-        unsafe { gemm::multiply(self.isa, m, v.at(point), v.ld, weights, panels, c, r.ld) };
+        unsafe { block.run(self.isa, None) };
     }
 
     fn backward(&self, tiles: Range<usize>, rows: Rows) {

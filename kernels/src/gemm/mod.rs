@@ -24,8 +24,8 @@ mod pack;
 pub mod table;
 mod tile;
 
-pub(crate) use pack::Aligned;
 pub use pack::PackedB;
+pub(crate) use pack::{Aligned, pack_panels};
 
 use crate::epilogue::{Activation, Epilogue};
 use crate::error::{Error, Result};
@@ -582,6 +582,7 @@ pub(crate) fn run<'a, A: Lhs>(
                 b_first,
                 c: problem.c,
                 ldc: problem.ldc,
+                accumulate: pc > 0,
                 bias: problem.bias.filter(|_| last),
                 residual: problem.residual.filter(|_| last),
                 clamp: clamp.filter(|_| last),
@@ -604,53 +605,86 @@ pub(crate) fn run<'a, A: Lhs>(
     Ok(())
 }
 
-/// `c = a b` for `m >= 1` rows and some panels of packed weights, on this thread, without an epilogue.
-///
-/// # Safety
-/// A has `m` rows of `b.k()` elements, `lda` apart. C has `m` rows, `ldc` apart; nobody else uses the columns that the
-/// panels have of them.
-pub(crate) unsafe fn multiply(
-    isa: Isa,
-    m: usize,
-    a: *const f32,
-    lda: usize,
-    b: &PackedB,
-    panels: Range<usize>,
-    c: OutPtr,
-    ldc: usize,
-) {
-    let t = table::tile(isa);
-    let (k, n) = (b.k(), b.n());
-    let tiles = m.div_ceil(t.mr);
-    let grid = Grid { tiles, height: m / tiles, tall: m % tiles, panels: b.panels(), row_blocks: 1, panel_blocks: 1 };
-    let kc = k.div_ceil(k.div_ceil(t.kc).max(1));
-    let mut pc = 0;
-    loop {
-        let depth = kc.min(k - pc);
-        let pass = Pass {
-            a: a.wrapping_add(pc),
-            lda,
-            interleaved: false,
-            b: b.data(),
-            b_first: 0,
-            c,
-            ldc,
-            bias: None,
-            residual: None,
-            clamp: None,
-            after: None,
-            grid: &grid,
-            tiles: 0..tiles,
-            panels: panels.clone(),
-            n,
-            k,
-            pc,
-            depth,
+/// `c (+)= a b` for some rows and panels, on this thread, without an epilogue.
+pub(crate) struct Block<'a> {
+    /// Rows of A and C, at least one.
+    pub(crate) m: usize,
+    /// First row of A, contiguous along k.
+    pub(crate) a: *const f32,
+    /// Elements between rows of A.
+    pub(crate) lda: usize,
+    /// Panels as [`pack_panels`] leaves them, from the first on.
+    pub(crate) b: &'a [f32],
+    /// Rows and columns of B.
+    pub(crate) size: [usize; 2],
+    /// The panels to multiply by.
+    pub(crate) panels: Range<usize>,
+    /// First element of C.
+    pub(crate) c: OutPtr,
+    /// Elements between rows of C.
+    pub(crate) ldc: usize,
+    /// Whether to add to what C holds.
+    pub(crate) accumulate: bool,
+}
+
+impl Block<'_> {
+    /// Computes it. Where `scratch`, of `m * k` elements, is given, rows of A are interleaved there if that pays.
+    ///
+    /// # Safety
+    /// A and C have these rows, of `k` and `n` elements. Nobody else uses the columns that the panels have of C.
+    pub(crate) unsafe fn run(self, isa: Isa, mut scratch: Option<&mut [f32]>) {
+        let Self { m, a, lda, b, size: [k, n], panels, c, ldc, accumulate } = self;
+        let t = table::tile(isa);
+        let tiles = m.div_ceil(t.mr);
+        let grid = Grid {
+            tiles,
+            height: m / tiles,
+            tall: m % tiles,
+            panels: n.div_ceil(table::panel_width(isa)),
+            row_blocks: 1,
+            panel_blocks: 1,
         };
-        pass.run(isa);
-        pc += depth;
-        if pc == k {
-            break;
+        let kc = k.div_ceil(k.div_ceil(t.kc).max(1));
+        let interleaved = scratch.is_some() && t.interleaves(grid.height, n, k);
+        let mut pc = 0;
+        loop {
+            let depth = kc.min(k - pc);
+            let from = a.wrapping_add(pc);
+            let (a, lda) = match &mut scratch {
+                Some(to) if interleaved => {
+                    let words = bytemuck::cast_slice_mut(to);
+                    // SAFETY: A has these rows and columns, and the scratch memory is not a part of it.
+                    unsafe { interleave_tiles(0..tiles, |tile| grid.row(tile), from.cast(), lda, depth, words, None) };
+                    (to.as_ptr(), depth)
+                }
+                _ => (from, lda),
+            };
+            let pass = Pass {
+                a,
+                lda,
+                interleaved,
+                b,
+                b_first: 0,
+                c,
+                ldc,
+                accumulate: accumulate || pc > 0,
+                bias: None,
+                residual: None,
+                clamp: None,
+                after: None,
+                grid: &grid,
+                tiles: 0..tiles,
+                panels: panels.clone(),
+                n,
+                k,
+                pc,
+                depth,
+            };
+            pass.run(isa);
+            pc += depth;
+            if pc == k {
+                break;
+            }
         }
     }
 }
@@ -673,6 +707,7 @@ struct Pass<'a> {
     b_first: usize,
     c: OutPtr,
     ldc: usize,
+    accumulate: bool,
     bias: Option<&'a [f32]>,
     residual: Option<&'a [f32]>,
     clamp: Option<(f32, f32)>,
@@ -727,7 +762,7 @@ impl Pass<'_> {
                         ldc,
                     },
                     finish: Finish {
-                        accumulate: pc > 0,
+                        accumulate: self.accumulate,
                         bias,
                         residual: self.residual.map_or(core::ptr::null(), |residual| residual[i * ldc + j..].as_ptr()),
                         clamp: self.clamp,
