@@ -696,6 +696,9 @@ pub(crate) fn leading_dimension(kc: usize) -> usize {
     16 * (lines | 1)
 }
 
+/// Columns of C that get a costly activation at a time: some turns of its loop for each row.
+const ACTIVATED_COLUMNS: usize = 32;
+
 /// One pass over a block of C.
 struct Pass<'a> {
     /// First row of the block, first column of the pass; or all interleaved, tile by tile.
@@ -733,10 +736,12 @@ impl Pass<'_> {
             (rows.start, border - self.tiles.start, grid.height + 1),
             (grid.row(border), self.tiles.end - border, grid.height),
         ];
+        let together = (ACTIVATED_COLUMNS / nr).max(1);
+        let Range { start, end } = self.panels;
         let tiles = rows.len().div_ceil(t.narrow_mr).max(1);
         let (height, tall) = (rows.len() / tiles, rows.len() % tiles);
         let narrow = [(rows.start, tall, height + 1), (rows.start + tall * (height + 1), tiles - tall, height)];
-        for panel in self.panels {
+        for panel in start..end {
             let j = panel * nr;
             let cols = nr.min(n - j);
             let width = cols.next_multiple_of(isa.lanes());
@@ -772,9 +777,12 @@ impl Pass<'_> {
                 // disjoint blocks of C.
                 unsafe { strip.run(isa) };
             }
-            if let Some(activation) = self.after {
-                let c = self.c.at(rows.start * ldc + j);
-                dispatch(isa, Activate { activation, c, rows: rows.len(), cols, ld: ldc });
+            if let Some(activation) = self.after
+                && ((panel + 1 - start).is_multiple_of(together) || panel + 1 == end)
+            {
+                let first = (panel - (panel - start) % together) * nr;
+                let c = self.c.at(rows.start * ldc + first);
+                dispatch(isa, Activate { activation, c, rows: rows.len(), cols: j + cols - first, ld: ldc });
             }
         }
     }
@@ -783,7 +791,7 @@ impl Pass<'_> {
 /// What of an activation happens in registers (bounds), and what in a second sweep.
 ///
 /// The costly functions would make each of the two dozen tile functions several times as long; the sweep runs over a
-/// panel of C that is still in the first-level cache, and costs a load and a store beside their dozens of operations.
+/// few panels of C that are still in a cache, and costs a load and a store beside their dozens of operations.
 #[inline(always)]
 pub(crate) fn split_activation(activation: Activation) -> (Option<(f32, f32)>, Option<Activation>) {
     match activation {
@@ -811,25 +819,22 @@ impl Kernel for Activate {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { activation, c, rows, cols, ld } = self;
-        // Two vectors at a time, which share the loads of constants. A macro: a closure would not be compiled for the
-        // instruction set.
+        // Some vectors at a time, which share the loads of constants: V8 spends three instructions on each, and has registers
+        // for a few of them. A macro: a closure would not be compiled for the instruction set.
         macro_rules! sweep {
-            (|$x:ident| $f:expr) => {
+            ([$($v:literal)+] |$x:ident| $f:expr) => {
                 for i in 0..rows {
                     // SAFETY: the contract of the type.
                     let row = unsafe { core::slice::from_raw_parts_mut(c.add(i * ld), cols) };
-                    let mut pairs = row.chunks_exact_mut(2 * S::LANES);
-                    for pair in &mut pairs {
-                        let (low, high) = pair.split_at_mut(S::LANES);
-                        let mut v = [s.load(low), s.load(high)];
-                        for $x in &mut v {
-                            *$x = $f;
-                        }
-                        s.store(low, v[0]);
-                        s.store(high, v[1]);
+                    let mut turns = row.chunks_exact_mut([$($v),+].len() * S::LANES);
+                    for turn in &mut turns {
+                        // All are computed before the first is stored, which could change a constant for all LLVM knows.
+                        let v = [$(s.load(&turn[$v * S::LANES..])),+];
+                        let v = [$({ let $x = v[$v]; $f }),+];
+                        $(s.store(&mut turn[$v * S::LANES..], v[$v]);)+
                     }
-                    for part in pairs.into_remainder().chunks_mut(S::LANES) {
-                        let $x = &s.load_partial(part);
+                    for part in turns.into_remainder().chunks_mut(S::LANES) {
+                        let $x = s.load_partial(part);
                         let y = $f;
                         s.store_partial(part, y);
                     }
@@ -838,11 +843,12 @@ impl Kernel for Activate {
         }
         // A loop for each of the functions that take long: a branch inside would cost as much as a quarter of them.
         match activation {
-            Activation::Silu => sweep!(|x| math::silu(s, *x)),
-            Activation::Gelu => sweep!(|x| math::gelu(s, *x)),
-            Activation::Sigmoid => sweep!(|x| math::sigmoid(s, *x)),
-            Activation::HardSwish => sweep!(|x| Activation::HardSwish.apply(s, *x)),
-            other => sweep!(|x| other.apply(s, *x)),
+            Activation::Silu => sweep!([0 1] |x| math::silu(s, x)),
+            Activation::Gelu if S::LANES == 4 => sweep!([0 1 2 3] |x| math::gelu(s, x)),
+            Activation::Gelu => sweep!([0 1] |x| math::gelu(s, x)),
+            Activation::Sigmoid => sweep!([0 1] |x| math::sigmoid(s, x)),
+            Activation::HardSwish => sweep!([0 1] |x| Activation::HardSwish.apply(s, x)),
+            other => sweep!([0 1] |x| other.apply(s, x)),
         }
     }
 }
