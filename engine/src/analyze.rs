@@ -5,6 +5,7 @@ use crate::fact::Fact;
 use crate::graph::{Graph, Node};
 use crate::ops::{Compute, Infer, Io};
 use crate::tensor::{Tensor, TensorView, byte_count};
+use smallvec::SmallVec;
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
 
@@ -56,8 +57,7 @@ pub fn infer_node(node: &Node, facts: &[Option<Fact>], cx: &Cx, folding: Folding
     if results.iter().all(|f| f.tensor().is_some()) || !node.op.is_deterministic() {
         return Ok(results);
     }
-    let Some(constants) =
-        operands.iter().map(|o| o.as_ref().map(Fact::tensor)).map(transpose).collect::<Option<Vec<_>>>()
+    let Some(constants) = operands.iter().map(|o| o.map(Fact::tensor)).map(transpose).collect::<Option<Vec<_>>>()
     else {
         return Ok(results);
     };
@@ -87,9 +87,9 @@ fn transpose<T>(operand: Option<Option<T>>) -> Option<Option<T>> {
 }
 
 /// The facts of a node's operands.
-pub fn operand_facts(node: &Node, facts: &[Option<Fact>]) -> Result<Vec<Option<Fact>>> {
+pub fn operand_facts<'a>(node: &Node, facts: &'a [Option<Fact>]) -> Result<SmallVec<[Option<&'a Fact>; 8]>> {
     let of = |id: &crate::graph::ValueId| {
-        facts[id.index()].clone().ok_or_else(|| Error::invalid_model("an operand has no element type".to_owned()))
+        facts[id.index()].as_ref().ok_or_else(|| Error::invalid_model("an operand has no element type".to_owned()))
     };
     node.inputs.iter().map(|i| i.as_ref().map(of).transpose()).collect()
 }

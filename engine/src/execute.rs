@@ -151,8 +151,10 @@ impl Memory {
             }
             facts.push(Some(fact));
         }
-        let infer =
-            |facts: &[Option<Fact>]| step.node.op.infer(&Infer { inputs: facts, outputs: step.outputs.len(), cx });
+        let infer = |facts: &[Option<Fact>]| {
+            let inputs: Vec<Option<&Fact>> = facts.iter().map(Option::as_ref).collect();
+            step.node.op.infer(&Infer { inputs: &inputs, outputs: step.outputs.len(), cx })
+        };
         let mut results = infer(&facts)?;
         // A body that counts what it finds, such as the boxes that a suppression leaves.
         if step.node.op.is::<If>() && results.iter().any(|f| f.dims().is_none()) {
@@ -167,9 +169,11 @@ impl Memory {
         }
         let compute = if is_packed {
             let cache = &plan.packed;
-            let prepare = Prepare { isa: cx.isa(), cx, inputs: &facts, outputs: &results, cache };
-            let compute = step.node.op.prepare(&prepare)?;
-            check_released(&facts, compute.as_deref())?;
+            let inputs: Vec<Option<&Fact>> = facts.iter().map(Option::as_ref).collect();
+            let outputs: Vec<&Fact> = results.iter().collect();
+            let compute =
+                step.node.op.prepare(&Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache })?;
+            check_released(&inputs, compute.as_deref())?;
             compute
         } else {
             None

@@ -186,7 +186,7 @@ pub fn plan_for(graph: &Graph, inputs: &[TensorView], cache: &PackCache, cx: &Cx
 
 fn prepare(node: &Node, facts: &[Option<Fact>], cache: &PackCache, cx: &Cx) -> Result<Option<Arc<dyn Compute>>> {
     let inputs = operand_facts(node, facts)?;
-    let outputs: Option<Vec<Fact>> = node.outputs.iter().map(|o| facts[o.index()].clone()).collect();
+    let outputs: Option<Vec<&Fact>> = node.outputs.iter().map(|o| facts[o.index()].as_ref()).collect();
     let outputs = outputs.ok_or_else(|| Error::internal("a result has no fact"))?;
     let compute = node.op.prepare(&Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache })?;
     check_released(&inputs, compute.as_deref())?;
@@ -194,9 +194,9 @@ fn prepare(node: &Node, facts: &[Option<Fact>], cache: &PackCache, cx: &Cx) -> R
 }
 
 /// Refuses a kernel that would read elements that are gone: a defect of its `prepack`.
-pub(crate) fn check_released(operands: &[Option<Fact>], compute: Option<&dyn Compute>) -> Result<()> {
+pub(crate) fn check_released(operands: &[Option<&Fact>], compute: Option<&dyn Compute>) -> Result<()> {
     let packed = compute.map_or(&[][..], |c| c.packed_operands());
-    let is_released = |f: &Option<Fact>| f.as_ref().and_then(Fact::tensor).is_some_and(|t| t.is_released());
+    let is_released = |f: &Option<&Fact>| f.and_then(Fact::tensor).is_some_and(|t| t.is_released());
     match operands.iter().enumerate().find(|(k, f)| is_released(f) && !packed.contains(k)) {
         Some((k, _)) => Err(Error::internal(format!("operand {k} was packed, and the kernel wants its elements"))),
         None => Ok(()),

@@ -53,7 +53,8 @@ pub fn run(graph: &mut Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Re
 
 /// Packs the operands of one node and drops what is not needed any more.
 fn pack(node: &Node, facts: &[Option<Fact>], sources: &[Mutex<Source>], cache: &PackCache, cx: &Cx) -> Result<()> {
-    let mut operands = operand_facts(node, facts)?;
+    let operands = operand_facts(node, facts)?;
+    let mut operands: Vec<Option<Fact>> = operands.into_iter().map(Option::<&Fact>::cloned).collect();
     for (id, fact) in node.inputs.iter().zip(&mut operands) {
         if let (Some(id), Some(fact)) = (id, fact)
             && let Some(tensor) = &lock(&sources[id.index()])?.tensor
@@ -61,9 +62,10 @@ fn pack(node: &Node, facts: &[Option<Fact>], sources: &[Mutex<Source>], cache: &
             fact.content = Content::Tensor(tensor.clone());
         }
     }
-    let outputs: Option<Vec<Fact>> = node.outputs.iter().map(|o| facts[o.index()].clone()).collect();
+    let outputs: Option<Vec<&Fact>> = node.outputs.iter().map(|o| facts[o.index()].as_ref()).collect();
     let outputs = outputs.ok_or_else(|| Error::internal("a result has no fact"))?;
-    let packed = node.op.prepack(&Prepare { isa: cx.isa(), cx, inputs: &operands, outputs: &outputs, cache })?;
+    let inputs: Vec<Option<&Fact>> = operands.iter().map(Option::as_ref).collect();
+    let packed = node.op.prepack(&Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache })?;
     drop(operands);
     for id in packed.iter().filter_map(|&k| *node.inputs.get(k)?) {
         let mut source = lock(&sources[id.index()])?;

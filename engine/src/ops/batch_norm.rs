@@ -155,7 +155,7 @@ impl Operator for BatchNormalization {
         if self.training.is_some() { &[] } else { &[0] }
     }
 
-    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, operands: &[Option<&Fact>]) -> Option<Permuted> {
         let rank = operands.first()?.as_ref()?.rank()?;
         if rank < 3 || self.layout == Layout::Nhwc || self.training.is_some() {
             return None;

@@ -184,7 +184,7 @@ impl Operator for Arithmetic {
         &[0, 1]
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 2)
     }
 }
@@ -459,7 +459,7 @@ impl Operator for Pow {
         &[0]
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 2)
     }
 }
@@ -526,7 +526,7 @@ impl Operator for Variadic {
         &[0]
     }
 
-    fn permuted(&self, _: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, operands.len())
     }
 }
@@ -583,7 +583,7 @@ impl Operator for Compare {
             else Err(wrong_dtype("an operand", a.dtype, "numbers")))
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 2)
     }
 }

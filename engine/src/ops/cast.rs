@@ -62,7 +62,7 @@ impl Operator for Cast {
         true
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 1)
     }
 }

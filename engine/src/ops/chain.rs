@@ -75,7 +75,7 @@ impl Operator for Chain {
         &[0]
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         let of = operands.first()?.as_ref()?.shape.as_ref()?;
         let moved = |shape: &[Dim]| {
             let missing = perm.len().checked_sub(shape.len())?;

@@ -102,7 +102,7 @@ impl Operator for Clip {
         &[0]
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Some(Permuted { op: self.clone().into(), roles: vec![Role::Permute, Role::Keep, Role::Keep] })
     }
 }

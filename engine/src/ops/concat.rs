@@ -103,7 +103,7 @@ impl Operator for Concat {
         axis_index(self.axis, result.len()).is_ok_and(|axis| result[..axis].iter().all(|&d| d == 1))
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(&Concat { axis: permuted_axis(self.axis, perm)? }, operands.len())
     }
 }

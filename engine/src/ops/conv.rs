@@ -213,7 +213,7 @@ impl Operator for Conv {
         Ok(&[1])
     }
 
-    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, operands: &[Option<&Fact>]) -> Option<Permuted> {
         let x = operands.first()?.as_ref()?;
         if x.dtype != DType::F32 || self.layout == Layout::Nhwc {
             return None;
@@ -363,7 +363,7 @@ mod tests {
     #[test]
     fn precision_decides_the_algorithm() {
         let (x, w) = (Fact::new(DType::F32, &[1, 16, 12, 12]), Arc::new(f32s(&[16, 16, 3, 3], &ramp(2304))));
-        let outputs = [Fact::new(DType::F32, &[1, 16, 12, 12])];
+        let output = Fact::new(DType::F32, &[1, 16, 12, 12]);
         let axes = |sizes: &[usize]| sizes.iter().copied().collect();
         let (strides, dilations, pads) = (axes(&[]), axes(&[]), axes(&[1; 4]));
         let window = Window { kernel: None, strides, dilations, pads, auto_pad: AutoPad::NotSet, ceil: false };
@@ -377,7 +377,8 @@ mod tests {
             for (precision, kernel) in [(Precision::Fast, "conv winograd 4x4"), (Precision::Exact, "conv")] {
                 let cache = PackCache::new(precision);
                 let prepare = |x: &Fact, now: bool| {
-                    let inputs = [Some(x.clone()), Some(Fact::constant(w.clone()))];
+                    let w = Fact::constant(w.clone());
+                    let (inputs, outputs) = ([Some(x), Some(&w)], [&output]);
                     let prepare = Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache: &cache };
                     if now {
                         conv.prepare(&prepare).unwrap().unwrap().kernel().to_owned()
@@ -413,16 +414,17 @@ mod tests {
             let conv = Conv { window, groups: 1, layout, activation, residual: false };
             let w = Arc::new(f32s(&[1, 2, 3, 3], &w));
             let dims = [Dim::Known(1), Dim::Known(2), size.clone(), size];
-            let early =
-                [Some(Fact::with_shape(DType::F32, dims.into_iter().collect())), Some(Fact::constant(w.clone()))];
-            let outputs = [Fact::new(DType::F32, &[1, 1, 2, 2])];
+            let early = [Fact::with_shape(DType::F32, dims.into_iter().collect()), Fact::constant(w.clone())];
+            let output = Fact::new(DType::F32, &[1, 1, 2, 2]);
             let cache = PackCache::new(Precision::Fast);
             Pool::new(1).run(Isa::best(), |cx| {
-                let prepare = Prepare { isa: cx.isa(), cx, inputs: &early, outputs: &outputs, cache: &cache };
+                let (inputs, outputs) = (early.each_ref().map(Some), [&output]);
+                let prepare = Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache: &cache };
                 assert_eq!(conv.prepack(&prepare).unwrap(), [1]);
                 let released = Arc::new(Tensor::released(DType::F32, &[1, 2, 3, 3]));
                 cache.release(&w, &released).unwrap();
-                let inputs = [Some(Fact::new(DType::F32, &[1, 2, 2, 2])), Some(Fact::constant(released))];
+                let late = [Fact::new(DType::F32, &[1, 2, 2, 2]), Fact::constant(released)];
+                let inputs = late.each_ref().map(Some);
                 let prepare = Prepare { isa: cx.isa(), cx, inputs: &inputs, outputs: &outputs, cache: &cache };
                 let flops = conv.prepare(&prepare).unwrap().unwrap().flops();
                 assert_eq!(cache.len(), 1);

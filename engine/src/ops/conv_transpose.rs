@@ -240,7 +240,7 @@ impl Operator for ConvTranspose {
         Ok(&[1])
     }
 
-    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, operands: &[Option<&Fact>]) -> Option<Permuted> {
         let x = operands.first()?.as_ref()?;
         if x.dtype != DType::F32 || self.layout == Layout::Nhwc {
             return None;

@@ -119,7 +119,7 @@ impl Operator for Blocks {
         true
     }
 
-    fn permuted(&self, perm: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         let last =
             self.layout == Layout::Nchw && perm.iter().copied().eq(std::iter::once(0).chain(2..perm.len()).chain([1]));
         let op = Blocks { layout: Layout::Nhwc, ..self.clone() }.into();

@@ -92,9 +92,10 @@ impl Operator for DynamicLstm {
         let (w, r) = (cx.input(1)?, cx.input(2)?);
         check_byte("W", w.dtype)?;
         check_byte("R", r.dtype)?;
-        let mut inputs: Vec<Option<Fact>> = cx.inputs.iter().take(8).cloned().collect();
-        inputs[1] = Some(transposed(w));
-        inputs[2] = Some(transposed(r));
+        let mut inputs: Vec<Option<&Fact>> = cx.inputs.iter().take(8).copied().collect();
+        let turned = [transposed(w), transposed(r)];
+        inputs[1] = Some(&turned[0]);
+        inputs[2] = Some(&turned[1]);
         let results = self.layer.infer(&Infer { inputs: &inputs, outputs: cx.outputs, cx: cx.cx })?;
         let directions = self.layer.layer.directions.len();
         for (name, at, weights) in [("W", 8, w), ("R", 10, r)] {

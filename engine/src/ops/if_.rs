@@ -64,7 +64,7 @@ impl Operator for If {
         if condition.dtype != DType::Bool {
             return Err(Error::dtype(format!("the condition is {}; bool was wanted", condition.dtype)));
         }
-        let captures: Option<Vec<Fact>> = cx.inputs[1..].iter().cloned().collect();
+        let captures: Option<Vec<Fact>> = cx.inputs[1..].iter().map(|f| f.cloned()).collect();
         let captures = captures.ok_or_else(|| Error::internal("a captured value is missing"))?;
         match condition.tensor() {
             Some(t) => {
@@ -103,7 +103,7 @@ impl Operator for If {
     }
 
     fn prepare(&self, cx: &Prepare) -> Result<Option<Arc<dyn Compute>>> {
-        let captures: Option<Vec<Fact>> = cx.inputs[1..].iter().cloned().collect();
+        let captures: Option<Vec<Fact>> = cx.inputs[1..].iter().map(|f| f.cloned()).collect();
         let captures = captures.ok_or_else(|| Error::internal("a captured value is missing"))?;
         let plan = |body| PlannedBody::new(body, &captures, cx.cache, cx.cx).map(Some);
         let fixed = cx.constant(0).map(|t| truth(&t.view())).transpose()?;

@@ -318,8 +318,9 @@ impl Operator for IntegerProduct {
         check_byte("an operand", a.dtype)?;
         check_byte("an operand", b.dtype)?;
         // Shapes are those of the product of real numbers.
-        let real = |f: &Fact| Some(Fact { dtype: DType::F32, shape: f.shape.clone(), content: Default::default() });
-        let as_real = Infer { inputs: &[real(a), real(b)], outputs: 1, cx: cx.cx };
+        let real = |f: &Fact| Fact { dtype: DType::F32, shape: f.shape.clone(), content: Default::default() };
+        let (real_a, real_b) = (real(a), real(b));
+        let as_real = Infer { inputs: &[Some(&real_a), Some(&real_b)], outputs: 1, cx: cx.cx };
         let mut y = match &self.kind {
             Kind::MatMul(m) => m.infer(&as_real)?,
             Kind::Conv(c) => c.infer(&as_real)?,
@@ -381,7 +382,7 @@ impl Operator for IntegerProduct {
         Ok(&[1])
     }
 
-    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, operands: &[Option<&Fact>]) -> Option<Permuted> {
         let Kind::Conv(conv) = &self.kind else { return None };
         if conv.layout == Layout::Nhwc {
             return None;
@@ -461,11 +462,12 @@ mod tests {
             let dims = [Dim::Known(1), size.clone(), size, Dim::Known(64)];
             Fact::with_shape(DType::U8, dims.into_iter().collect())
         };
-        let outputs = [Fact::new(DType::I32, &[1, 12, 12, 64])];
+        let output = Fact::new(DType::I32, &[1, 12, 12, 64]);
         Pool::new(1).run(Isa::best(), |cx| {
             let (cache, isa) = (PackCache::default(), cx.isa());
             let prepare = |size: Dim, run: &dyn Fn(&Prepare) -> String| {
-                let inputs = [Some(image(size)), Some(Fact::constant(weights.clone()))];
+                let inputs = [image(size), Fact::constant(weights.clone())];
+                let (inputs, outputs) = (inputs.each_ref().map(Some), [&output]);
                 run(&Prepare { isa, cx, inputs: &inputs, outputs: &outputs, cache: &cache })
             };
             let early = |p: &Prepare| format!("{:?}", op.prepack(p).unwrap());

@@ -102,14 +102,14 @@ impl Loop {
     }
 
     /// Facts of the node's results from those of the body's outputs, with an unknown number of iterations.
-    fn symbolic(&self, inputs: &[Option<Fact>], pool: &Cx) -> Result<Vec<Fact>> {
+    fn symbolic(&self, inputs: &[Option<&Fact>], pool: &Cx) -> Result<Vec<Fact>> {
         let mut carried = Vec::with_capacity(self.carried);
         for i in 2..self.first_captured() {
-            let fact = inputs.get(i).cloned().flatten();
+            let fact = inputs.get(i).copied().flatten();
             let fact = fact.ok_or_else(|| Error::invalid_model(format!("operand {i} is missing")))?;
-            carried.push(Fact { content: Default::default(), ..fact });
+            carried.push(Fact { content: Default::default(), ..fact.clone() });
         }
-        let captured: Vec<Fact> = inputs[self.first_captured().min(inputs.len())..].iter().flatten().cloned().collect();
+        let captured: Vec<Fact> = inputs[self.first_captured().min(inputs.len())..].iter().flatten().map(|f| Fact::clone(f)).collect();
         // What an iteration changes about a shape is not known for the next one: twice is enough to find that out, since
         // a size that differs becomes unknown, and a rank that differs too.
         let mut outputs = Vec::new();
@@ -146,6 +146,7 @@ impl Loop {
     /// A scanned value of no iterations has the element type and the sizes that the body says, as far as it does.
     fn empty(&self, k: usize, operands: &[Option<TensorView>], cx: &Cx) -> Result<Tensor> {
         let facts: Vec<Option<Fact>> = operands.iter().map(|v| v.map(|v| Fact::new(v.dtype, v.dims))).collect();
+        let facts: Vec<Option<&Fact>> = facts.iter().map(Option::as_ref).collect();
         let facts = self.symbolic(&facts, cx)?;
         let fact = &facts[self.carried + k];
         let dims: Vec<usize> = fact.shape.iter().flatten().map(|d| d.known().unwrap_or(0)).collect();

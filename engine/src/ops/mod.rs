@@ -30,7 +30,7 @@ pub use table::Table;
 #[derive(Debug)]
 pub struct Infer<'a> {
     /// One entry per operand; `None` where an optional one was left out.
-    pub inputs: &'a [Option<Fact>],
+    pub inputs: &'a [Option<&'a Fact>],
     /// How many results the node has.
     pub outputs: usize,
     /// For what has to be computed to be known, such as constants in bodies.
@@ -40,7 +40,7 @@ pub struct Infer<'a> {
 impl Infer<'_> {
     /// The fact of an operand, or `None` when it was left out.
     pub fn optional(&self, i: usize) -> Option<&Fact> {
-        self.inputs.get(i).and_then(Option::as_ref)
+        self.inputs.get(i).copied().flatten()
     }
 
     /// The fact of an operand that must be there.
@@ -131,7 +131,7 @@ pub trait Operator: Any + Debug + Send + Sync {
 
     /// Where each result begins in operand 0, in elements, if all results are runs of its elements: the plan may drop the
     /// node then. Shapes are known.
-    fn cuts(&self, _operands: &[Option<Fact>], _results: &[Dims]) -> Option<Dims> {
+    fn cuts(&self, _operands: &[Option<&Fact>], _results: &[Dims]) -> Option<Dims> {
         None
     }
 
@@ -154,13 +154,13 @@ pub trait Operator: Any + Debug + Send + Sync {
 
     /// The same operator for channels-last data (`[batch, spatial..., channels]`), if it has such a kernel; the layout
     /// pass starts from these.
-    fn channels_last(&self, _operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, _operands: &[Option<&Fact>]) -> Option<Permuted> {
         None
     }
 
     /// The operator that gives the permuted result 0 for permuted operands, if there is one: axis `i` of a permuted
     /// tensor is axis `perm[i]` of the original. All results must be of the rank of `perm`, and all get permuted.
-    fn permuted(&self, _perm: &[usize], _operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _perm: &[usize], _operands: &[Option<&Fact>]) -> Option<Permuted> {
         None
     }
 

@@ -389,7 +389,7 @@ impl Operator for GroupNormalization {
         &[0]
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         let last = perm.iter().copied().eq([0].into_iter().chain(2..perm.len()).chain([1]));
         let fits = last && perm.len() > 2 && self.layout == Layout::Nchw && !self.per_group;
         let op = GroupNormalization { layout: Layout::Nhwc, ..self.clone() }.into();

@@ -166,7 +166,7 @@ impl Operator for Pad {
         true
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         let axes: Vec<i64> = match (&self.axes, operands.get(3).and_then(Option::as_ref)) {
             (Some(axes), _) => axes.clone(),
             (None, Some(axes)) => axes.i64s()?.to_vec(),

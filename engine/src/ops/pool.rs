@@ -156,7 +156,7 @@ impl Operator for Pool {
         }, else Err(wrong_dtype("the operand", x.dtype, "float32, float64, int8 and uint8")))
     }
 
-    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, operands: &[Option<&Fact>]) -> Option<Permuted> {
         let x = operands.first()?.as_ref()?;
         let fits = match x.dtype {
             DType::F32 => !matches!(self.op, PoolOp::Lp { .. }),
@@ -214,7 +214,7 @@ impl Operator for GlobalPool {
         Ok(reduce(cx, reduction, x.as_slice::<f32>()?, &dims, &reduced, y)?)
     }
 
-    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, operands: &[Option<&Fact>]) -> Option<Permuted> {
         let x = operands.first()?.as_ref()?;
         let fits = x.dtype == DType::F32 && self.layout == Layout::Nchw;
         let fits = fits && matches!(self.op, PoolOp::Max | PoolOp::Average { .. });

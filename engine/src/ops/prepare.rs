@@ -55,9 +55,9 @@ pub struct Prepare<'a> {
     /// For work at preparation: plans of bodies, constant folding in them.
     pub cx: &'a Cx<'a>,
     /// One entry per operand; `None` where an optional one was left out.
-    pub inputs: &'a [Option<Fact>],
+    pub inputs: &'a [Option<&'a Fact>],
     /// One entry per result.
-    pub outputs: &'a [Fact],
+    pub outputs: &'a [&'a Fact],
     /// Packed constants of the session.
     pub cache: &'a PackCache,
 }
@@ -65,24 +65,24 @@ pub struct Prepare<'a> {
 impl<'a> Prepare<'a> {
     /// Shape of an operand.
     pub fn dims(&self, i: usize) -> Result<Dims> {
-        let fact = self.inputs.get(i).and_then(Option::as_ref);
+        let fact = self.inputs.get(i).copied().flatten();
         fact.and_then(Fact::dims).ok_or_else(|| Error::internal(format!("the shape of operand {i} is not known")))
     }
 
     /// Shape of a result.
     pub fn output_dims(&self, i: usize) -> Result<Dims> {
         let fact = self.outputs.get(i);
-        fact.and_then(Fact::dims).ok_or_else(|| Error::internal(format!("the shape of result {i} is not known")))
+        fact.and_then(|f| f.dims()).ok_or_else(|| Error::internal(format!("the shape of result {i} is not known")))
     }
 
     /// A constant operand; `None` when it is left out or computed at run time.
     pub fn constant(&self, i: usize) -> Option<&'a Arc<Tensor>> {
-        self.inputs.get(i).and_then(Option::as_ref).and_then(Fact::tensor)
+        self.inputs.get(i).copied().flatten().and_then(Fact::tensor)
     }
 
     /// Rank of an operand, when it is known.
     pub fn rank(&self, i: usize) -> Option<usize> {
-        self.inputs.get(i).and_then(Option::as_ref).and_then(Fact::rank)
+        self.inputs.get(i).copied().flatten().and_then(Fact::rank)
     }
 
     /// Whether the operand is there.

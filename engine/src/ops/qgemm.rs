@@ -126,7 +126,7 @@ impl Operator for QGemm {
         check_byte("A", a.dtype)?;
         check_byte("B", b.dtype)?;
         // Shapes are those of the product of real numbers.
-        let real = |f: &Fact| Some(Fact { dtype: DType::F32, content: Default::default(), ..f.clone() });
+        let real = |f: &Fact| Fact { dtype: DType::F32, content: Default::default(), ..f.clone() };
         let mut inputs = vec![real(a), real(b)];
         if let Some(c) = cx.optional(6) {
             if c.dtype != DType::I32 {
@@ -141,6 +141,7 @@ impl Operator for QGemm {
             trans_b: self.trans_b,
             activation: Activation::Identity,
         };
+        let inputs: Vec<Option<&Fact>> = inputs.iter().map(Some).collect();
         let mut y = product.infer(&Infer { inputs: &inputs, outputs: 1, cx: cx.cx })?;
         let n = y.first().and_then(|y| y.shape.as_ref()).and_then(|s| s.last()).and_then(Dim::known);
         infer_scale(cx, 1, "a_scale", Count::One)?;

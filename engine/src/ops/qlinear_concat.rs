@@ -49,8 +49,9 @@ impl Operator for QLinearConcat {
             }
             infer_scale(cx, 3 + 3 * i, &format!("the scale of part {i}"), Count::One)?;
             infer_zero(cx, 4 + 3 * i, &format!("the zero point of part {i}"), dtype, Count::One)?;
-            inputs.push(Some(Fact { content: Default::default(), ..x.clone() }));
+            inputs.push(Fact { content: Default::default(), ..x.clone() });
         }
+        let inputs: Vec<Option<&Fact>> = inputs.iter().map(Some).collect();
         Concat { axis: self.axis }.infer(&Infer { inputs: &inputs, outputs: cx.outputs, cx: cx.cx })
     }
 

@@ -149,7 +149,7 @@ impl Operator for QLinearPool {
         Ok(())
     }
 
-    fn channels_last(&self, operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, operands: &[Option<&Fact>]) -> Option<Permuted> {
         let op = QLinearPool { layout: Layout::Nhwc, ..self.clone() };
         let mut roles = vec![Role::Keep; operands.len()];
         *roles.first_mut()? = Role::Permute;

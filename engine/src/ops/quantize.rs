@@ -251,7 +251,7 @@ impl Operator for Linear {
         }, else Err(wrong_dtype("the result", y.dtype, QUANTA)))
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         let scale = operands.get(1)?.as_ref()?.dims()?;
         let mut roles = vec![Role::Keep; operands.len()];
         roles[0] = Role::Permute;
@@ -294,7 +294,7 @@ impl Operator for DynamicQuantize {
         Ok(())
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 1)
     }
 }
@@ -472,7 +472,7 @@ impl Operator for QuantizedProduct {
             }
         }
         // Shapes are those of the product of real numbers.
-        let real = |f: &Fact| Some(Fact { dtype: DType::F32, ..f.clone() });
+        let real = |f: &Fact| Fact { dtype: DType::F32, ..f.clone() };
         let mut inputs = vec![real(a), real(b)];
         if let (true, Product::Conv(..), Some(bias)) = (self.scaled, &self.kind, cx.optional(8)) {
             if bias.dtype != DType::I32 {
@@ -480,6 +480,7 @@ impl Operator for QuantizedProduct {
             }
             inputs.push(real(bias));
         }
+        let inputs: Vec<Option<&Fact>> = inputs.iter().map(Some).collect();
         let as_real = Infer { inputs: &inputs, outputs: 1, cx: cx.cx };
         let mut y = match &self.kind {
             Product::MatMul => MatMul::default().infer(&as_real)?,

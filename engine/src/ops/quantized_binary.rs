@@ -68,7 +68,7 @@ impl Operator for QuantizedBinary {
         run(cx, &self.binary, a, b, io.output(0)?)
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 2)
     }
 }

@@ -112,8 +112,9 @@ impl Operator for QuantizedMatMul {
             return Err(wrong_dtype("A", a.dtype, "floats"));
         }
         // Shapes are those of the product of real numbers.
-        let real = |f: &Fact| Some(Fact { dtype: DType::F32, content: Default::default(), ..f.clone() });
-        let inputs = [real(a), real(b)];
+        let real = |f: &Fact| Fact { dtype: DType::F32, content: Default::default(), ..f.clone() };
+        let (real_a, real_b) = (real(a), real(b));
+        let inputs = [Some(&real_a), Some(&real_b)];
         let mut y = MatMul::default().infer(&Infer { inputs: &inputs, outputs: 1, cx: cx.cx })?;
         let n = match b.shape.as_deref() {
             Some([.., _, n]) => n.known(),

@@ -85,7 +85,7 @@ impl Operator for QuantizedMean {
         let x = cx.input(0)?;
         check_byte("an operand", x.dtype)?;
         let real = Fact { dtype: DType::F32, shape: x.shape.clone(), content: Default::default() };
-        let as_real = Infer { inputs: &[Some(real)], outputs: 1, cx: cx.cx };
+        let as_real = Infer { inputs: &[Some(&real)], outputs: 1, cx: cx.cx };
         let mut y = match &self.windows {
             Windows::Sliding(pool) => pool.infer(&as_real)?,
             Windows::Global(pool) => pool.infer(&as_real)?,
@@ -104,7 +104,7 @@ impl Operator for QuantizedMean {
         Ok(mean(cx, &self.mean, &shape, bytes(x)?, bytes_mut(io.output(0)?)?)?)
     }
 
-    fn channels_last(&self, _: &[Option<Fact>]) -> Option<Permuted> {
+    fn channels_last(&self, _: &[Option<&Fact>]) -> Option<Permuted> {
         let op = QuantizedMean { windows: self.windows.channels_last(), ..self.clone() };
         (self.windows.layout() == Layout::Nchw).then(|| Permuted { op: op.into(), roles: vec![Role::Permute] })
     }

@@ -58,7 +58,7 @@ impl Operator for QuantizedResize {
         self.resize.shape_operands()
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         let Permuted { op, roles } = self.resize.permuted(perm, operands)?;
         let op = QuantizedResize { resize: op.get::<Resize>()?.clone(), ..self.clone() };
         Some(Permuted { op: op.into(), roles })

@@ -623,7 +623,7 @@ impl Operator for Resize {
         if self.operands[2].is_some() { &[2, 3] } else { &[1] }
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         let axes = self.axes(perm.len()).ok()?;
         let moved: Option<Vec<i64>> = axes.iter().map(|a| perm.iter().position(|p| p == a).map(|i| i as i64)).collect();
         let op = Resize { axes: Some(moved?), ..self.clone() };

@@ -96,19 +96,19 @@ impl Scan {
     }
 
     /// Facts of the body's outputs, and the number of slices.
-    fn body_facts(&self, inputs: &[Option<Fact>], cx: &Cx) -> Result<(Vec<Fact>, Dim)> {
+    fn body_facts(&self, inputs: &[Option<&Fact>], cx: &Cx) -> Result<(Vec<Fact>, Dim)> {
         let fact = |i: usize| {
-            let fact = inputs.get(i).cloned().flatten();
+            let fact = inputs.get(i).copied().flatten();
             fact.ok_or_else(|| Error::invalid_model(format!("operand {i} is missing")))
         };
         let mut length = Dim::Unknown;
         let mut facts = Vec::with_capacity(inputs.len());
         for i in 0..self.states {
-            facts.push(Fact { content: Default::default(), ..fact(i)? });
+            facts.push(Fact { content: Default::default(), ..fact(i)?.clone() });
         }
         for k in 0..self.scans {
             let x = fact(self.states + k)?;
-            Scan::check_dtype(&x)?;
+            Scan::check_dtype(x)?;
             let shape = x.shape.as_ref().ok_or_else(|| Error::shape("the rank of a scanned operand is not known"))?;
             let axis = axis_index(self.input_axes[k], shape.len())?;
             match (&length, &shape[axis]) {
@@ -123,7 +123,7 @@ impl Scan {
             let rest: Shape = shape.iter().enumerate().filter(|(a, _)| *a != axis).map(|(_, d)| d.clone()).collect();
             facts.push(Fact::with_shape(x.dtype, rest));
         }
-        facts.extend(inputs.iter().skip(self.states + self.scans).flatten().cloned());
+        facts.extend(inputs.iter().skip(self.states + self.scans).flatten().map(|f| Fact::clone(f)));
         Ok((infer_outputs(&self.body, &facts, cx)?, length))
     }
 }

@@ -96,7 +96,7 @@ impl Slice {
     }
 
     /// The ranges, if the operands that say them are known.
-    fn known_ranges(&self, operands: &[Option<Fact>], rank: usize) -> Option<SmallVec<[Range; 6]>> {
+    fn known_ranges(&self, operands: &[Option<&Fact>], rank: usize) -> Option<SmallVec<[Range; 6]>> {
         let mut numbers = [None, None, None, None];
         for (i, numbers) in numbers.iter_mut().enumerate() {
             if let Some(fact) = operands.get(i + 1).and_then(Option::as_ref) {
@@ -108,7 +108,7 @@ impl Slice {
 
     /// Start and step along each axis where every element from a start on is taken, `step` apart; `None` for other cuts
     /// and where something is not known.
-    pub(crate) fn strided(&self, operands: &[Option<Fact>]) -> Option<SmallVec<[(usize, usize); 6]>> {
+    pub(crate) fn strided(&self, operands: &[Option<&Fact>]) -> Option<SmallVec<[(usize, usize); 6]>> {
         let dims = operands.first()?.as_ref()?.dims()?;
         let mut axes = SmallVec::from_elem((0, 1), dims.len());
         for range in self.known_ranges(operands, dims.len())? {
@@ -207,7 +207,7 @@ impl Operator for Slice {
         copy_axes(cx, &axes, x, offset, y, 0)
     }
 
-    fn cuts(&self, operands: &[Option<Fact>], results: &[Dims]) -> Option<Dims> {
+    fn cuts(&self, operands: &[Option<&Fact>], results: &[Dims]) -> Option<Dims> {
         let dims = operands.first()?.as_ref()?.dims()?;
         let taken = results.first()?;
         // From the first axis of which more than one element is taken, what lies behind must be taken whole.
@@ -227,7 +227,7 @@ impl Operator for Slice {
         true
     }
 
-    fn permuted(&self, perm: &[usize], operands: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], operands: &[Option<&Fact>]) -> Option<Permuted> {
         let operand = |i: usize| operands.get(i).and_then(Option::as_ref);
         let axes: Vec<i64> = match (&self.axes, operand(3)) {
             (Some(axes), _) => axes.clone(),

@@ -120,7 +120,7 @@ impl Operator for Split {
         true
     }
 
-    fn cuts(&self, operands: &[Option<Fact>], results: &[Dims]) -> Option<Dims> {
+    fn cuts(&self, operands: &[Option<&Fact>], results: &[Dims]) -> Option<Dims> {
         let dims = operands.first()?.as_ref()?.dims()?;
         let axis = axis_index(self.axis, dims.len()).ok()?;
         let mut at = 0;
@@ -132,7 +132,7 @@ impl Operator for Split {
         dims[..axis].iter().all(|&d| d == 1).then(|| results.iter().map(begin).collect())
     }
 
-    fn permuted(&self, perm: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, perm: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         let op = Split { axis: permuted_axis(self.axis, perm)?, ..self.clone() };
         Some(Permuted { op: op.into(), roles: vec![Role::Permute, Role::Keep] })
     }

@@ -62,7 +62,7 @@ impl Operator for SwiGlu {
         .map_err(kernel_error)
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 2)
     }
 }

@@ -191,7 +191,7 @@ impl Operator for Pointwise {
         &[0]
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 1)
     }
 }
@@ -231,7 +231,7 @@ impl Operator for Bits {
         &[0]
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 1)
     }
 }
@@ -269,7 +269,7 @@ impl Operator for Classify {
         }, else Err(wrong_dtype("the operand", x.dtype, "float32 and float64")))
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 1)
     }
 }

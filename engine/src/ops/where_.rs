@@ -70,7 +70,7 @@ impl Operator for Where {
         true
     }
 
-    fn permuted(&self, _: &[usize], _: &[Option<Fact>]) -> Option<Permuted> {
+    fn permuted(&self, _: &[usize], _: &[Option<&Fact>]) -> Option<Permuted> {
         Permuted::elementwise(self, 3)
     }
 }

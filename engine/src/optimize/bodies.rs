@@ -20,12 +20,12 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
     for node in std::mem::take(&mut graph.nodes) {
         let operands = operand_facts(&node, &facts)?;
         if let Some(op) = node.op.get::<If>() {
-            let condition = operands[0].as_ref().and_then(Fact::tensor).and_then(|t| t.bytes().first().copied());
+            let condition = operands[0].and_then(Fact::tensor).and_then(|t| t.bytes().first().copied());
             if let Some(condition) = condition {
                 inline(graph, &node, op.body(condition != 0));
                 continue;
             }
-            let captures: Vec<Fact> = operands[1..].iter().flatten().cloned().collect();
+            let captures: Vec<Fact> = operands[1..].iter().flatten().map(|f| Fact::clone(f)).collect();
             // A body that does not fit the shapes is one that never runs with them; it stays as it is.
             let body = |g: &Graph| optimize_body(g, &captures, pass).unwrap_or_else(|_| g.clone());
             let op = If { then: body(&op.then), otherwise: body(&op.otherwise) };
@@ -37,7 +37,7 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
                 let Some(fact) = fact else { continue };
                 inputs.push(match i < 2 + op.carried {
                     true => Fact::of_dtype(fact.dtype),
-                    false => fact.clone(),
+                    false => Fact::clone(fact),
                 });
             }
             let op = Loop { body: optimize_body(&op.body, &inputs, pass)?, carried: op.carried };

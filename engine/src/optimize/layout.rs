@@ -84,7 +84,6 @@ pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
 
 impl Layout<'_> {
     fn visit(&mut self, node: Node) -> Result<()> {
-        let operands = operand_facts(&node, &self.facts)?;
         let rank = self.facts[node.outputs[0].index()].as_ref().and_then(Fact::rank);
         if let (Some(t), Some(x)) = (node.op.get::<Transpose>(), node.inputs.first().copied().flatten())
             && let Some(rank) = rank
@@ -98,10 +97,13 @@ impl Layout<'_> {
             return Ok(());
         }
         let followed = match rank {
-            Some(rank) if rank >= 3 => match node.op.channels_last(&operands) {
-                Some(permuted) => Some((channels_last(rank), permuted)),
-                None => self.follow(&node, &operands, rank),
-            },
+            Some(rank) if rank >= 3 => {
+                let operands = operand_facts(&node, &self.facts)?;
+                match node.op.channels_last(&operands) {
+                    Some(permuted) => Some((channels_last(rank), permuted)),
+                    None => self.follow(&node, &operands, rank),
+                }
+            }
             _ => None,
         };
         match followed {
@@ -112,7 +114,7 @@ impl Layout<'_> {
     }
 
     /// The permutation that a node without a favourite layout should follow, if any.
-    fn follow(&self, node: &Node, operands: &[Option<Fact>], rank: usize) -> Option<(Perm, Permuted)> {
+    fn follow(&self, node: &Node, operands: &[Option<&Fact>], rank: usize) -> Option<(Perm, Permuted)> {
         let lazy = |id: ValueId| self.twins.get(&id).and_then(|t| t.first()).filter(|_| !self.exists[id.index()]);
         let perm = node.operands().find_map(|id| lazy(id).map(|(p, _)| p.clone()).filter(|p| p.len() == rank))?;
         let permuted = node.op.permuted(&perm, operands)?;

@@ -40,7 +40,7 @@ fn cut(view: &View, mut value: ValueId) -> Option<(ValueId, Cut)> {
     let mut cut = Cut { start: [0; 2], step: [1; 2] };
     while let Some((_, node)) = view.producer(value) {
         let Some(slice) = node.op.get::<Slice>() else { break };
-        let facts: Vec<_> = node.inputs.iter().map(|id| id.and_then(|id| view.fact(id)).cloned()).collect();
+        let facts: Vec<_> = node.inputs.iter().map(|id| id.and_then(|id| view.fact(id))).collect();
         let [(0, 1), (0, 1), rows, columns] = slice.strided(&facts)?[..] else { return None };
         for (axis, (start, step)) in [rows, columns].into_iter().enumerate() {
             // Of what was cut already, so that it counts in steps of the cut before.
