@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::fact::Fact;
-use crate::graph::{Graph, Node};
+use crate::graph::{Graph, Node, ValueId};
 use crate::ops::{Compute, Infer, Io};
 use crate::tensor::{Tensor, TensorView, byte_count};
 use smallvec::SmallVec;
@@ -29,12 +29,42 @@ impl Default for Folding {
 /// A node whose operands are all constant is computed here and its results become constants. Values that inference
 /// finds nothing about have `None`.
 pub fn analyze(graph: &Graph, inputs: &[Fact], cx: &Cx, folding: Folding) -> Result<Vec<Option<Fact>>> {
+    analyze_nodes(graph, graph.nodes.iter(), inputs, cx, folding)
+}
+
+/// The same for what some values are computed from; nothing is found out about the others.
+pub fn analyze_values(
+    graph: &Graph,
+    values: impl Iterator<Item = ValueId>,
+    inputs: &[Fact],
+    cx: &Cx,
+    folding: Folding,
+) -> Result<Vec<Option<Fact>>> {
+    let mut wanted = vec![false; graph.values.len()];
+    values.for_each(|id| wanted[id.index()] = true);
+    let mut nodes = Vec::new();
+    for node in graph.nodes.iter().rev() {
+        if node.outputs.iter().any(|o| wanted[o.index()]) {
+            node.operands().for_each(|id| wanted[id.index()] = true);
+            nodes.push(node);
+        }
+    }
+    analyze_nodes(graph, nodes.into_iter().rev(), inputs, cx, folding)
+}
+
+fn analyze_nodes<'a>(
+    graph: &Graph,
+    nodes: impl Iterator<Item = &'a Node>,
+    inputs: &[Fact],
+    cx: &Cx,
+    folding: Folding,
+) -> Result<Vec<Option<Fact>>> {
     let mut facts: Vec<Option<Fact>> =
         graph.values.iter().map(|v| v.constant.as_ref().map(|t| Fact::constant(t.clone()))).collect();
     for (id, fact) in graph.inputs.iter().zip(inputs) {
         facts[id.index()] = Some(fact.clone());
     }
-    for node in &graph.nodes {
+    for node in nodes {
         for (id, fact) in node.outputs.iter().zip(infer_node(node, &facts, cx, folding)?) {
             facts[id.index()] = Some(fact);
         }
@@ -88,7 +118,7 @@ fn transpose<T>(operand: Option<Option<T>>) -> Option<Option<T>> {
 
 /// The facts of a node's operands.
 pub fn operand_facts<'a>(node: &Node, facts: &'a [Option<Fact>]) -> Result<SmallVec<[Option<&'a Fact>; 8]>> {
-    let of = |id: &crate::graph::ValueId| {
+    let of = |id: &ValueId| {
         facts[id.index()].as_ref().ok_or_else(|| Error::invalid_model("an operand has no element type".to_owned()))
     };
     node.inputs.iter().map(|i| i.as_ref().map(of).transpose()).collect()

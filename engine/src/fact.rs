@@ -54,8 +54,9 @@ pub enum Content {
     Unknown,
     /// All of them: the value is a constant.
     Tensor(Arc<Tensor>),
-    /// The value is an integer scalar or vector that holds these sizes, as shape arithmetic does.
-    Dims(Shape),
+    /// The value is an integer scalar or vector that holds these sizes, as shape arithmetic does. On the heap, since it is
+    /// rare and would double what every fact takes.
+    Dims(Box<Shape>),
 }
 
 /// What is known of a value.
@@ -104,7 +105,7 @@ impl Fact {
             return Ok(Fact::constant(Arc::new(Tensor::from_slice(dims, &known)?)));
         }
         let mut fact = Fact::new(DType::I64, dims);
-        fact.content = Content::Dims(sizes);
+        fact.content = Content::Dims(Box::new(sizes));
         Ok(fact)
     }
 
@@ -129,7 +130,7 @@ impl Fact {
     /// The elements as sizes (of a constant integer tensor, or of shape arithmetic); negative numbers are not sizes.
     pub fn sizes(&self) -> Option<Shape> {
         match &self.content {
-            Content::Dims(d) => Some(d.clone()),
+            Content::Dims(d) => Some(Shape::clone(d)),
             Content::Tensor(t) => {
                 let values = t.view().to_i64s().ok()?;
                 values.iter().map(|&v| usize::try_from(v).ok().map(Dim::Known)).collect()

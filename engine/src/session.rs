@@ -9,7 +9,7 @@ use crate::import::import;
 use crate::onnx::{Limits, Model, Reader};
 use crate::ops::if_::If;
 use crate::ops::{PackCache, Precision};
-use crate::optimize::{Specialized, optimize, promote_half, specialize};
+use crate::optimize::{Decisions, Known, Specialized, optimize, promote_half, specialize};
 use crate::plan::{Plan, plan_for};
 use crate::prepack;
 use crate::tensor::{DType, Tensor, TensorView};
@@ -153,7 +153,7 @@ struct Cached {
 
 /// The graph without the branches that certain inputs leave out.
 struct Variant {
-    decisions: Vec<(usize, usize, bool)>,
+    decisions: Decisions,
     graph: Arc<Graph>,
 }
 
@@ -169,6 +169,8 @@ struct Running {
 pub struct Session {
     graph: Arc<Graph>,
     variants: Vec<Variant>,
+    /// The same before they were optimised.
+    known: Known,
     /// What the model says of its inputs.
     declared: Vec<Fact>,
     inputs: Vec<ValueInfo>,
@@ -256,6 +258,7 @@ impl Session {
         Ok(Session {
             graph: Arc::new(graph),
             variants: Vec::new(),
+            known: Known::default(),
             declared,
             inputs,
             outputs,
@@ -483,14 +486,15 @@ impl Session {
             return Ok((self.graph.clone(), Vec::new()));
         }
         let (isa, graph, declared) = (self.options.isa, self.graph.clone(), &self.declared);
-        let found = self.pool.run(isa, |cx| specialize(&graph, inputs, use_flags, cx))?;
+        let known = &mut self.known;
+        let found = self.pool.run(isa, |cx| specialize(&graph, inputs, use_flags, known, cx))?;
         let Some(Specialized { graph: decided, decisions, flags }) = found else { return Ok((graph, Vec::new())) };
         if let Some(known) = self.variants.iter().find(|v| v.decisions == decisions) {
             return Ok((known.graph.clone(), flags));
         }
         // What does not fit the declared shapes may still fit these; else planning says what is wrong.
-        let rewritten = self.pool.run(isa, |cx| optimize(decided.clone(), declared, false, cx)).unwrap_or(decided);
-        let decided = Arc::new(rewritten);
+        let rewritten = self.pool.run(isa, |cx| optimize(Graph::clone(&decided), declared, false, cx));
+        let decided = rewritten.map_or(decided, Arc::new);
         if self.variants.len() == KEPT_VARIANTS {
             self.variants.remove(0);
             self.packed.forget_dead();

@@ -4,7 +4,7 @@ use super::identity::copy;
 use super::sizes::{kernel_error, sizes_fact};
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration};
 use crate::error::{Error, Result};
-use crate::fact::{Content, Fact};
+use crate::fact::{Content, Fact, Shape};
 use crate::for_dtype;
 use crate::tensor::{DType, Element, Tensor, TensorMut, TensorView};
 use half::{bf16, f16};
@@ -40,7 +40,7 @@ impl Cast {
 fn cast_fact(x: &Fact, to: DType) -> Fact {
     let is_index = |d| matches!(d, DType::I64 | DType::I32);
     if let (Content::Dims(sizes), true, Some(rank)) = (&x.content, is_index(x.dtype) && is_index(to), x.rank()) {
-        return sizes_fact(to, sizes.clone(), rank);
+        return sizes_fact(to, Shape::clone(sizes), rank);
     }
     Fact { dtype: to, shape: x.shape.clone(), content: Content::Unknown }
 }

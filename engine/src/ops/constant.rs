@@ -123,7 +123,7 @@ impl Operator for ConstantOfShape {
                 Some(dims.into_iter().map(Dim::Known).collect())
             }
             Ints::Computed(count) => match &cx.input(0)?.content {
-                Content::Dims(sizes) => Some(sizes.clone()),
+                Content::Dims(sizes) => Some(Shape::clone(sizes)),
                 _ => count.map(|n| SmallVec::from_elem(Dim::Unknown, n)),
             },
         };

@@ -99,7 +99,7 @@ pub(crate) fn loose_sizes(fact: &Fact) -> Option<Shape> {
         return None;
     }
     match &fact.content {
-        Content::Dims(d) => Some(d.clone()),
+        Content::Dims(d) => Some(Shape::clone(d)),
         Content::Tensor(_) if matches!(fact.dtype, DType::I64 | DType::I32) => {
             let values = fact.i64s()?;
             Some(values.iter().map(|&v| usize::try_from(v).map_or(Dim::Unknown, Dim::Known)).collect())
@@ -121,7 +121,7 @@ pub(crate) fn sizes_fact(dtype: DType, sizes: Shape, rank: usize) -> Fact {
     {
         return constant;
     }
-    fact.content = Content::Dims(sizes);
+    fact.content = Content::Dims(Box::new(sizes));
     fact
 }
 

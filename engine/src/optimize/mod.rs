@@ -38,7 +38,7 @@ mod specialize;
 pub(crate) mod testing;
 
 pub use half::promote_half;
-pub use specialize::{Specialized, specialize};
+pub use specialize::{Decisions, Known, Specialized, specialize};
 
 /// What a pass may use.
 #[derive(Debug)]

@@ -8,66 +8,108 @@
 //!     each If whose condition is known <- the nodes of its body
 //! ```
 //!
-//! What results depends on the decisions only, not on the shapes that led to them; so the caller can optimise it once
-//! and plan it for any shapes that lead to the same decisions.
+//! What results depends on the decisions only, not on the shapes that led to them; so it is kept, and the caller can
+//! optimise it once and plan it for any shapes that lead to the same decisions. A decoder asks for each word that it adds:
+//! then only what the conditions are computed from is looked at.
 
 use super::bodies::inline;
-use crate::analyze::{Folding, analyze};
+use crate::analyze::{Folding, analyze_values};
 use crate::error::Result;
 use crate::fact::{Content, Fact};
-use crate::graph::{Graph, ValueId};
+use crate::graph::{Graph, Node, ValueId};
 use crate::ops::if_::If;
 use crate::tensor::TensorView;
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
 
+/// Which `If` was decided how: the round, the position of the node in that round, the condition.
+pub type Decisions = Vec<(usize, usize, bool)>;
+
 /// A graph whose `If` nodes gave way to the bodies that run.
 #[derive(Debug)]
 pub struct Specialized {
     /// The graph, not optimised.
-    pub graph: Graph,
-    /// Which `If` was decided how: the round, the position of the node in that round, the condition.
-    pub decisions: Vec<(usize, usize, bool)>,
+    pub graph: Arc<Graph>,
+    /// What was decided.
+    pub decisions: Decisions,
     /// Graph inputs whose elements led to the decisions, beside all shapes.
     pub flags: Vec<usize>,
 }
 
-/// Decides what can be decided for these inputs; `None` where nothing can. Without `use_flags` shapes alone decide.
+/// What decisions made of a graph, for the next time.
+#[derive(Debug, Default)]
+pub struct Known(Vec<(Decisions, Arc<Graph>)>);
+
+impl Known {
+    /// Graphs that are kept at most: two rounds of as many variants as a session keeps.
+    const KEPT: usize = 16;
+
+    fn get(&self, decisions: &Decisions) -> Option<Arc<Graph>> {
+        self.0.iter().find(|(made, _)| made == decisions).map(|(_, graph)| graph.clone())
+    }
+
+    fn keep(&mut self, decisions: Decisions, graph: Arc<Graph>) {
+        if self.0.len() == Self::KEPT {
+            self.0.remove(0);
+        }
+        self.0.push((decisions, graph));
+    }
+}
+
+/// Decides what can be decided for these inputs; `None` where nothing can. Without `use_flags` shapes alone decide. `known` is
+/// of the same graph.
 ///
 /// # Errors
 /// If shapes do not fit together.
-pub fn specialize(graph: &Graph, inputs: &[TensorView], use_flags: bool, cx: &Cx) -> Result<Option<Specialized>> {
-    let is_if = |graph: &Graph| graph.nodes.iter().any(|n| n.op.is::<If>());
-    if !is_if(graph) {
-        return Ok(None);
-    }
-    let mut known: Vec<Fact> = inputs.iter().map(|v| Fact::new(v.dtype, v.dims)).collect();
+pub fn specialize(
+    graph: &Arc<Graph>,
+    inputs: &[TensorView],
+    use_flags: bool,
+    known: &mut Known,
+    cx: &Cx,
+) -> Result<Option<Specialized>> {
+    let mut facts_of_inputs: Vec<Fact> = inputs.iter().map(|v| Fact::new(v.dtype, v.dims)).collect();
     let mut found = Specialized { graph: graph.clone(), decisions: Vec::new(), flags: Vec::new() };
     for round in 0.. {
-        let facts = analyze(&found.graph, &known, cx, Folding::default())?;
+        let condition = |node: &Node| node.op.get::<If>().and_then(|_| node.inputs.first().copied().flatten());
+        let conditions: Vec<ValueId> = found.graph.nodes.iter().filter_map(condition).collect();
+        if conditions.is_empty() {
+            break;
+        }
+        let facts = analyze_values(&found.graph, conditions.into_iter(), &facts_of_inputs, cx, Folding::default())?;
         let fresh = if use_flags { flags(&found.graph, &facts) } else { Vec::new() };
         for &i in &fresh {
-            known[i].content = Content::Tensor(Arc::new(inputs[i].to_tensor()?));
+            facts_of_inputs[i].content = Content::Tensor(Arc::new(inputs[i].to_tensor()?));
             found.flags.push(i);
         }
         if !fresh.is_empty() {
             continue;
         }
+        let decided = |node: &Node| {
+            let fact = facts[condition(node)?.index()].as_ref();
+            fact.and_then(Fact::tensor).and_then(|t| t.bytes().first().copied()).map(|b| b != 0)
+        };
         let before = found.decisions.len();
-        for (position, node) in std::mem::take(&mut found.graph.nodes).into_iter().enumerate() {
-            let condition = node.inputs.first().copied().flatten().and_then(|id| facts[id.index()].as_ref());
-            let condition = condition.and_then(Fact::tensor).and_then(|t| t.bytes().first().copied());
-            match (node.op.get::<If>(), condition) {
-                (Some(op), Some(condition)) => {
-                    inline(&mut found.graph, &node, op.body(condition != 0));
-                    found.decisions.push((round, position, condition != 0));
-                }
-                _ => found.graph.nodes.push(node),
-            }
-        }
-        if found.decisions.len() == before || !is_if(&found.graph) {
+        let nodes = found.graph.nodes.iter().enumerate();
+        found.decisions.extend(nodes.filter_map(|(position, node)| Some((round, position, decided(node)?))));
+        if found.decisions.len() == before {
             break;
         }
+        found.graph = match known.get(&found.decisions) {
+            Some(graph) => graph,
+            None => {
+                let mut graph = Graph::clone(&found.graph);
+                for node in std::mem::take(&mut graph.nodes) {
+                    match (node.op.get::<If>(), decided(&node)) {
+                        (Some(op), Some(condition)) => inline(&mut graph, &node, op.body(condition)),
+                        _ => graph.nodes.push(node),
+                    }
+                }
+                let graph = Arc::new(graph);
+                known.keep(found.decisions.clone(), graph.clone());
+                graph
+            }
+        };
     }
     Ok((!found.decisions.is_empty()).then_some(found))
 }
@@ -103,7 +145,6 @@ fn flags(graph: &Graph, facts: &[Option<Fact>]) -> Vec<usize> {
 mod tests {
     use super::super::testing::{Net, names, with_cx};
     use super::*;
-    use crate::graph::Node;
     use crate::tensor::{DType, Tensor};
 
     /// `if flag == 7 { if rows == 2 { relu(x) } else { neg(x) } } else { abs(x) }`; the inner one reads a shape.
@@ -147,9 +188,13 @@ mod tests {
 
     fn decided(rows: usize, flag: i64, use_flags: bool) -> Option<(Vec<String>, Vec<usize>)> {
         let (x, flag) = (Tensor::zeros(DType::F32, &[rows, 3]).unwrap(), Tensor::scalar(flag).unwrap());
-        let net = nested();
-        let found = with_cx(|cx| specialize(&net.graph, &[x.view(), flag.view()], use_flags, cx).unwrap())?;
-        let mut graph = found.graph;
+        let (graph, mut known) = (Arc::new(nested().graph), Known::default());
+        let mut found =
+            || with_cx(|cx| specialize(&graph, &[x.view(), flag.view()], use_flags, &mut known, cx).unwrap());
+        let (first, found) = (found()?, found()?);
+        assert!(Arc::ptr_eq(&first.graph, &found.graph), "the same decisions were known");
+        assert_eq!((first.decisions, &first.flags), (found.decisions, &found.flags));
+        let mut graph = Graph::clone(&found.graph);
         graph.sort().unwrap();
         graph.remove_dead_nodes();
         Some((names(&graph), found.flags))
@@ -181,6 +226,8 @@ mod tests {
         n.graph.replace_uses(sum, whole);
         n.graph.sort().unwrap();
         let (x, flag) = (Tensor::zeros(DType::F32, &[2, 3]).unwrap(), Tensor::scalar(7i64).unwrap());
-        assert!(with_cx(|cx| specialize(&n.graph, &[x.view(), flag.view()], true, cx).unwrap()).is_none());
+        let (graph, mut known) = (Arc::new(n.graph), Known::default());
+        let found = with_cx(|cx| specialize(&graph, &[x.view(), flag.view()], true, &mut known, cx).unwrap());
+        assert!(found.is_none());
     }
 }
