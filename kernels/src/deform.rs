@@ -69,12 +69,9 @@ pub fn deform_conv(
         zeros.fill(0.0);
         let (from, to) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(x_last));
         movement::transpose(cx, 4, &[batch, channels, image], &[0, 2, 1], from, to)?;
-        // [out, in, tap] to [out, tap, in]: the order of a patch.
-        for (row, w) in rows.chunks_exact_mut(k).zip(w.chunks_exact(k)) {
-            for (i, x) in row.iter_mut().enumerate() {
-                *x = w[i % per_group * taps + i / per_group];
-            }
-        }
+        // To [out, tap, in], the order of a patch.
+        let (from, to) = (bytemuck::cast_slice(w), bytemuck::cast_slice_mut(&mut rows[..w.len()]));
+        movement::transpose(cx, 4, &[out_channels, per_group, taps], &[0, 2, 1], from, to)?;
         for n in 0..batch {
             for first in (0..plane).step_by(chunk) {
                 let pixels = first..(first + chunk).min(plane);
