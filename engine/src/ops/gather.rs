@@ -105,10 +105,18 @@ impl Operator for GatherElements {
         cx.results(vec![Fact { dtype: x.dtype, shape: indices.shape.clone(), content: Default::default() }])
     }
 
-    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
         let (x, indices) = (io.input(0)?, io.input(1)?);
-        let places = elementwise_places(x.dims, indices, self.axis)?;
-        move_blocks(io, &places, 1)
+        if x.strings().is_some() {
+            return move_blocks(io, &elementwise_places(x.dims, indices, self.axis)?, 1);
+        }
+        let axis = axis_index(self.axis, x.rank())?;
+        let (element, from, y) = (element_size(x.dtype)?, (x.dims, x.bytes()), io.output(0)?.bytes());
+        match indices.dtype {
+            DType::I64 => movement::gather_elements(cx, element, axis, from, (indices.dims, indices.as_slice::<i64>()?), y),
+            _ => movement::gather_elements(cx, element, axis, from, (indices.dims, indices.as_slice::<i32>()?), y),
+        }
+        .map_err(kernel_error)
     }
 
     fn takes_half(&self) -> bool {
