@@ -481,15 +481,7 @@ pub fn fill(cx: &Cx, value: &[u8], y: &mut [u8]) -> Result<()> {
 ///
 /// # Errors
 /// Names the first index outside of `-axis..axis`, and slices that do not fit.
-pub fn gather<I: Copy + Into<i64> + Sync>(
-    cx: &Cx,
-    outer: usize,
-    axis: usize,
-    block: usize,
-    x: &[u8],
-    indices: &[I],
-    y: &mut [u8],
-) -> Result<()> {
+pub fn gather(cx: &Cx, outer: usize, axis: usize, block: usize, x: &[u8], indices: &[i64], y: &mut [u8]) -> Result<()> {
     let n = indices.len();
     let size = |count: usize| outer.checked_mul(count)?.checked_mul(block);
     if size(axis) != Some(x.len()) || size(n) != Some(y.len()) {
@@ -499,7 +491,7 @@ pub fn gather<I: Copy + Into<i64> + Sync>(
             y.len()
         )));
     }
-    if let Some(bad) = indices.iter().map(|&i| i.into()).find(|&i| normalize(i, axis).is_none()) {
+    if let Some(&bad) = indices.iter().find(|&&i| normalize(i, axis).is_none()) {
         return Err(out_of_range(bad, axis));
     }
     if y.is_empty() {
@@ -511,7 +503,7 @@ pub fn gather<I: Copy + Into<i64> + Sync>(
     cx.for_each(total.div_ceil(per_task), (total * (block / 8 + 8)) as u64, &|t| {
         for unit in t * per_task..total.min((t + 1) * per_task) {
             let (o, k) = (unit / n, unit % n);
-            let at = normalize(indices[k].into(), axis).unwrap_or(0);
+            let at = normalize(indices[k], axis).unwrap_or(0);
             let from = &x[(o * axis + at) * block..][..block];
             // SAFETY: tasks write different units.
             copy_block(from, unsafe { out.range(unit * block, block) });
@@ -520,73 +512,9 @@ pub fn gather<I: Copy + Into<i64> + Sync>(
     Ok(())
 }
 
-/// An index of its own for each element: for two axes `y[i, j] = x[i, indices[i, j]]` along the last, `x[indices[i, j], j]`
-/// along the first. `x` is of shape `dims`, `indices` and `y` are of shape `at`; elements have `element` bytes. Negative
-/// indices count from the end.
-///
-/// # Errors
-/// Names the first index outside of the axis; and shapes of different ranks or, but for `axis`, larger than `dims`, or slices
-/// that do not fit.
-pub fn gather_elements<I: Copy + Into<i64> + Sync>(
-    cx: &Cx,
-    element: usize,
-    axis: usize,
-    (dims, x): (&[usize], &[u8]),
-    (at, indices): (&[usize], &[I]),
-    y: &mut [u8],
-) -> Result<()> {
-    check_element(element)?;
-    let volume = |dims: &[usize]| dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-    let fits = dims.len() == at.len()
-        && axis < dims.len()
-        && (0..dims.len()).all(|a| a == axis || at[a] <= dims[a])
-        && volume(dims).and_then(|n| n.checked_mul(element)) == Some(x.len())
-        && volume(at) == Some(indices.len())
-        && indices.len().checked_mul(element) == Some(y.len());
-    if !fits {
-        return Err(Error::new(format!(
-            "indices of shape {at:?} along axis {axis} into {dims:?} do not fit {} bytes, {} indices and {} bytes",
-            x.len(),
-            indices.len(),
-            y.len()
-        )));
-    }
-    let len = dims[axis];
-    if let Some(bad) = indices.iter().map(|&i| i.into()).find(|&i| normalize(i, len).is_none()) {
-        return Err(out_of_range(bad, len));
-    }
-    let (Some(&n), false) = (at.last(), y.is_empty()) else { return Ok(()) };
-    let mut steps = vec![1; dims.len()];
-    for a in (1..dims.len()).rev() {
-        steps[a - 1] = steps[a] * dims[a];
-    }
-    // Elements of x from one column to the next, and from one index to the next.
-    let (column, step) = if axis + 1 == dims.len() { (0, 1) } else { (1, steps[axis]) };
-    let rows = indices.len() / n;
-    let per_task = (TASK_BYTES / element / n).max(1);
-    let out = DisjointMut::new(y);
-    cx.for_each(rows.div_ceil(per_task), 8 * indices.len() as u64, &|t| {
-        for row in t * per_task..rows.min((t + 1) * per_task) {
-            let (mut base, mut rest) = (0, row);
-            for a in (0..dims.len() - 1).rev() {
-                base += if a == axis { 0 } else { rest % at[a] * steps[a] };
-                rest /= at[a];
-            }
-            let indices = &indices[row * n..][..n];
-            // SAFETY: tasks write different rows.
-            let y = unsafe { out.range(row * n * element, n * element) };
-            for ((k, &i), y) in indices.iter().enumerate().zip(y.chunks_exact_mut(element)) {
-                let i = normalize(i.into(), len).unwrap_or(0);
-                copy_block(&x[(base + k * column + i * step) * element..][..element], y);
-            }
-        }
-    });
-    Ok(())
-}
-
-/// The sizes of single elements avoid the call of memcpy.
+/// Copies a block to one of its length. The sizes of single elements avoid the call of memcpy.
 #[inline(always)]
-fn copy_block(from: &[u8], to: &mut [u8]) {
+pub fn copy_block(from: &[u8], to: &mut [u8]) {
     fn sized<const N: usize>(from: &[u8], to: &mut [u8]) -> Option<()> {
         *<&mut [u8; N]>::try_from(to).ok()? = *<&[u8; N]>::try_from(from).ok()?;
         Some(())
@@ -952,31 +880,6 @@ mod tests {
                     })
                     .collect();
                 assert_eq!(y, want, "{inner:?}");
-            }
-        });
-    }
-
-    #[test]
-    fn elements_gathered_one_by_one() {
-        each_context(|cx| {
-            let (dims, at) = ([3, 5, 7], [2, 5, 6]);
-            for (element, axis) in [(1, 2), (2, 1), (4, 0), (4, 2), (8, 1)] {
-                let x = bytes(105 * element);
-                let mut at = at;
-                at[axis] = 11;
-                let count: usize = at.iter().product();
-                let indices: Vec<usize> = (0..count).map(|k| k * 13 % dims[axis]).collect();
-                let from_the_end: Vec<i64> = indices.iter().map(|&i| i as i64 - dims[axis] as i64).collect();
-                let mut y = vec![0; count * element];
-                gather_elements(cx, element, axis, (&dims, &x), (&at, &from_the_end), &mut y).unwrap();
-                assert_eq!(y, reference::gather_elements(element, axis, (&dims, &x), (&at, &indices)));
-                let mut wrong = from_the_end;
-                wrong[3] = dims[axis] as i64;
-                let e = gather_elements(cx, element, axis, (&dims, &x), (&at, &wrong), &mut y).unwrap_err();
-                assert!(e.to_string().contains(&format!("index {} into", dims[axis])), "{e}");
-                let mut large = at;
-                large[(axis + 1) % 3] = 8;
-                assert!(gather_elements(cx, element, axis, (&dims, &x), (&large, &wrong), &mut y).is_err());
             }
         });
     }

@@ -6,7 +6,8 @@ use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape, axis_index};
 use crate::tensor::{DType, TensorView};
 use smallvec::SmallVec;
-use weblane_kernels::movement::{self, normalize, out_of_range};
+use std::borrow::Cow;
+use weblane_kernels::movement::{self, copy_block, normalize, out_of_range};
 use weblane_kernels::par::Cx;
 
 /// The operators of this file.
@@ -22,6 +23,14 @@ pub(crate) fn check_indices(fact: &Fact) -> Result<()> {
         DType::I32 | DType::I64 => Ok(()),
         other => Err(Error::dtype(format!("the indices are {other}; int32 or int64 was wanted"))),
     }
+}
+
+/// Indices as kernels take them: shorter ones are rare.
+fn wide<'a>(indices: &TensorView<'a>) -> Result<Cow<'a, [i64]>> {
+    Ok(match indices.dtype {
+        DType::I64 => Cow::Borrowed(indices.as_slice()?),
+        _ => Cow::Owned(indices.to_i64s()?.into_vec()),
+    })
 }
 
 /// Slices along an axis, at the places that operand 1 says.
@@ -73,11 +82,8 @@ impl Operator for Gather {
             return Ok(());
         }
         let bytes = block * element_size(x.dtype)?;
-        match indices.dtype {
-            DType::I64 => movement::gather(cx, outer, len, bytes, x.bytes(), indices.as_slice::<i64>()?, y.bytes()),
-            _ => movement::gather(cx, outer, len, bytes, x.bytes(), indices.as_slice::<i32>()?, y.bytes()),
-        }
-        .map_err(kernel_error)
+        let list = wide(&indices)?;
+        movement::gather(cx, outer, len, bytes, x.bytes(), &list, y.bytes()).map_err(kernel_error)
     }
 
     fn takes_half(&self) -> bool {
@@ -105,18 +111,10 @@ impl Operator for GatherElements {
         cx.results(vec![Fact { dtype: x.dtype, shape: indices.shape.clone(), content: Default::default() }])
     }
 
-    fn run(&self, cx: &Cx, io: &mut Io) -> Result<()> {
+    fn run(&self, _: &Cx, io: &mut Io) -> Result<()> {
         let (x, indices) = (io.input(0)?, io.input(1)?);
-        if x.strings().is_some() {
-            return move_blocks(io, &elementwise_places(x.dims, indices, self.axis)?, 1);
-        }
-        let axis = axis_index(self.axis, x.rank())?;
-        let (element, from, y) = (element_size(x.dtype)?, (x.dims, x.bytes()), io.output(0)?.bytes());
-        match indices.dtype {
-            DType::I64 => movement::gather_elements(cx, element, axis, from, (indices.dims, indices.as_slice::<i64>()?), y),
-            _ => movement::gather_elements(cx, element, axis, from, (indices.dims, indices.as_slice::<i32>()?), y),
-        }
-        .map_err(kernel_error)
+        let places = elementwise_places(x.dims, indices, self.axis)?;
+        move_blocks(io, &places, 1)
     }
 
     fn takes_half(&self) -> bool {
@@ -142,17 +140,21 @@ pub(crate) fn check_elementwise_indices(x: &Fact, indices: &Fact, axis: i64) -> 
 /// For each element of `indices`, in order, the place in a tensor of shape `dims` that it names.
 pub(crate) fn elementwise_places(dims: &[usize], indices: TensorView, axis: i64) -> Result<Vec<usize>> {
     let axis = axis_index(axis, dims.len())?;
-    let list = indices.to_i64s()?;
-    let step = strides(dims);
-    let mut index: SmallVec<[usize; 6]> = SmallVec::from_elem(0, dims.len());
+    let (list, step, len) = (wide(&indices)?, strides(dims), dims[axis]);
+    let Some((&row_len, rows)) = indices.dims.split_last() else { return Ok(Vec::new()) };
+    // From one element of a row to the next; along the axis, indices say how far.
+    let along = if axis == rows.len() { 0 } else { 1 };
+    let mut index: SmallVec<[usize; 6]> = SmallVec::from_elem(0, rows.len());
     let mut places = Vec::with_capacity(list.len());
-    for i in list {
-        let at = normalize(i, dims[axis]).ok_or_else(|| kernel_error(out_of_range(i, dims[axis])))?;
-        let base: usize = (0..dims.len()).filter(|&a| a != axis).map(|a| index[a] * step[a]).sum();
-        places.push(base + at * step[axis]);
-        for a in (0..dims.len()).rev() {
+    for row in list.chunks_exact(row_len.max(1)) {
+        let base: usize = (0..rows.len()).filter(|&a| a != axis).map(|a| index[a] * step[a]).sum();
+        for (k, &i) in row.iter().enumerate() {
+            let at = normalize(i, len).ok_or_else(|| kernel_error(out_of_range(i, len)))?;
+            places.push(base + k * along + at * step[axis]);
+        }
+        for a in (0..rows.len()).rev() {
             index[a] += 1;
-            if index[a] < indices.dims[a] {
+            if index[a] < rows[a] {
                 break;
             }
             index[a] = 0;
@@ -175,7 +177,7 @@ fn move_blocks(io: &mut Io, places: &[usize], block: usize) -> Result<()> {
     let element = element_size(x.dtype)?;
     let (from, size) = (x.bytes(), block * element);
     for (&p, to) in places.iter().zip(y.bytes().chunks_mut(size.max(1))) {
-        to.copy_from_slice(from.get(p * element..p * element + size).ok_or_else(outside)?);
+        copy_block(from.get(p * element..p * element + size).ok_or_else(outside)?, to);
     }
     Ok(())
 }
@@ -300,6 +302,23 @@ mod tests {
         let x = f32s(&[2, 2], &[1.0, 2.0, 3.0, 4.0]);
         let y = OneNode::new("GatherElements").int("axis", 1).run(&[x, i64s(&[2, 2], &[0, 0, 1, 0])]).unwrap();
         assert_eq!(y[0], f32s(&[2, 2], &[1.0, 1.0, 4.0, 3.0]));
+        // Along each of three axes, fewer and more of them than there are; x counts its elements.
+        let dims = [3, 5, 7];
+        for axis in 0..3 {
+            let mut at = [2, 5, 6];
+            at[axis] = 11;
+            let count: usize = at.iter().product();
+            let list: Vec<i64> = (0..count).map(|k| (k * 13 % dims[axis]) as i64 - dims[axis] as i64).collect();
+            let x = f32s(&dims, &(0..105).map(|i| i as f32).collect::<Vec<_>>());
+            let node = OneNode::new("GatherElements").int("axis", axis as i64);
+            let y = node.run(&[x, i64s(&at, &list)]).unwrap();
+            let want = (0..count).map(|k| {
+                let mut index = [k / (at[1] * at[2]), k / at[2] % at[1], k % at[2]];
+                index[axis] = k * 13 % dims[axis];
+                (index[0] * 35 + index[1] * 7 + index[2]) as f32
+            });
+            assert_eq!(y[0].as_slice::<f32>().unwrap(), want.collect::<Vec<_>>(), "axis {axis}");
+        }
     }
 
     #[test]

@@ -42,22 +42,3 @@ pub fn gather(outer: usize, axis: usize, block: usize, x: &[u8], indices: &[usiz
     }
     y
 }
-
-/// For each element of `indices`, of shape `at`, that of x with the same place but along `axis`, which the index says.
-pub fn gather_elements(
-    element: usize,
-    axis: usize,
-    (dims, x): (&[usize], &[u8]),
-    (at, indices): (&[usize], &[usize]),
-) -> Vec<u8> {
-    let mut y = Vec::new();
-    for (k, &i) in indices.iter().enumerate() {
-        let (mut place, mut step, mut rest) = (0, 1, k);
-        for a in (0..dims.len()).rev() {
-            place += step * if a == axis { i } else { rest % at[a] };
-            (step, rest) = (step * dims[a], rest / at[a]);
-        }
-        y.extend_from_slice(&x[place * element..][..element]);
-    }
-    y
-}
