@@ -13,7 +13,7 @@
 //!     y = o / l                                                `unseen` for a query that sees nothing
 //! ```
 //!
-//! Both products are those of [`gemm`](crate::gemm): rows of heads lie so many bytes apart that few of them fit into the
+//! Both products are those of [`gemm`]: rows of heads lie so many bytes apart that few of them fit into the
 //! first-level cache together, which panels mend. The packing is paid back by the queries; for fewer than 4 of them (a
 //! decoder's step) rows of keys are read as they lie.
 
