@@ -109,7 +109,8 @@ impl Loop {
             let fact = fact.ok_or_else(|| Error::invalid_model(format!("operand {i} is missing")))?;
             carried.push(Fact { content: Default::default(), ..fact.clone() });
         }
-        let captured: Vec<Fact> = inputs[self.first_captured().min(inputs.len())..].iter().flatten().map(|f| Fact::clone(f)).collect();
+        let captured: Vec<Fact> =
+            inputs[self.first_captured().min(inputs.len())..].iter().flatten().map(|f| Fact::clone(f)).collect();
         // What an iteration changes about a shape is not known for the next one: twice is enough to find that out, since
         // a size that differs becomes unknown, and a rank that differs too.
         let mut outputs = Vec::new();
