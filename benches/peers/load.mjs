@@ -7,8 +7,9 @@
  * loopback. The runtime's script is imported and the inputs are filled before the clock starts; WebAssembly is not
  * compiled, and no worker is started, before it.
  *
- * Beside them stands what the bytes alone take: the model read by a worker while weblane's module compiles, and nothing
- * else. No load of that file can end before; `ratio_of_bytes` is what a runtime that took no time would reach.
+ * Beside them stands what the bytes alone take: the model read by a worker, as weblane's reads it, while the module of two
+ * threads compiles, and nothing else. `ratio_of_bytes` is what a runtime would reach that read like this and took no time;
+ * another way of reading may take less.
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";

@@ -519,6 +519,12 @@ mod tests {
             assert!(y[0].is_nan() && y[1].is_nan() && y[2..] == [1.0, 2.0], "{y:?}");
             attention(cx, &Attention { unseen: f32::NAN, keys: 0, ..a }, &mut y).unwrap();
             assert_eq!(y, [0.0; 4], "a product over no keys");
+            // NaN is no score to skip, even beside nothing but hidden keys, nor does a later score cover it.
+            let k = [f32::NAN, 2.0, 3.0, 4.0];
+            let one_or_two = [0.0, f32::NEG_INFINITY, 0.0, 0.0];
+            let mask = Some(Mask { data: &one_or_two, strides: [0, 0, 2], keys: 2, replaces: false });
+            attention(cx, &Attention { k: Heads { data: &k, ..heads }, mask, ..a }, &mut y).unwrap();
+            assert!(y.iter().all(|y| y.is_nan()), "{y:?}");
             assert!(attention(cx, &Attention { y_strides: [4, 4, 1], ..a }, &mut y).is_err(), "overlapping results");
             assert!(attention(cx, &Attention { keys: 3, ..a }, &mut y).is_err(), "too few keys");
         });

@@ -481,7 +481,15 @@ pub fn fill(cx: &Cx, value: &[u8], y: &mut [u8]) -> Result<()> {
 ///
 /// # Errors
 /// Names the first index outside of `-axis..axis`, and slices that do not fit.
-pub fn gather(cx: &Cx, outer: usize, axis: usize, block: usize, x: &[u8], indices: &[i64], y: &mut [u8]) -> Result<()> {
+pub fn gather<I: Copy + Into<i64> + Sync>(
+    cx: &Cx,
+    outer: usize,
+    axis: usize,
+    block: usize,
+    x: &[u8],
+    indices: &[I],
+    y: &mut [u8],
+) -> Result<()> {
     let n = indices.len();
     let size = |count: usize| outer.checked_mul(count)?.checked_mul(block);
     if size(axis) != Some(x.len()) || size(n) != Some(y.len()) {
@@ -491,7 +499,7 @@ pub fn gather(cx: &Cx, outer: usize, axis: usize, block: usize, x: &[u8], indice
             y.len()
         )));
     }
-    if let Some(&bad) = indices.iter().find(|&&i| normalize(i, axis).is_none()) {
+    if let Some(bad) = indices.iter().map(|&i| i.into()).find(|&i| normalize(i, axis).is_none()) {
         return Err(out_of_range(bad, axis));
     }
     if y.is_empty() {
@@ -503,7 +511,7 @@ pub fn gather(cx: &Cx, outer: usize, axis: usize, block: usize, x: &[u8], indice
     cx.for_each(total.div_ceil(per_task), (total * (block / 8 + 8)) as u64, &|t| {
         for unit in t * per_task..total.min((t + 1) * per_task) {
             let (o, k) = (unit / n, unit % n);
-            let at = normalize(indices[k], axis).unwrap_or(0);
+            let at = normalize(indices[k].into(), axis).unwrap_or(0);
             let from = &x[(o * axis + at) * block..][..block];
             // SAFETY: tasks write different units.
             copy_block(from, unsafe { out.range(unit * block, block) });

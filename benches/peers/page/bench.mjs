@@ -115,8 +115,8 @@ async function firstResult({ runtime, url, inputs, threads }) {
 }
 
 /**
- * The least that a load on this machine can take, shaped as `firstResult` shapes it: a worker reads the model's bytes and
- * drops them, while the page compiles weblane's module. Nothing is started, loaded or run.
+ * What the bytes of a load take, shaped as `firstResult` shapes it: a worker reads the model and drops it, while the page
+ * compiles weblane's module. Nothing is started, loaded or run.
  */
 async function bytesAlone({ url }) {
   const start = performance.now();

@@ -25,14 +25,6 @@ pub(crate) fn check_indices(fact: &Fact) -> Result<()> {
     }
 }
 
-/// Indices as kernels take them: shorter ones are rare.
-fn wide<'a>(indices: &TensorView<'a>) -> Result<Cow<'a, [i64]>> {
-    Ok(match indices.dtype {
-        DType::I64 => Cow::Borrowed(indices.as_slice()?),
-        _ => Cow::Owned(indices.to_i64s()?.into_vec()),
-    })
-}
-
 /// Slices along an axis, at the places that operand 1 says.
 #[derive(Clone, Debug)]
 pub struct Gather {
@@ -82,8 +74,11 @@ impl Operator for Gather {
             return Ok(());
         }
         let bytes = block * element_size(x.dtype)?;
-        let list = wide(&indices)?;
-        movement::gather(cx, outer, len, bytes, x.bytes(), &list, y.bytes()).map_err(kernel_error)
+        match indices.dtype {
+            DType::I64 => movement::gather(cx, outer, len, bytes, x.bytes(), indices.as_slice::<i64>()?, y.bytes()),
+            _ => movement::gather(cx, outer, len, bytes, x.bytes(), indices.as_slice::<i32>()?, y.bytes()),
+        }
+        .map_err(kernel_error)
     }
 
     fn takes_half(&self) -> bool {
@@ -140,7 +135,11 @@ pub(crate) fn check_elementwise_indices(x: &Fact, indices: &Fact, axis: i64) -> 
 /// For each element of `indices`, in order, the place in a tensor of shape `dims` that it names.
 pub(crate) fn elementwise_places(dims: &[usize], indices: TensorView, axis: i64) -> Result<Vec<usize>> {
     let axis = axis_index(axis, dims.len())?;
-    let (list, step, len) = (wide(&indices)?, strides(dims), dims[axis]);
+    let list = match indices.dtype {
+        DType::I64 => Cow::Borrowed(indices.as_slice()?),
+        _ => Cow::Owned(indices.to_i64s()?.into_vec()),
+    };
+    let (step, len) = (strides(dims), dims[axis]);
     let Some((&row_len, rows)) = indices.dims.split_last() else { return Ok(Vec::new()) };
     // From one element of a row to the next; along the axis, indices say how far.
     let along = if axis == rows.len() { 0 } else { 1 };

@@ -41,7 +41,7 @@ pub struct Specialized {
 pub struct Known(Vec<(Decisions, Arc<Graph>)>);
 
 impl Known {
-    /// Graphs that are kept at most: two rounds of as many variants as a session keeps.
+    /// Graphs that are kept at most: some rounds of some variants.
     const KEPT: usize = 16;
 
     fn get(&self, decisions: &Decisions) -> Option<Arc<Graph>> {
