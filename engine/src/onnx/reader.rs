@@ -245,6 +245,7 @@ struct SparseReader {
 impl AttributeReader {
     /// The value that the type names. Files of format version 1 have no type, so there the value that is present counts.
     /// A default value of protobuf may be missing in the file: some writers leave out a 0.
+    #[inline(never)]
     fn finish(self) -> Result<Attribute> {
         let AttributeReader { name, attribute_type, ref_attr_name, .. } = self;
         if !ref_attr_name.is_empty() {
@@ -304,6 +305,7 @@ impl AttributeReader {
 }
 
 impl SparseReader {
+    #[inline(never)]
     fn finish(self) -> Result<SparseTensor> {
         let missing = |what: &str| Error::invalid_model(format!("a sparse tensor has no {what}"));
         let values = self.values.ok_or_else(|| missing("values"))?;
@@ -420,43 +422,88 @@ fn float(bytes: &[u8]) -> Result<f32> {
     bytes.try_into().map(f32::from_le_bytes).map_err(|_| Error::invalid_model("a float of other than 4 bytes"))
 }
 
+/// Where the bytes of a field go.
+enum Text<'a> {
+    One(&'a mut String),
+    Many(&'a mut Vec<String>),
+    /// They are no text, or more is to be done.
+    Other(&'a mut Frame),
+}
+
 /// Puts a finished message into the one around it.
+///
+/// In functions by kind: V8 counts a call of a function by the code that lies before its return, and would optimise one
+/// large function after the thousand calls that a model takes, while there is better to do.
 fn attach(parent: &mut Frame, number: u32, child: Frame) -> Result<()> {
+    match (parent, number, child) {
+        (Frame::Node(n), node::attribute, Frame::Attribute(a)) => n.attributes.push(a.finish()?),
+        (Frame::Shape(dims), super::fields::shape::dim, Frame::Dim(d)) => dims.push(d),
+        (Frame::Graph(g), _, child) => return attach_to_graph(g, number, child),
+        (Frame::Attribute(a), _, child) => return attach_to_attribute(a, number, child),
+        (parent @ (Frame::Model(_) | Frame::Function(_) | Frame::Tensor(_) | Frame::Sparse(_)), _, child) => {
+            return attach_rare(parent, number, child);
+        }
+        (parent, _, child) => return attach_type(parent, number, child),
+    }
+    Ok(())
+}
+
+#[inline(never)]
+fn attach_rare(parent: &mut Frame, number: u32, child: Frame) -> Result<()> {
     match (parent, number, child) {
         (Frame::Model(m), model::graph, Frame::Graph(g)) => m.graph = *g,
         (Frame::Model(m), model::opset_import, Frame::Opset(o)) => m.opset_imports.push(o),
         (Frame::Model(m), model::metadata_props, Frame::Entry(k, v)) => m.metadata_props.push((k, v)),
         (Frame::Model(m), model::functions, Frame::Function(f)) => m.functions.push(*f),
 
-        (Frame::Graph(g), graph::node, Frame::Node(n)) => g.nodes.push(n),
-        (Frame::Graph(g), graph::initializer, Frame::Tensor(t)) => g.initializers.push(t.finish()?),
-        (Frame::Graph(g), graph::sparse_initializer, Frame::Sparse(s)) => g.sparse_initializers.push(s.finish()?),
-        (Frame::Graph(g), graph::input, Frame::ValueInfo(v)) => g.inputs.push(v),
-        (Frame::Graph(g), graph::output, Frame::ValueInfo(v)) => g.outputs.push(v),
-        (Frame::Graph(g), graph::value_info, Frame::ValueInfo(v)) => g.value_info.push(v),
-
         (Frame::Function(f), function::node, Frame::Node(n)) => f.nodes.push(n),
         (Frame::Function(f), function::opset_import, Frame::Opset(o)) => f.opset_imports.push(o),
         (Frame::Function(f), function::attribute_proto, Frame::Attribute(a)) => f.attribute_defaults.push(a.finish()?),
         (Frame::Function(f), function::value_info, Frame::ValueInfo(v)) => f.value_info.push(v),
 
-        (Frame::Node(n), node::attribute, Frame::Attribute(a)) => n.attributes.push(a.finish()?),
-
-        (Frame::Attribute(a), attribute::t, Frame::Tensor(t)) => once(&mut a.t, t.finish()?, "the tensor")?,
-        (Frame::Attribute(a), attribute::tensors, Frame::Tensor(t)) => a.tensors.push(t.finish()?),
-        (Frame::Attribute(a), attribute::g, Frame::Graph(g)) => once(&mut a.g, g, "the graph")?,
-        (Frame::Attribute(a), attribute::graphs, Frame::Graph(g)) => a.graphs.push(*g),
-        (Frame::Attribute(a), attribute::sparse_tensor, Frame::Sparse(s)) => {
-            once(&mut a.sparse_tensor, Box::new(s.finish()?), "the sparse tensor")?;
-        }
-        (Frame::Attribute(a), attribute::sparse_tensors, Frame::Sparse(s)) => a.sparse_tensors.push(s.finish()?),
-        (Frame::Attribute(a), attribute::tp, Frame::Type(t)) => once(&mut a.tp, some_type(t)?, "the type")?,
-        (Frame::Attribute(a), attribute::type_protos, Frame::Type(t)) => a.type_protos.push(some_type(t)?),
-
         (Frame::Tensor(t), tensor::external_data, Frame::Entry(k, v)) => t.external.push((k, v)),
         (Frame::Sparse(s), sparse::values, Frame::Tensor(t)) => once(&mut s.values, t.finish()?, "values")?,
         (Frame::Sparse(s), sparse::indices, Frame::Tensor(t)) => once(&mut s.indices, t.finish()?, "indices")?,
+        _ => return Err(misplaced(number)),
+    }
+    Ok(())
+}
 
+#[inline(never)]
+fn attach_to_graph(g: &mut Graph, number: u32, child: Frame) -> Result<()> {
+    match (number, child) {
+        (graph::node, Frame::Node(n)) => g.nodes.push(n),
+        (graph::initializer, Frame::Tensor(t)) => g.initializers.push(t.finish()?),
+        (graph::sparse_initializer, Frame::Sparse(s)) => g.sparse_initializers.push(s.finish()?),
+        (graph::input, Frame::ValueInfo(v)) => g.inputs.push(v),
+        (graph::output, Frame::ValueInfo(v)) => g.outputs.push(v),
+        (graph::value_info, Frame::ValueInfo(v)) => g.value_info.push(v),
+        _ => return Err(misplaced(number)),
+    }
+    Ok(())
+}
+
+#[inline(never)]
+fn attach_to_attribute(a: &mut AttributeReader, number: u32, child: Frame) -> Result<()> {
+    match (number, child) {
+        (attribute::t, Frame::Tensor(t)) => once(&mut a.t, t.finish()?, "the tensor")?,
+        (attribute::tensors, Frame::Tensor(t)) => a.tensors.push(t.finish()?),
+        (attribute::g, Frame::Graph(g)) => once(&mut a.g, g, "the graph")?,
+        (attribute::graphs, Frame::Graph(g)) => a.graphs.push(*g),
+        (attribute::sparse_tensor, Frame::Sparse(s)) => {
+            once(&mut a.sparse_tensor, Box::new(s.finish()?), "the sparse tensor")?;
+        }
+        (attribute::sparse_tensors, Frame::Sparse(s)) => a.sparse_tensors.push(s.finish()?),
+        (attribute::tp, Frame::Type(t)) => once(&mut a.tp, some_type(t)?, "the type")?,
+        (attribute::type_protos, Frame::Type(t)) => a.type_protos.push(some_type(t)?),
+        _ => return Err(misplaced(number)),
+    }
+    Ok(())
+}
+
+#[inline(never)]
+fn attach_type(parent: &mut Frame, number: u32, child: Frame) -> Result<()> {
+    match (parent, number, child) {
         // A type that is there but says nothing is as good as none.
         (Frame::ValueInfo(v), value_info::value_type, Frame::Type(Some(t))) => once(&mut v.ty, t, "the type")?,
         (Frame::ValueInfo(_), value_info::value_type, Frame::Type(None)) => {}
@@ -483,10 +530,13 @@ fn attach(parent: &mut Frame, number: u32, child: Frame) -> Result<()> {
             once(value_type, some_type(t)?, "the value type")?;
         }
         (Frame::TensorType { shape, .. }, tensor_type::shape, Frame::Shape(dims)) => once(shape, dims, "the shape")?,
-        (Frame::Shape(dims), super::fields::shape::dim, Frame::Dim(d)) => dims.push(d),
-        _ => return Err(Error::internal(format!("field {number} was opened where it does not belong"))),
+        _ => return Err(misplaced(number)),
     }
     Ok(())
+}
+
+fn misplaced(number: u32) -> Error {
+    Error::internal(format!("field {number} was opened where it does not belong"))
 }
 
 fn some_type(t: Option<TypeProto>) -> Result<TypeProto> {
@@ -586,46 +636,53 @@ impl Visitor for Builder {
         let bytes = std::mem::take(&mut self.scratch);
         let top = self.top()?;
         let field = top.msg.field(number);
+        let place = match (&mut top.frame, number) {
+            (Frame::Tensor(t), tensor::name) => Text::One(&mut t.name),
+            (Frame::Attribute(a), attribute::name) => Text::One(&mut a.name),
+            (Frame::Attribute(a), attribute::ref_attr_name) => Text::One(&mut a.ref_attr_name),
+            (Frame::Model(m), model::producer_name) => Text::One(&mut m.producer_name),
+            (Frame::Model(m), model::producer_version) => Text::One(&mut m.producer_version),
+            (Frame::Model(m), model::domain) => Text::One(&mut m.domain),
+            (Frame::Opset(o), opset::domain) => Text::One(&mut o.domain),
+            (Frame::Entry(k, _), entry::key) => Text::One(k),
+            (Frame::Entry(_, v), entry::value) => Text::One(v),
+            (Frame::Graph(g), graph::name) => Text::One(&mut g.name),
+            (Frame::Function(f), function::name) => Text::One(&mut f.name),
+            (Frame::Function(f), function::domain) => Text::One(&mut f.domain),
+            (Frame::Function(f), function::overload) => Text::One(&mut f.overload),
+            (Frame::Function(f), function::input) => Text::Many(&mut f.inputs),
+            (Frame::Function(f), function::output) => Text::Many(&mut f.outputs),
+            (Frame::Function(f), function::attribute) => Text::Many(&mut f.attributes),
+            (Frame::Node(n), node::name) => Text::One(&mut n.name),
+            (Frame::Node(n), node::op_type) => Text::One(&mut n.op_type),
+            (Frame::Node(n), node::domain) => Text::One(&mut n.domain),
+            (Frame::Node(n), node::overload) => Text::One(&mut n.overload),
+            (Frame::Node(n), node::input) => Text::Many(&mut n.inputs),
+            (Frame::Node(n), node::output) => Text::Many(&mut n.outputs),
+            (Frame::ValueInfo(v), value_info::name) => Text::One(&mut v.name),
+            (Frame::Opaque { domain, .. }, opaque::domain) => Text::One(domain),
+            (Frame::Opaque { name, .. }, opaque::name) => Text::One(name),
+            (frame, _) => Text::Other(frame),
+        };
         let string = || text(&bytes, field);
-        let result = match (&mut top.frame, number) {
-            (Frame::Tensor(_), _) if TensorReader::is_data(number) => Ok(()),
-            (Frame::Tensor(t), tensor::name) => string().map(|s| t.name = s),
-            (Frame::Tensor(t), tensor::string_data) => string().and_then(|s| t.string(s)),
-            (Frame::Attribute(a), attribute::f) => float(&bytes).map(|f| a.f = Some(f)),
-            (Frame::Attribute(a), attribute::floats) => {
-                a.floats.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
-                Ok(())
-            }
-            (Frame::Attribute(a), attribute::s) => set(&mut a.s, Some(bytes.clone())),
-            (Frame::Attribute(a), attribute::strings) => push(&mut a.strings, bytes.clone()),
-            (Frame::Attribute(a), attribute::name) => string().map(|s| a.name = s),
-            (Frame::Attribute(a), attribute::ref_attr_name) => string().map(|s| a.ref_attr_name = s),
-            (Frame::Model(m), model::producer_name) => string().map(|s| m.producer_name = s),
-            (Frame::Model(m), model::producer_version) => string().map(|s| m.producer_version = s),
-            (Frame::Model(m), model::domain) => string().map(|s| m.domain = s),
-            (Frame::Opset(o), opset::domain) => string().map(|s| o.domain = s),
-            (Frame::Entry(k, _), entry::key) => string().map(|s| *k = s),
-            (Frame::Entry(_, v), entry::value) => string().map(|s| *v = s),
-            (Frame::Graph(g), graph::name) => string().map(|s| g.name = s),
-            (Frame::Function(f), function::name) => string().map(|s| f.name = s),
-            (Frame::Function(f), function::domain) => string().map(|s| f.domain = s),
-            (Frame::Function(f), function::overload) => string().map(|s| f.overload = s),
-            (Frame::Function(f), function::input) => string().map(|s| f.inputs.push(s)),
-            (Frame::Function(f), function::output) => string().map(|s| f.outputs.push(s)),
-            (Frame::Function(f), function::attribute) => string().map(|s| f.attributes.push(s)),
-            (Frame::Node(n), node::name) => string().map(|s| n.name = s),
-            (Frame::Node(n), node::op_type) => string().map(|s| n.op_type = s),
-            (Frame::Node(n), node::domain) => string().map(|s| n.domain = s),
-            (Frame::Node(n), node::overload) => string().map(|s| n.overload = s),
-            (Frame::Node(n), node::input) => string().map(|s| n.inputs.push(s)),
-            (Frame::Node(n), node::output) => string().map(|s| n.outputs.push(s)),
-            (Frame::ValueInfo(v), value_info::name) => string().map(|s| v.name = s),
-            (Frame::Opaque { domain, .. }, opaque::domain) => string().map(|s| *domain = s),
-            (Frame::Opaque { name, .. }, opaque::name) => string().map(|s| *name = s),
-            (Frame::Dim(d), dim::dim_param) => {
-                string().map(|s| *d = if s.is_empty() { Dim::Unknown } else { Dim::Param(s) })
-            }
-            _ => Err(Error::internal(format!("bytes in field {number}, which holds none"))),
+        let result = match place {
+            Text::One(place) => string().map(|s| *place = s),
+            Text::Many(list) => string().map(|s| list.push(s)),
+            Text::Other(frame) => match (frame, number) {
+                (Frame::Tensor(_), _) if TensorReader::is_data(number) => Ok(()),
+                (Frame::Tensor(t), tensor::string_data) => string().and_then(|s| t.string(s)),
+                (Frame::Attribute(a), attribute::f) => float(&bytes).map(|f| a.f = Some(f)),
+                (Frame::Attribute(a), attribute::floats) => {
+                    a.floats.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+                    Ok(())
+                }
+                (Frame::Attribute(a), attribute::s) => set(&mut a.s, Some(bytes.clone())),
+                (Frame::Attribute(a), attribute::strings) => push(&mut a.strings, bytes.clone()),
+                (Frame::Dim(d), dim::dim_param) => {
+                    string().map(|s| *d = if s.is_empty() { Dim::Unknown } else { Dim::Param(s) })
+                }
+                _ => Err(Error::internal(format!("bytes in field {number}, which holds none"))),
+            },
         };
         // The buffer serves the next text too, unless this one was uncommonly long.
         if bytes.capacity() <= 1 << 16 {

@@ -126,6 +126,7 @@ impl TensorReader {
     }
 
     /// The tensor, with as many elements as its shape has.
+    #[inline(never)]
     pub(super) fn finish(mut self) -> Result<TensorProto> {
         let dtype = self.dtype()?;
         let dims = checked_dims(&self.name, &self.dims)?;

@@ -132,11 +132,14 @@ impl Wire {
         *self.ends.last().expect("the file's own end is never popped")
     }
 
+    #[cold]
+    #[inline(never)]
     fn invalid(&self, what: &str, visitor: &impl Visitor) -> Error {
         Error::invalid_model(format!("{what}, at byte {} in {}", self.pos, visitor.place()))
     }
 
     /// Continues a varint; `None` when the input ends first.
+    #[inline(never)]
     fn varint(&mut self, input: &mut &[u8], end: u64, visitor: &impl Visitor) -> Result<Option<u64>> {
         loop {
             let whole_file = self.ends.len() == 1 && end == self.end();
@@ -163,6 +166,7 @@ impl Wire {
         }
     }
 
+    #[inline(never)]
     fn field(&mut self, key: u64, visitor: &mut impl Visitor) -> Result<State> {
         let (wire_type, number) = (key & 7, key >> 3);
         let number = match u32::try_from(number) {
@@ -181,6 +185,7 @@ impl Wire {
         }
     }
 
+    #[inline(never)]
     fn delimited(&mut self, number: u32, kind: Option<Kind>, len: u64, visitor: &mut impl Visitor) -> Result<State> {
         match kind {
             Some(Kind::Message(msg)) => {
