@@ -39,9 +39,15 @@ impl Aligned {
     /// `len` zeros.
     pub(crate) fn zeros(len: usize) -> Result<Self> {
         let count = len.div_ceil(16);
-        let mut lines = Vec::new();
+        let mut lines: Vec<Line> = Vec::new();
         lines.try_reserve_exact(count).map_err(|_| Error::new(format!("no memory for {len} packed weights")))?;
-        lines.resize(count, Line([0.0; 16]));
+        // Not `Vec::resize`: built for size it is a loop over lines, which in a browser's first compiler takes
+        // milliseconds for a model.
+        // SAFETY: there is room for `count` lines, and zeros are a line.
+        unsafe {
+            lines.as_mut_ptr().write_bytes(0, count);
+            lines.set_len(count);
+        }
         Ok(Self { lines, len })
     }
 
