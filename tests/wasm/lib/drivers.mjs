@@ -31,7 +31,7 @@ async function inPage(name, argument) {
 }
 
 /** Chromium or Firefox through puppeteer. `userDataDir` is a profile that outlives it; by default it has a fresh one. */
-export async function launchPuppeteer(engine, { userDataDir } = {}) {
+export async function launchPuppeteer(engine, { userDataDir, networkEnabled } = {}) {
   const chromium = engine === "chromium";
   const root = process.getuid?.() === 0;
   return puppeteer.launch({
@@ -39,6 +39,7 @@ export async function launchPuppeteer(engine, { userDataDir } = {}) {
     executablePath: program(chromium ? "WEBLANE_CHROMIUM" : "WEBLANE_FIREFOX"),
     headless: true,
     userDataDir,
+    networkEnabled,
     protocolTimeout: CALL_LIMIT_MS,
     // Chromium's sandbox does not start as root, as in containers.
     args: chromium ? ["--disable-gpu", "--disable-dev-shm-usage", ...(root ? ["--no-sandbox"] : [])] : [],
