@@ -69,7 +69,7 @@ async function visit(url, profile, config, stay) {
 }
 
 // Pages and modules may be kept, as a site's are; without that there is no code cache.
-const server = await serveBench({ cacheControl: "max-age=3600" });
+const server = await serveBench({ cacheControl: "max-age=3600", fromMemory: true });
 const results = [];
 const threads = options.threads ? Number(options.threads) : undefined;
 for (const { name, url, inputs } of findWorkloads(options.workloads)) {
