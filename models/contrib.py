@@ -65,11 +65,13 @@ class Family:
         return name
 
     def input(self, shape, dtype, low=None, high=None):
-        """A graph input; integers of `low` to `high`, or normal floats."""
+        """A graph input; integers of `low` to `high`, bools, or normal floats."""
         name = f"x{len(self.inputs)}"
         dtype = np.dtype(dtype)
         if dtype.kind == "f":
             self.makers.append(lambda: self.rng.standard_normal(shape).astype(dtype))
+        elif dtype.kind == "b":
+            self.makers.append(lambda: self.rng.integers(0, 2, shape).astype(dtype))
         else:
             info = np.iinfo(dtype)
             span = (info.min if low is None else low, (info.max if high is None else high) + 1)
@@ -147,6 +149,21 @@ def qlinear_concat():
                 parts += [f.input(shape, dtype), f.scale(), f.zero(dtype)]
             parts[-2:] = result
             f.node("QLinearConcat", [*result, *parts], axis=axis)
+    return f
+
+
+def qlinear_where():
+    f = Family("contrib_qlinearwhere")
+    for dtype in (np.uint8, np.int8):
+        for condition, x, y in (([2, 3, 4], [2, 3, 4], [2, 3, 4]), ([3, 1], [4], [1]), ([4], [], [2, 3, 1])):
+            given = [f.input(condition, np.bool_)]
+            for shape in (x, y):
+                given += [f.input(shape, dtype), f.scale(), f.zero(dtype)]
+            f.node("QLinearWhere", [*given, f.scale(), f.zero(dtype)])
+        # One scale and zero point for all three.
+        same = [f.scale(), f.zero(dtype)]
+        parts = [f.input([5], dtype), *same, f.input([5], dtype), *same]
+        f.node("QLinearWhere", [f.input([5], np.bool_), *parts, *same])
     return f
 
 
@@ -565,6 +582,7 @@ FAMILIES = {
     "qlinear_mul": lambda: qlinear_binary("QLinearMul"),
     "qlinear_unary": qlinear_unary,
     "qlinear_concat": qlinear_concat,
+    "qlinear_where": qlinear_where,
     "qlinear_average_pool": qlinear_average_pool,
     "qlinear_global_average_pool": qlinear_global_average_pool,
     "qlinear_softmax": qlinear_softmax,

@@ -3,7 +3,7 @@
  * one. Called by `cargo xtask bench load`.
  *
  * Every measurement has a browser of its own. A first visit has a fresh profile, hence no cache; a second visit is a new
- * browser on the profile of the first, with the HTTP cache and the engine's code cache that it left. Files come over
+ * browser on the profile of the first, with the HTTP cache that it left. Files come over
  * loopback. The runtime's script is imported and the inputs are filled before the clock starts; WebAssembly is not
  * compiled, and no worker is started, before it.
  *
@@ -42,7 +42,7 @@ const SIDES = [...RUNTIMES, BYTES];
 const VISITS = ["first", "second"];
 /** Until a page that has just opened is at rest. */
 const REST_MS = 500;
-/** Until the engine has written what it compiled to its code cache, with runs meanwhile so that all of it is hot. */
+/** As long as somebody looks at a result, with runs meanwhile. The engine's code cache is not written by then (README). */
 const STAY_MS = 3000;
 
 let version;
@@ -68,7 +68,7 @@ async function visit(url, profile, config, stay) {
   }
 }
 
-// Pages and modules may be kept, as a site's are; without that there is no code cache.
+// Pages and modules may be kept, as a site's are.
 const server = await serveBench({ cacheControl: "max-age=3600", fromMemory: true });
 const results = [];
 const threads = options.threads ? Number(options.threads) : undefined;

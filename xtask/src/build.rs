@@ -95,12 +95,12 @@ impl Variant {
             // around into the first kilobyte, which is the far end of the stack: nothing computes addresses into it
             // from above. 6% on products with k = 16 in Chromium.
             "--low-memory-unused",
-            // LLVM has inlined what is worth it. What is inlined here is smaller than a call, or called once and small: 1,900
+            // LLVM has inlined what is worth it. What is inlined here is smaller than a call, or called once and small: 1,700
             // functions of 9,100 less, which browsers need not compile one by one during a load, and 13 kB. More would
             // make the compressed modules larger.
             "--always-inline-max-function-size=6",
             "--flexible-inline-max-function-size=0",
-            "--one-caller-inline-max-function-size=40",
+            "--one-caller-inline-max-function-size=36",
             // Short numbers for the functions that are called from many places: 12 kB.
             "--reorder-functions",
             "--enable-simd",

@@ -332,6 +332,7 @@ ops! {
     qlinear_pool
     qlinear_softmax
     qlinear_unary
+    qlinear_where
     quantize
     quantize_microsoft
     quantized_binary
