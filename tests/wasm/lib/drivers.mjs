@@ -30,7 +30,10 @@ async function inPage(name, argument) {
   return window.harness[name](argument);
 }
 
-/** Chromium or Firefox through puppeteer. `userDataDir` is a profile that outlives it; by default it has a fresh one. */
+/**
+ * Chromium or Firefox through puppeteer. `userDataDir` is a profile that outlives it; by default it has a fresh one.
+ * `networkEnabled: false` leaves out the events of the network.
+ */
 export async function launchPuppeteer(engine, { userDataDir, networkEnabled } = {}) {
   const chromium = engine === "chromium";
   const root = process.getuid?.() === 0;
