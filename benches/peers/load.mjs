@@ -3,9 +3,9 @@
  * one. Called by `cargo xtask bench load`.
  *
  * Every measurement has a browser of its own. A first visit has a fresh profile, hence no cache; a second visit is a new
- * browser on the profile of the first, with the HTTP cache that it left. Files come over
- * loopback. The runtime's script is imported and the inputs are filled before the clock starts; WebAssembly is not
- * compiled, and no worker is started, before it.
+ * browser on the profile of the first, with the HTTP cache that it left. Files come over loopback. The runtime's script is
+ * imported and the inputs are filled before the clock starts; WebAssembly is not compiled, and no worker is started, before
+ * it.
  *
  * Beside them stands what the bytes alone take: the model read by a worker, as weblane's reads it, while the module of two
  * threads compiles, and nothing else. `ratio_of_bytes` is what a runtime would reach that read like this and took no time;
@@ -49,8 +49,8 @@ let version;
 
 /** One visit: `{ loaded, ms, about }`. */
 async function visit(url, profile, config, stay) {
-  // With the events of the network the browser keeps a copy of what arrives and reads it as text: half of what the bytes
-  // alone take, which no page of a user's has.
+  // With the events of the network the browser keeps a copy of what arrives and reads it as text, which no page of a user's
+  // does: the bytes alone took half as long again.
   const browser = await launchPuppeteer("chromium", { userDataDir: profile, networkEnabled: false });
   try {
     version = await browser.version();

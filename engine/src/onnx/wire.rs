@@ -74,7 +74,8 @@ impl Wire {
         self.state == State::Key && self.ends.len() == 1 && self.shift == 0
     }
 
-    /// Consumes all of `input`.
+    /// Consumes all of `input`. What a turn of the loop does is in functions that stay out of it, so that the loop is
+    /// small: see the reader's `attach`.
     pub(super) fn feed(&mut self, mut input: &[u8], visitor: &mut impl Visitor) -> Result<()> {
         loop {
             let end = self.end();

@@ -81,6 +81,9 @@ mod tests {
         ];
         let node = || OneNode::new("QLinearWhere").domain("com.microsoft");
         assert_eq!(node().run(&operands).unwrap()[0], u8s(&[2, 3], &[0, 7, 255, 104, 104, 104]));
+        let mut none = operands.clone();
+        none[1] = u8s(&[0], &[]);
+        assert_eq!(node().run(&none).unwrap()[0], u8s(&[2, 0], &[]));
         let mut wrong = operands.clone();
         wrong[7] = one(0.0);
         assert!(node().run(&wrong).unwrap_err().message.contains("z_scale"));

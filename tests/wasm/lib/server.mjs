@@ -69,8 +69,7 @@ export async function serve(
 function inMemory(directory, setHeaders, otherwise) {
   const files = new Map();
   return (request, response, missing) => {
-    const { pathname } = new URL(request.url, "http://localhost");
-    const path = join(directory, normalize(decodeURIComponent(pathname)));
+    const path = join(directory, normalize(request.url.split("?")[0]));
     if (!files.has(path)) files.set(path, readFile(path));
     files.get(path).then(
       (bytes) => {
