@@ -26,14 +26,26 @@ const WARM_UP_BYTES = 4 << 20;
 /** Milliseconds between two reports of a download: one for each chunk took the worker 7% of a load of 14 MB. */
 const REPORT_MS = 50;
 
+/**
+ * With so few processors, workers of the pool that start during a load take time from it: on two, a tenth of the time to the
+ * first result of a model of 4 to 14 MB. So they start after the first run there.
+ */
+const FEW_PROCESSORS = 2;
+
+/** A model of so many bytes has enough to pack and to run for helpers from the start: with 25 MB they gain a fifth. */
+const HELPED_BYTES = 20 << 20;
+
+/** How long helpers wait after a load for the first run, in milliseconds. */
+const FIRST_RUN_MS = 250;
+
 /** How long a piece of the warm-up keeps the worker from the next bytes, in milliseconds. */
 const WARM_UP_MS = 1;
 
 /** What the host needs from its surroundings; tests give fakes. */
 export interface HostEnvironment {
   readonly platform: Platform;
-  /** Starts a build that will have so many threads; compiles it unless the page does so (`early`). */
-  instantiate(variant: Variant, url: string | undefined, threads: number, early: boolean): Promise<Wasm>;
+  /** Starts a build, and loads the script of so many helpers meanwhile; compiles it unless the page does so (`early`). */
+  instantiate(variant: Variant, url: string | undefined, helpers: number, early: boolean): Promise<Wasm>;
   /** Opens a file for reading; `total` is 0 when its size is not known. A chunk is valid until the next one is taken. */
   open(
     url: string,
@@ -120,6 +132,8 @@ export class Host {
   /** The build with its threads, until the warm-up is over. */
   #cold: Wasm | undefined;
   #warming: WarmUp | undefined;
+  /** Starts the helpers that a start left for later, until that is done. */
+  #startHelpers: (() => void) | undefined;
   #broken: WeblaneError | undefined;
 
   constructor(env: HostEnvironment) {
@@ -153,6 +167,7 @@ export class Host {
         },
       });
       this.#env.post({ id, result }, transferables(method, result));
+      if (method === "run" || method === "mail") this.#startHelpers?.();
     } catch (error) {
       this.#env.post({ id, error: toWeblaneError(error).toJSON() });
     } finally {
@@ -172,7 +187,7 @@ export class Host {
       const starting = this.#start(threads, variant, wasmUrls, early);
       this.#onStarted(starting.then(([wasm]) => wasm));
       const [wasm, choice] = await starting;
-      const info = await this.#startThreads(wasm, choice, variant);
+      const info = await this.#startThreads(wasm, choice, { threads, variant });
       this.#cold = wasm;
       progress({ phase: "compile", loaded: 1, total: 1 });
       const { buffer } = wasm.memory;
@@ -266,7 +281,9 @@ export class Host {
         if (externals.length > 0) return { externals };
       }
       progress({ phase: "optimize", loaded: 0, total: 1 });
-      return { model: this.#guard(() => slot.wasm.finish()) };
+      const model = this.#guard(() => slot.wasm.finish());
+      if (this.#startHelpers !== undefined) setTimeout(() => this.#startHelpers?.(), FIRST_RUN_MS);
+      return { model };
     },
 
     run: ({ session, lent, ...request }, context) => {
@@ -339,6 +356,7 @@ export class Host {
         if (!this.#quantizers.has(session)) throw disposed();
         context.progress(this.#guard(() => quantizer.progress()));
         if (this.#guard(() => quantizer.advance(STEP_BUDGET_MS))) break;
+        this.#startHelpers?.();
         await this.#env.breathe();
       }
       return this.#guard(() => ({ model: quantizer.model(), report: quantizer.report() }));
@@ -381,6 +399,7 @@ export class Host {
         for (;;) {
           if (context.cancelled) throw abortError(context.signal, "run");
           if (this.#guard(() => run.advance(STEP_BUDGET_MS))) break;
+          this.#startHelpers?.();
           if (wantsProgress) (context as Context<"run">).progress({ done: run.done(), total: run.total() });
           await this.#env.breathe();
           if (slot.closed) throw disposed();
@@ -417,7 +436,7 @@ export class Host {
       await this.#env.instantiate(
         choice.variant,
         wasmUrls[choice.variant],
-        choice.threads,
+        this.#startsLate(choice, threads) ? 0 : choice.threads - 1,
         choice.variant === early,
       ),
       choice,
@@ -433,15 +452,33 @@ export class Host {
     return started;
   }
 
-  async #startThreads(wasm: Wasm, choice: VariantChoice, asked: Variant | "auto"): Promise<RuntimeInfo> {
-    let { threadsReason } = choice;
-    const threads = await wasm.startThreads(choice.threads).catch((error: unknown) => {
-      // Some pages may not start so many workers.
-      if (asked !== "auto" || !isRefusal(error)) throw error;
-      threadsReason = noThreads(error);
-      return wasm.startThreads(1);
-    });
-    return { ...choice, threads, threadsReason, version: wasm.version() };
+  async #startThreads(
+    wasm: Wasm,
+    choice: VariantChoice,
+    asked: { threads: number; variant: Variant | "auto" },
+  ): Promise<RuntimeInfo> {
+    let { threads, threadsReason } = choice;
+    const helpers = threads - 1;
+    if (this.#startsLate(choice, asked.threads)) {
+      this.#startHelpers = () => {
+        this.#startHelpers = undefined;
+        // The page was told of more threads; with one, everything works.
+        wasm.startHelpers(helpers).catch((error: unknown) => console.warn(`weblane: ${noThreads(error)}`));
+      };
+    } else if (helpers > 0) {
+      await wasm.startHelpers(helpers).catch((error: unknown) => {
+        // Some pages may not start so many workers.
+        if (asked.variant !== "auto" || !isRefusal(error)) throw error;
+        threads = 1;
+        threadsReason = noThreads(error);
+      });
+    }
+    return { ...choice, threads: wasm.startPool(threads), threadsReason, version: wasm.version() };
+  }
+
+  /** Whether helpers come after the first run only. Who asks for a number of threads gets them at once. */
+  #startsLate({ threads }: VariantChoice, asked: number): boolean {
+    return threads > 1 && asked === 0 && this.#env.platform.processors <= FEW_PROCESSORS;
   }
 
   /** Runs a piece of the warm-up, if the build has its threads and is not warm yet. */
@@ -482,6 +519,7 @@ export class Host {
   }
 
   #expect(session: number, file: string, total: number): void {
+    if (total >= HELPED_BYTES) this.#startHelpers?.();
     if (file !== "" || total === 0) return;
     const wasm = this.#files(session);
     this.#guard(() => wasm.expect(total));

@@ -90,11 +90,13 @@ export interface WasmSession extends WasmFiles {
 /** An instantiated build. */
 export interface Wasm {
   readonly memory: WebAssembly.Memory;
+  /** Makes the pool, in which this worker is alone at first; gives how many threads there will be, which may be fewer. */
+  startPool(threads: number): number;
   /**
-   * Starts the pool, whose threads may come when runs are under way already; gives how many there will be, which may be
-   * fewer than asked for.
+   * Starts workers that join the pool when they are ready, be it in the middle of a run. Once. Rejects when the page
+   * cannot start them.
    */
-  startThreads(threads: number): Promise<number>;
+  startHelpers(count: number): Promise<void>;
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
   readonly WasmQuantizer: new (options: QuantizerOptions) => WasmQuantizer;
   version(): string;
@@ -119,8 +121,7 @@ export interface Glue {
   readonly lastFailure: Wasm["lastFailure"];
   /** Starts workers for the pool; builds with threads only. */
   initThreadPool?(workers: number): Promise<unknown>;
-  /** Makes the pool, in which this worker is alone at first; returns how many threads it will have. */
-  startPool(threads: number): number;
+  readonly startPool: Wasm["startPool"];
   /** Has the workers that were started for it join the pool. */
   startHelpers(): void;
   /** Makes the calling worker a thread of the pool and never returns; builds with threads only. */

@@ -41,7 +41,7 @@ const spawned = new Promise<void>((resolve, reject) => {
   onSpawned = (outcome) =>
     outcome === true ? resolve() : reject(new WeblaneError("unsupported_platform", outcome));
 });
-// Builds without threads wait for none.
+// Nobody may be waiting for them.
 spawned.catch(() => {});
 let onSeated!: () => void;
 /** All of them sit. */
@@ -61,10 +61,9 @@ const host = new Host({
   breathe,
   open: openFile,
 
-  async instantiate(variant, url, threads, early): Promise<Wasm> {
+  async instantiate(variant, url, helpers, early): Promise<Wasm> {
     const glue = glueOf(variant);
-    // The pool's workers load their script while this one compiles. One thread of the pool is this worker itself.
-    const helpers = variant.endsWith("_mt") ? threads - 1 : 0;
+    // The pool's workers load their script while this one compiles.
     if (helpers > 0) page.postMessage({ hire: helpers });
     let memory: WebAssembly.Memory;
     try {
@@ -81,20 +80,18 @@ const host = new Host({
     });
     return {
       memory,
-      async startThreads(threads) {
-        if (threads > 1 && glue.initThreadPool !== undefined) {
-          glue.initThreadPool(threads - 1).then(
-            () => glue.startHelpers(),
-            (error: unknown) => {
-              // As an error that nobody catches the page hears of it.
-              setTimeout(() => {
-                throw error;
-              });
-            },
-          );
-          await spawned;
-        }
-        return glue.startPool(threads);
+      startPool: glue.startPool,
+      startHelpers(count) {
+        glue.initThreadPool?.(count).then(
+          () => glue.startHelpers(),
+          (error: unknown) => {
+            // As an error that nobody catches the page hears of it.
+            setTimeout(() => {
+              throw error;
+            });
+          },
+        );
+        return spawned;
       },
       WasmSession: glue.WasmSession,
       WasmQuantizer: glue.WasmQuantizer,

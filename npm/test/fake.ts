@@ -62,8 +62,8 @@ export interface Script {
   startError?: unknown;
   /** The start waits for it. */
   starting?: Promise<unknown>;
-  /** Why there is a build with threads and no thread but its own; without this there is no such build. */
-  noPool?: string;
+  /** A build with threads starts: helpers as well, or not, for this reason. Without this there is no such build. */
+  pool?: true | string;
   /** Files by address, for `fetch`. */
   files: Record<string, Uint8Array>;
   /** The chunks of every file, instead of all of it at once. */
@@ -115,11 +115,12 @@ export class FakeEngine {
   #environment(events: PortEvents): HostEnvironment {
     return {
       platform: this.platform,
-      instantiate: async (variant, url) => {
+      instantiate: async (variant, url, helpers) => {
         this.log.push(`instantiate ${variant} ${url ?? ""}`.trim());
+        if (helpers > 0) this.log.push(`hire ${helpers}`);
         if (this.script.startError !== undefined) throw this.script.startError;
         await this.script.starting;
-        if (variant.endsWith("_mt") && this.script.noPool === undefined)
+        if (variant.endsWith("_mt") && this.script.pool === undefined)
           throw { code: "out_of_memory", message: "no shared memory" };
         return this.#wasm();
       },
@@ -282,9 +283,10 @@ export class FakeEngine {
     }
     return {
       memory,
-      startThreads: async (threads) => {
-        if (threads > 1) throw { code: "unsupported_platform", message: script.noPool };
-        return threads;
+      startPool: (threads) => threads,
+      startHelpers: async (count) => {
+        log.push(`helpers ${count}`);
+        if (script.pool !== true) throw { code: "unsupported_platform", message: script.pool };
       },
       WasmSession: FakeSession,
       WasmQuantizer: FakeQuantizer,

@@ -1,4 +1,4 @@
-import { expect, test } from "vitest";
+import { describe, expect, test, vi } from "vitest";
 import type { LoadProgress, Session as SessionType } from "../src/index.js";
 import { chromeTrace, Tensor, type Trace, WeblaneError } from "../src/index.js";
 import { Runtime, startEngine } from "../src/runtime.js";
@@ -389,10 +389,74 @@ test("without memory to share, one thread does it", async () => {
   expect(await codeOf(load(forced, { variant: "relaxed_mt" }))).toBe("out_of_memory");
 });
 
+describe("helpers", () => {
+  /** A fake on a machine of so many processors, and what became of its helpers. */
+  function machine(processors: number, steps = 1) {
+    const engine = new FakeEngine();
+    engine.platform = { ...engine.platform, sharedMemory: true, processors };
+    Object.assign(engine.script, { pool: true, steps });
+    return { engine, helpers: () => engine.log.filter((line) => /^(hire|helpers)/.test(line)) };
+  }
+
+  test("start with the build where there are processors for them", async () => {
+    const { engine, helpers } = machine(4);
+    await load(engine);
+    expect(helpers()).toEqual(["hire 3", "helpers 3"]);
+  });
+
+  test("start at once when a number of threads is asked for", async () => {
+    const { engine, helpers } = machine(2);
+    await load(engine, { threads: 2 });
+    expect(helpers()).toEqual(["hire 1", "helpers 1"]);
+  });
+
+  test("start after the first run on two processors, and once", async () => {
+    const { engine, helpers } = machine(2);
+    const session = await load(engine);
+    expect((await session.info()).threads).toBe(2);
+    expect(helpers()).toEqual([]);
+    await session.run(feeds());
+    await session.run(feeds());
+    expect(helpers()).toEqual(["helpers 1"]);
+  });
+
+  test("start with the bytes of a large model", async () => {
+    const { engine } = machine(2);
+    await Session.loadWith(new Uint8Array(20 << 20), {}, engine.spawn);
+    expect(engine.log).toContain("helpers 1");
+    expect(engine.log.indexOf("helpers 1")).toBeLessThan(engine.log.indexOf(`expect ${20 << 20}`));
+  });
+
+  test("start in the middle of a long first run", async () => {
+    const { engine, helpers } = machine(2, 3);
+    const session = await load(engine);
+    const during: string[][] = [];
+    await session.run(feeds(), { onProgress: () => during.push(helpers()) });
+    expect(during[0]).toEqual(["helpers 1"]);
+  });
+
+  test("start when nothing is run for a while", async () => {
+    const { engine, helpers } = machine(2);
+    await load(engine);
+    await vi.waitFor(() => expect(helpers()).toEqual(["helpers 1"]));
+  });
+
+  test("that cannot start after all leave one thread, with a warning", async () => {
+    const warn = vi.spyOn(console, "warn").mockReturnValue();
+    const { engine } = machine(2);
+    engine.script.pool = "no more workers";
+    const session = await load(engine);
+    await session.run(feeds());
+    expect((await session.run(feeds())).y?.data).toEqual(x());
+    expect(warn.mock.calls).toEqual([[expect.stringContaining("no more workers")]]);
+    warn.mockRestore();
+  });
+});
+
 test("without workers for a pool, one thread of the same build does it", async () => {
   const engine = new FakeEngine();
   engine.platform = { ...engine.platform, sharedMemory: true };
-  engine.script.noPool = "no more workers";
+  engine.script.pool = "no more workers";
   const session = await load(engine);
   const { variant, threads, threadsReason } = await session.info();
   expect([variant, threads]).toEqual(["relaxed_mt", 1]);
@@ -401,7 +465,7 @@ test("without workers for a pool, one thread of the same build does it", async (
 
   const forced = new FakeEngine();
   forced.platform = engine.platform;
-  forced.script.noPool = "no more workers";
+  forced.script.pool = "no more workers";
   expect(await codeOf(load(forced, { variant: "relaxed_mt" }))).toBe("unsupported_platform");
 });
 
