@@ -101,29 +101,16 @@ impl PackedQ {
     /// range of `b`'s elements, the form is not of this instruction set, or memory is short.
     pub fn new(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32]) -> Result<Self> {
         form.check(isa)?;
-        b.check("B")?;
-        if form == Form::Split && b.cols >= 4 * SAMPLE {
-            // A few columns tell mostly.
-            let sample = Self::pack(isa, form, QMatrix { cols: SAMPLE, ..b }, &zero[..zero.len().min(SAMPLE)])?;
-            if !sample.pays(b.cols) {
-                return Self::pack(isa, Form::Wide, b, zero);
-            }
-        }
-        let packed = Self::pack(isa, form, b, zero)?;
-        if packed.pays(b.cols) { Ok(packed) } else { Self::pack(isa, Form::Wide, b, zero) }
-    }
-
-    /// Whether [`Form::Wide`] would not be faster with `n` columns like these.
-    fn pays(&self, n: usize) -> bool {
-        self.pieces.as_ref().is_none_or(|Pieces { pairs, others, ends }| {
-            let groups = self.k.div_ceil(self.form.group()) as f64 * ends.len() as f64;
-            let steps = PAIR * pairs.len() as f64 + OTHER * others.len() as f64;
-            self.k >= MIN_K && steps / groups + ROW_COLUMNS / n as f64 <= 1.0
-        })
+        Self::pack_if(isa, form, b, zero, true)
     }
 
     /// [`PackedQ::new`] for any form, whether it pays or not; but products that are too long are [`Form::Wide`].
     pub(super) fn pack(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32]) -> Result<Self> {
+        Self::pack_if(isa, form, b, zero, false)
+    }
+
+    /// Packs in `form`; in [`Form::Wide`] if it has to pay (`if_pays`) and does not.
+    fn pack_if(isa: Isa, form: Form, b: QMatrix<'_>, zero: &[i32], if_pays: bool) -> Result<Self> {
         b.check("B")?;
         let (k, n) = (b.rows, b.cols);
         let form = if form == Form::Split && k > MAX_K { Form::Wide } else { form };
@@ -142,45 +129,53 @@ impl PackedQ {
         // Of a panel at a time in the form whose panels have as many rows as it turns out.
         let split = form == Form::Split;
         let mut data = Aligned::zeros(if split { groups * nr } else { len })?;
-        let zero_of = |j: usize| zero[if zero.len() == 1 { 0 } else { j }];
-        // What the dot product reads is signed.
-        let shift = if matches!(b.data, Bytes::U8(_)) { 128 } else { 0 };
+        let elements = Elements::new(b);
+        let zero_of = |j: usize| zero[if zero.len() == 1 { 0 } else { j }] - elements.shift();
         let mut columns = vec![0i32; if form == Form::Wide { 0 } else { n }];
         let (mut pieces, mut rows) = (Pieces::default(), Vec::new());
         rows.try_reserve(if split { len } else { 0 }).map_err(|_| too_large())?;
-        let stored = |p: usize, j: usize| b.data.get(p * b.row_stride + j * b.col_stride) - shift;
-        let order = if split { order(k, n, stored) } else { None };
-        let place = |p: usize| order.as_ref().map_or(p, |order| p / WINDOW * WINDOW + usize::from(order[p]));
+        let order = if split { order(&elements) } else { None };
+        let mut column = vec![0; groups * group];
         for first in (0..n).step_by(nr) {
             let cols = nr.min(n - first);
             let width = table::width(isa, form, first, n);
             let panels: &mut [i32] = bytemuck::cast_slice_mut(data.as_mut_slice());
-            let panel = if split { panels } else { &mut panels[first * groups..][..groups * width] };
+            let panel =
+                if split { &mut panels[..groups * width] } else { &mut panels[first * groups..][..groups * width] };
             if split && cols < width {
                 // What the panel before has left there.
                 panel.fill(0);
             }
-            for q in 0..cols {
-                let j = first + q;
-                if form == Form::Wide {
-                    let zero = zero_of(j) - shift;
-                    let centred = |p: usize| if p < k { (stored(p, j) - zero) as i16 } else { 0 };
-                    for g in 0..groups {
-                        panel[g * width + q] = bytemuck::cast([centred(2 * g), centred(2 * g + 1)]);
-                    }
-                } else {
-                    let shifted = |p: usize| if p < k { stored(place(p), j) as i8 } else { 0 };
-                    let mut sum = 0i32;
-                    for g in 0..groups {
-                        let x = [0, 1, 2, 3].map(|i| shifted(4 * g + i));
-                        sum = x.iter().fold(sum, |sum, &x| sum.wrapping_add(x.into()));
-                        panel[g * width + q] = bytemuck::cast(x);
-                    }
-                    columns[j] = sum.wrapping_sub((zero_of(j) - shift).wrapping_mul(k as i32));
+            let mut zeros = [0; MAX_PANEL];
+            (0..cols).for_each(|q| zeros[q] = zero_of(first + q) as i16);
+            if form == Form::Wide {
+                // Behind the last row stand zero points, of which nothing is left.
+                let centre = |x: [i8; 2], q: usize| bytemuck::cast(x.map(|x| i16::from(x) - zeros[q]));
+                elements.panel(first, cols, None, &mut column, panel, width, |q| zeros[q] as i8, centre);
+            } else {
+                elements.panel(
+                    first,
+                    cols,
+                    order.as_deref(),
+                    &mut column,
+                    panel,
+                    width,
+                    |_| 0,
+                    |x: [i8; 4], _| bytemuck::cast(x),
+                );
+                let mut sums = [0; MAX_PANEL];
+                add_up(panel, width, &mut sums);
+                for (q, sum) in columns[first..][..cols].iter_mut().enumerate() {
+                    *sum = sums[q].wrapping_sub(i32::from(zeros[q]).wrapping_mul(k as i32));
                 }
             }
             if split {
                 pieces.add(panel, width, table::tile(isa, form).mr * size_of::<i32>(), &mut rows);
+                // A few columns of many tell mostly.
+                let done = first + cols;
+                if if_pays && (done == n || done == SAMPLE && n >= 4 * SAMPLE) && !pays(k, n, &pieces) {
+                    return Self::pack_if(isa, Form::Wide, b, zero, false);
+                }
             }
         }
         if split {
@@ -188,7 +183,7 @@ impl PackedQ {
             bytemuck::cast_slice_mut(data.as_mut_slice()).copy_from_slice(&rows);
         }
         let correction = (form != Form::Wide).then(|| {
-            let zeros = (0..n).map(|j| zero_of(j) - shift);
+            let zeros = (0..n).map(zero_of);
             Correction { columns, zeros: zeros.clone().any(|zero| zero != 0).then(|| zeros.collect()) }
         });
         let pieces = split.then_some(pieces);
@@ -245,38 +240,163 @@ impl PackedQ {
     }
 }
 
+/// Whether [`Form::Wide`] would not be faster with `n` columns like these, of length `k`.
+fn pays(k: usize, n: usize, Pieces { pairs, others, ends }: &Pieces) -> bool {
+    let groups = k.div_ceil(Form::Split.group()) as f64 * ends.len() as f64;
+    let steps = PAIR * pairs.len() as f64 + OTHER * others.len() as f64;
+    k >= MIN_K && steps / groups + ROW_COLUMNS / n as f64 <= 1.0
+}
+
+/// The elements of a matrix as the dot product reads them, which is signed: `u8` less 128.
+struct Elements<'a> {
+    bytes: &'a [u8],
+    /// Exclusive or of it and a byte is what is read.
+    mask: u8,
+    k: usize,
+    n: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Elements<'a> {
+    /// Of a matrix that was checked.
+    fn new(QMatrix { data, rows, cols, row_stride, col_stride }: QMatrix<'a>) -> Self {
+        let (bytes, mask) = match data {
+            Bytes::U8(x) => (x, 128),
+            Bytes::I8(x) => (bytemuck::cast_slice(x), 0),
+        };
+        Self { bytes, mask, k: rows, n: cols, row_stride, col_stride }
+    }
+
+    /// What is taken off.
+    fn shift(&self) -> i32 {
+        self.mask.into()
+    }
+
+    /// Makes the `width` x groups of a panel of `cols` columns, those behind them left as they are: `make` gets the
+    /// neighbours of a group, in `order` if there is one, and the number of the column. Behind the last row stands `behind`
+    /// of the column. `column` is memory for one, as long as the groups.
+    ///
+    /// Weights lie one way or the other. Rows without gaps are read a group at a time, for all columns; columns are copied
+    /// first: elements one by one took six times as long.
+    #[inline(always)]
+    fn panel<const G: usize>(
+        &self,
+        first: usize,
+        cols: usize,
+        order: Option<&[u8]>,
+        column: &mut [u8],
+        panel: &mut [i32],
+        width: usize,
+        behind: impl Fn(usize) -> i8,
+        make: impl Fn([i8; G], usize) -> i32,
+    ) {
+        if self.k == 0 {
+            return;
+        }
+        let place = |p: usize| order.map_or(p, |order| p / WINDOW * WINDOW + usize::from(order[p]));
+        if self.col_stride == 1 {
+            let mut pad = [0; MAX_PANEL];
+            (0..cols).for_each(|q| pad[q] = behind(q) as u8 ^ self.mask);
+            for (g, to) in panel.chunks_exact_mut(width).enumerate() {
+                let mut rows = [&pad[..cols]; G];
+                for (row, p) in rows.iter_mut().zip(G * g..self.k) {
+                    *row = &self.bytes[place(p) * self.row_stride + first..][..cols];
+                }
+                for (q, to) in to[..cols].iter_mut().enumerate() {
+                    let mut group = [0; G];
+                    (0..G).for_each(|i| group[i] = (rows[i][q] ^ self.mask) as i8);
+                    *to = make(group, q);
+                }
+            }
+            return;
+        }
+        for q in 0..cols {
+            let from = &self.bytes[(first + q) * self.col_stride..];
+            let (known, pad) = column.split_at_mut(self.k);
+            if self.row_stride == 1 {
+                known.copy_from_slice(&from[..self.k]);
+            } else {
+                known.iter_mut().zip(from.iter().step_by(self.row_stride)).for_each(|(to, from)| *to = *from);
+            }
+            pad.fill(behind(q) as u8 ^ self.mask);
+            if let Some(order) = order {
+                for (line, order) in column.as_chunks_mut::<WINDOW>().0.iter_mut().zip(order.as_chunks::<WINDOW>().0) {
+                    let from = *line;
+                    for (to, i) in line.iter_mut().zip(order) {
+                        *to = from[usize::from(*i) % WINDOW];
+                    }
+                }
+            }
+            let groups = column.as_chunks::<G>().0;
+            for (to, bytes) in panel[q..].iter_mut().step_by(width).zip(groups) {
+                let mut group = [0; G];
+                (0..G).for_each(|i| group[i] = (bytes[i] ^ self.mask) as i8);
+                *to = make(group, q);
+            }
+        }
+    }
+}
+
+/// The most columns of a panel.
+const MAX_PANEL: usize = 32;
+
+/// Adds the elements of each column of a panel.
+#[inline(never)]
+fn add_up(panel: &[i32], width: usize, sums: &mut [i32; MAX_PANEL]) {
+    for row in panel.chunks_exact(width) {
+        for (sum, word) in sums.iter_mut().zip(row) {
+            *sum = [24, 16, 8, 0].iter().fold(*sum, |sum, left| sum.wrapping_add(word << left >> 24));
+        }
+    }
+}
+
 /// An order of the rows in which few neighbours have to be split; none if it is theirs.
-fn order(k: usize, n: usize, stored: impl Fn(usize, usize) -> i32) -> Option<Vec<u8>> {
+fn order(elements: &Elements<'_>) -> Option<Vec<u8>> {
+    let &Elements { bytes, mask, k, n, row_stride, col_stride } = elements;
     if n == 0 {
         return None;
     }
     // Some of many columns tell enough.
     let step = n.div_ceil(MOST_COLUMNS);
     let columns = n.div_ceil(step);
-    let mut rows = vec![0i16; WINDOW * columns];
+    let words = columns.div_ceil(8);
+    let mut rows = vec![u64::from_ne_bytes([128; 8]); WINDOW * words];
     let mut order: Vec<u8> = (0..k.next_multiple_of(ORDER_UNIT)).map(|p| (p % WINDOW) as u8).collect();
     let mut changed = false;
     for (window, order) in order.chunks_exact_mut(WINDOW).take(k / WINDOW).enumerate() {
+        let from = &bytes[window * WINDOW * row_stride..];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
         // Column by column, which is how weights mostly lie.
         for j in 0..columns {
-            (0..WINDOW).for_each(|i| rows[i * columns + j] = stored(window * WINDOW + i, j * step) as i16);
+            for i in 0..WINDOW {
+                bytes[i * 8 * words + j] = from[i * row_stride + j * step * col_stride] ^ mask ^ 128;
+            }
         }
-        changed |= pair_up(&rows, columns, order);
+        changed |= pair_up(&rows, words, columns, order);
     }
     changed.then_some(order)
 }
 
-/// Columns in which two rows would have to be split as neighbours.
+/// Columns in which two rows would have to be split as neighbours: signed bytes plus 128, eight to a word. Of at most 255 words.
 #[inline(never)]
-fn split_columns(a: &[i16], b: &[i16]) -> usize {
-    a.iter().zip(b).map(|(a, b)| usize::from((a + b).unsigned_abs() > MOST as u16)).sum()
+fn split_columns(a: &[u64], b: &[u64]) -> usize {
+    const UPPER: u64 = u64::from_ne_bytes([128; 8]);
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    let counts = a.iter().zip(b).fold(0, |counts, (a, b)| {
+        let mean = (a & b) + (((a ^ b) & !ONES) >> 1);
+        // The two upper bits are one and the same where the sum is 128 or more, or less than -128. It does no harm that 128
+        // counts, which need not be split.
+        counts + ((!(mean ^ mean << 1) & UPPER) >> 7)
+    });
+    counts.to_ne_bytes().into_iter().map(usize::from).sum()
 }
 
-/// Exchanges rows of `n` columns between two pairs of neighbours for as long as that leaves less to split; each time the
+/// Exchanges rows of `n` columns, in so many words, between two pairs of neighbours for as long as that leaves less to split; each time the
 /// whole becomes less, so it ends. Whether the order is another one then.
 #[inline(never)]
-fn pair_up(rows: &[i16], n: usize, order: &mut [u8]) -> bool {
-    let row = |i: u8| &rows[usize::from(i) * n..][..n];
+fn pair_up(rows: &[u64], words: usize, n: usize, order: &mut [u8]) -> bool {
+    let row = |i: u8| &rows[usize::from(i) * words..][..words];
     let cost = |i: u8, j: u8| split_columns(row(i), row(j));
     if order.chunks_exact(2).map(|pair| cost(pair[0], pair[1])).sum::<usize>() * FEW <= n {
         return false;
@@ -322,10 +442,11 @@ impl Pieces {
     fn add(&mut self, groups: &[i32], width: usize, stride: usize, rows: &mut Vec<i32>) {
         let mut own = groups.to_vec();
         let mut group_of: Vec<usize> = (0..groups.len() / width).collect();
-        let mut loads = Loads { lines: Vec::new(), per_row: (4 * width).div_ceil(LINE) };
+        let mut loads = Loads { words: Vec::new(), per_row: width.div_ceil(2) };
         own.chunks_exact(width).for_each(|row| loads.push(row));
+        let nothing = vec![0; loads.per_row];
         for group in 0..group_of.len() {
-            if loads.row(group).as_flattened().iter().fold(true, |fits, &load| fits & (load <= MOST as u8)) {
+            if fit(loads.row(group), &nothing) {
                 continue;
             }
             let end = own.len();
@@ -340,7 +461,12 @@ impl Pieces {
         }
         let partners = loads.partners();
         let mut add = |row: usize| {
-            rows.extend_from_slice(&own[row * width..][..width]);
+            let row_of_panel = &own[row * width..][..width];
+            match <&[i32; 8]>::try_from(row_of_panel) {
+                // As wide as panels of 128-bit vectors are: two loads and stores instead of a call.
+                Ok(row) => rows.extend(*row),
+                Err(_) => rows.extend_from_slice(row_of_panel),
+            }
             (group_of[row] * stride) as u32
         };
         // In the order of the rows: those of A are read from front to back then.
@@ -352,29 +478,30 @@ impl Pieces {
     }
 }
 
-/// Bytes that are compared at once.
-const LINE: usize = 16;
-
-/// What each two neighbours of the rows of a panel add up to on either side of zero.
+/// What each two neighbours of the rows of a panel add up to on either side of zero: halves, rounded up, of which eight are
+/// added and compared in a word. Rounding keeps few rows apart that fit.
 struct Loads {
-    lines: Vec<[u8; LINE]>,
+    words: Vec<u64>,
     per_row: usize,
 }
 
+/// A half of [`MOST`].
+const HALF: u8 = (MOST / 2) as u8;
+
 impl Loads {
-    fn row(&self, row: usize) -> &[[u8; LINE]] {
-        &self.lines[row * self.per_row..][..self.per_row]
+    fn row(&self, row: usize) -> &[u64] {
+        &self.words[row * self.per_row..][..self.per_row]
     }
 
     fn push(&mut self, weights: &[i32]) {
-        self.lines.resize(self.lines.len() + self.per_row, [0; LINE]);
-        self.set(self.lines.len() / self.per_row - 1, weights);
+        self.words.resize(self.words.len() + self.per_row, 0);
+        self.set(self.words.len() / self.per_row - 1, weights);
     }
 
     fn set(&mut self, row: usize, weights: &[i32]) {
-        let lines = self.lines[row * self.per_row..][..self.per_row].as_flattened_mut();
-        for (loads, weights) in lines.as_chunks_mut().0.iter_mut().zip(weights) {
-            *loads = loads_of(bytemuck::cast(*weights));
+        let words = &mut self.words[row * self.per_row..][..self.per_row];
+        for (loads, pair) in bytemuck::cast_slice_mut(words).iter_mut().zip(bytemuck::cast_slice(weights)) {
+            *loads = loads_of(*pair);
         }
     }
 
@@ -384,10 +511,11 @@ impl Loads {
     fn partners(&self) -> Vec<usize> {
         const CLASSES: usize = 256;
         let class = |row: usize| {
-            let sum: usize = self.row(row).as_flattened().iter().map(|load| usize::from(*load)).sum();
-            sum * CLASSES / (self.per_row * LINE * 2 * MOST as usize)
+            let loads: &[u8] = bytemuck::cast_slice(self.row(row));
+            let sum: usize = loads.iter().map(|load| usize::from(*load)).sum();
+            sum * CLASSES / (loads.len() * usize::from(HALF + 2))
         };
-        let mut partners: Vec<usize> = (0..self.lines.len() / self.per_row).collect();
+        let mut partners: Vec<usize> = (0..self.words.len() / self.per_row).collect();
         // Sorted by counting, the lightest first.
         let classes: Vec<usize> = partners.iter().map(|row| class(*row)).collect();
         let mut ends = [0; CLASSES + 1];
@@ -398,24 +526,41 @@ impl Loads {
             left[ends[class]] = row;
             ends[class] += 1;
         }
-        let fits =
-            |(p, q): (&[u8; LINE], &[u8; LINE])| (0..LINE).fold(true, |fits, i| fits & (p[i] <= MOST as u8 - q[i]));
         while let Some(row) = left.pop() {
-            let both = |other: &usize| self.row(row).iter().zip(self.row(*other)).all(fits);
-            if let Some(at) = left.iter().rev().take(TRIES).position(both) {
-                let other = left.remove(left.len() - 1 - at);
+            let from = left.len().saturating_sub(TRIES);
+            if let Some(at) = self.last_beside(row, &left[from..]) {
+                let other = left.remove(from + at);
                 (partners[row], partners[other]) = (other, row);
             }
         }
         partners
     }
+
+    /// The last of the `others` with which the products of a row can be added in 16 bits.
+    #[inline(never)]
+    fn last_beside(&self, row: usize, others: &[usize]) -> Option<usize> {
+        let row = self.row(row);
+        others.iter().rposition(|other| fit(row, self.row(*other)))
+    }
 }
 
-/// What the neighbours among the weights of a group add up to on either side of zero, 255 if it is more.
-fn loads_of(weights: [i8; 4]) -> [u8; 4] {
-    let [a, b, c, d] = weights.map(i16::from);
-    [a.max(0) + b.max(0), c.max(0) + d.max(0), -(a.min(0) + b.min(0)), -(c.min(0) + d.min(0))]
-        .map(|load| load.min(255) as u8)
+/// Whether the loads of two rows together are nowhere more than [`HALF`].
+#[inline(always)]
+fn fit(a: &[u64], b: &[u64]) -> bool {
+    /// What lifts a sum that is more into the upper bit of its byte. No sum leaves its byte.
+    const LIFT: u64 = u64::from_ne_bytes([127 - HALF; 8]);
+    const UPPER: u64 = u64::from_ne_bytes([128; 8]);
+    // Compared once, at the end: where it would stop is not to be foreseen.
+    a.iter().zip(b).fold(0, |over, (a, b)| over | (a + b + LIFT)) & UPPER == 0
+}
+
+/// The halves of what two neighbours, the bytes of `pair`, add up to above zero and, in the upper byte, below it; one more
+/// than [`HALF`] if it is more.
+#[inline(always)]
+fn loads_of(pair: i16) -> u16 {
+    let (a, b) = (pair << 8 >> 8, pair >> 8);
+    let half = |load: i16| ((load + 1) >> 1).min(i16::from(HALF) + 1) as u16;
+    half(a.max(0) + b.max(0)) | half(-(a.min(0) + b.min(0))) << 8
 }
 
 /// Weights of a group as two sums, in neither of which neighbours can leave 16 bits.
@@ -481,19 +626,19 @@ mod tests {
                 sums[group * 4 * width..].iter_mut().zip(bytes).for_each(|(sum, x)| *sum += i32::from(*x));
             };
             let (in_pairs, alone) = rows.split_at(2 * pairs.len() * width);
-            let fits = |load: u8| assert!(i32::from(load) * 255 <= i16::MAX.into());
+            let fits = |half: u8| assert!(half <= HALF && i32::from(2 * half) * 255 <= i16::MAX.into());
             for (pair, rows) in pairs.iter().zip(in_pairs.chunks_exact(2 * width)) {
                 let (first, second) = rows.split_at(width);
                 add(pair[0], first);
                 add(pair[1], second);
-                for (p, q) in first.iter().zip(second) {
-                    let (p, q) = (loads_of(bytemuck::cast(*p)), loads_of(bytemuck::cast(*q)));
+                let pairs = |row| bytemuck::cast_slice(row).iter().map(|pair: &i16| loads_of(*pair).to_ne_bytes());
+                for (p, q) in pairs(first).zip(pairs(second)) {
                     p.iter().zip(q).for_each(|(p, q)| fits(p + q));
                 }
             }
             for (group, row) in others.iter().zip(alone.chunks_exact(width)) {
                 add(*group, row);
-                row.iter().flat_map(|weights| loads_of(bytemuck::cast(*weights))).for_each(fits);
+                bytemuck::cast_slice(row).iter().flat_map(|pair| loads_of(*pair).to_ne_bytes()).for_each(fits);
             }
             let want: Vec<i32> = bytemuck::cast_slice(&panel).iter().map(|x: &i8| i32::from(*x)).collect();
             assert_eq!(sums, want);
@@ -504,20 +649,27 @@ mod tests {
     fn rows_change_places_so_that_few_weights_are_split() {
         // Neighbours that add up, behind which stand the ones that they go with.
         let (k, n) = (40, 8);
-        let stored = |p: usize, _: usize| if (p / 8).is_multiple_of(2) { 100 } else { -100 };
-        let order = order(k, n, stored).expect("another order");
+        let order_of = |n: usize, stored: &dyn Fn(usize) -> i8| {
+            let data: Vec<i8> = (0..k * n).map(|i| stored(i / n)).collect();
+            let of_rows = order(&Elements::new(QMatrix::new(Bytes::I8(&data), k, n)));
+            let data: Vec<u8> = (0..k * n).map(|i| stored(i % k) as u8 ^ 128).collect();
+            assert_eq!(of_rows, order(&Elements::new(QMatrix::new(Bytes::U8(&data), n, k).transposed())));
+            of_rows
+        };
+        let stored = |p: usize| if (p / 8).is_multiple_of(2) { 100 } else { -100 };
+        let order = order_of(n, &stored).expect("another order");
         assert_eq!(order.len(), 64);
         for (window, places) in order.chunks(WINDOW).enumerate() {
             let mut sorted = places.to_vec();
             sorted.sort_unstable();
             assert!(sorted.iter().copied().eq(0..16));
-            let at = |i: usize| stored(window * WINDOW + usize::from(places[i]), 0);
+            let at = |i: usize| stored(window * WINDOW + usize::from(places[i]));
             let split = (0..8).filter(|i| at(2 * i) == at(2 * i + 1)).count();
             // The rows behind the last whole window keep theirs.
             assert!(if window < 2 { split == 0 } else { places.is_sorted() }, "{places:?}");
         }
-        assert_eq!(super::order(k, n, |p, _| if p.is_multiple_of(2) { 100 } else { -100 }), None, "nothing to split");
-        assert_eq!(super::order(k, 0, stored), None);
+        assert_eq!(order_of(n, &|p| if p.is_multiple_of(2) { 100 } else { -100 }), None, "nothing to split");
+        assert_eq!(order_of(0, &stored), None);
     }
 
     #[test]
