@@ -110,7 +110,7 @@ impl Gate {
 }
 
 /// A layer without its weights.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Layer {
     /// Which layer.
     pub cell: Cell,

@@ -163,7 +163,7 @@ fn around(y: f64, x: f64, height: usize, width: usize) -> Option<[(usize, f64); 
 }
 
 /// What RoiAlign does with its regions.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RoiAlign {
     /// Largest weighted pixel instead of the mean.
     pub max: bool,

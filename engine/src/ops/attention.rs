@@ -75,7 +75,7 @@ pub(super) fn mask_strides(dims: &[usize], wanted: [usize; 3]) -> Result<[usize;
 
 /// `softmax(scale q k^T + mask) v`, set by the optimiser. Operands q, k, v, optional mask that broadcasts against the scores
 /// `[batch, heads, queries, keys]`; batch and queries of 1 broadcast against those of the mask too.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct FusedAttention {
     /// Factor of the scores.
     pub scale: f32,
@@ -234,7 +234,7 @@ pub(super) fn head_count(n: i64, name: &str) -> Result<usize> {
 
 /// ONNX's Attention. Operands q, k, v, then optional mask, past key, past value, valid keys per batch; results y, present
 /// key, present value, scores.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     /// Heads of q, for operands of rank 3.
     pub heads: Option<usize>,

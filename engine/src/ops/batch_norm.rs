@@ -14,7 +14,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("BatchNormalization", 1, parse)];
 
 /// `(x - mean) / sqrt(var + epsilon) * scale + bias`; operands x, scale, bias, mean, variance.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct BatchNormalization {
     /// Added to the variance.
     pub epsilon: f32,
@@ -25,7 +25,7 @@ pub struct BatchNormalization {
 }
 
 /// What training mode wants beyond inference.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Training {
     /// Weight of the old running statistics.
     pub momentum: f32,

@@ -13,7 +13,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::microsoft("BiasGelu", parse), Registration::microsoft("FastGelu", parse)];
 
 /// `activation(x + bias)`; the bias, of the last axis, may be left out of FastGelu.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct BiasGelu {
     /// By the error function (BiasGelu) or the hyperbolic tangent (FastGelu).
     pub activation: Activation,

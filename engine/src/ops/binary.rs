@@ -84,7 +84,7 @@ pub enum Function {
 }
 
 /// `y = f(a, b)`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Arithmetic {
     name: &'static str,
     /// The function.
@@ -404,7 +404,7 @@ fn arithmetic_of_sizes(function: Binary, a: &Fact, b: &Fact, shape: &Shape) -> R
 }
 
 /// `a^b`; the exponent may be of another type.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Pow;
 
 impl Operator for Pow {
@@ -465,7 +465,7 @@ impl Operator for Pow {
 }
 
 /// Max, Min, Sum and Mean of any number of operands.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Variadic {
     name: &'static str,
     function: Binary,
@@ -541,7 +541,7 @@ enum Relation {
 }
 
 /// A comparison.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Compare {
     name: &'static str,
     relation: Relation,

@@ -10,7 +10,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("BitCast", 26, BitCast::parse)];
 
 /// The same bytes as another element type of the same size.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct BitCast {
     /// The type of the result.
     pub to: DType,

@@ -23,7 +23,7 @@ fn skip_float8_attributes(a: &mut Attributes) -> Result<()> {
 }
 
 /// The operand in another element type.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Cast {
     /// The type of the result.
     pub to: DType,
@@ -68,7 +68,7 @@ impl Operator for Cast {
 }
 
 /// Operand 0 in the element type of operand 1.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CastLike;
 
 impl CastLike {

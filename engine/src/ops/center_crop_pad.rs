@@ -11,7 +11,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("CenterCropPad", 18, CenterCropPad::parse)];
 
 /// The middle of the operand, or the operand in the middle of zeros, axis by axis.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CenterCropPad {
     /// The axes that operand 1 has sizes for; all where the node does not say.
     pub axes: Option<Vec<i64>>,

@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] = &[];
 /// The steps, one after the other. Operands: what goes through them, of the result's shape, then one for each binary step:
 /// of the same shape, or broadcasting to it along all axes but neighbouring ones, as one along an axis does, or the cosines
 /// of rotary positions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Chain {
     /// In the order of their application.
     pub steps: Vec<Step>,

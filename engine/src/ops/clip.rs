@@ -15,7 +15,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Clip", 6, Clip::parse)];
 
 /// `min(max(x, lo), hi)`; the bounds are operands 1 and 2 or, up to opset 10, attributes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Clip {
     /// Lower bound, when it stands in the node.
     pub min: Option<f32>,

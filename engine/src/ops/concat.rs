@@ -11,7 +11,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Concat", 4, Concat::parse)];
 
 /// The operands one behind the other along an axis.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Concat {
     /// In `-rank..rank`.
     pub axis: i64,

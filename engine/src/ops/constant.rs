@@ -18,7 +18,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// A tensor that stands in the node.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Constant {
     /// The tensor.
     pub value: Arc<Tensor>,
@@ -84,7 +84,7 @@ impl Operator for Constant {
 }
 
 /// A tensor of one value repeated, of the shape that the operand's elements say.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct ConstantOfShape {
     /// The value: one element.
     pub value: Arc<Tensor>,

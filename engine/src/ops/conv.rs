@@ -24,7 +24,7 @@ pub const OPERATORS: &[Registration] =
 ///
 /// Operands: x, weights `[out_channels, in_channels / groups, kernel...]` whatever the layout, optional bias
 /// `[out_channels]`, and last, if `residual` is set, a tensor of the shape of the result.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Conv {
     /// Strides, dilations and padding.
     pub window: Window,

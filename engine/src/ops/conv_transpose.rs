@@ -15,7 +15,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("ConvTranspose", 1, parse)];
 
 /// Operands: x, weights `[in_channels, out_channels / groups, kernel...]` whatever the layout, optional bias.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ConvTranspose {
     /// Strides, dilations and padding.
     pub window: Window,

@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("CumSum", 11, parse), Registration::onnx("CumProd", 26, parse)];
 
 /// Operands: x and the axis.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Cumulate {
     /// Products instead of sums.
     pub product: bool,

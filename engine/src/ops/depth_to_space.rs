@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("DepthToSpace", 1, parse), Registration::onnx("SpaceToDepth", 1, parse)];
 
 /// On `[batch, channels, spatial...]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Blocks {
     /// Whether channels become pixels.
     pub to_space: bool,

@@ -10,7 +10,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Det", 11, |_| Ok(Det.into()))];
 
 /// The determinant of each matrix.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Det;
 
 /// By elimination with partial pivoting, over a copy in double precision.

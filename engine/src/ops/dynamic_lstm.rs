@@ -17,7 +17,7 @@ pub const OPERATORS: &[Registration] = &[Registration::microsoft("DynamicQuantiz
 
 /// Operands 0 to 7 are those of LSTM, with W `[directions, input, 4 hidden]` and R `[directions, hidden, 4 hidden]`; then
 /// scale and zero point of W, scale and zero point of R: one for each direction, or for each column of each direction.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DynamicLstm {
     /// The layer.
     pub layer: Recurrent,

@@ -31,7 +31,7 @@ struct Term {
 }
 
 /// `y[output labels] = sum over all other labels of the product of the operands`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Einsum {
     inputs: Vec<Term>,
     output: Option<Term>,

@@ -13,7 +13,7 @@ pub const OPERATORS: &[Registration] = &[Registration::microsoft("EmbedLayerNorm
 /// Operands: words `[batch, positions]`, segments of the same shape or none, the rows of words, positions and segments
 /// `[rows, size]`, scale, bias, a mask and the numbers of the positions, both `[batch, positions]` or none. Results: y
 /// `[batch, positions, size]`, how many positions of each batch the mask keeps, and the sum before it was normalised.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct EmbedLayerNormalization {
     epsilon: f32,
 }

@@ -12,7 +12,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("Expand", 8, |_| Ok(Expand.into())), Registration::onnx("Tile", 6, |_| Ok(Tile.into()))];
 
 /// Broadcasts operand 0 together with the shape in operand 1.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Expand;
 
 impl Operator for Expand {
@@ -56,7 +56,7 @@ impl Operator for Expand {
 }
 
 /// Operand 0, repeated along each axis as often as operand 1 says.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Tile;
 
 impl Operator for Tile {

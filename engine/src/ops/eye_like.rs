@@ -12,7 +12,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("EyeLike", 9, EyeLike::parse)];
 
 /// A matrix of the operand's shape with ones on a diagonal.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct EyeLike {
     /// Element type; the operand's where the node does not say.
     pub dtype: Option<DType>,

@@ -26,7 +26,7 @@ pub(crate) fn check_indices(fact: &Fact) -> Result<()> {
 }
 
 /// Slices along an axis, at the places that operand 1 says.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Gather {
     /// In `-rank..rank`.
     pub axis: i64,
@@ -87,7 +87,7 @@ impl Operator for Gather {
 }
 
 /// `y[i, j, ..] = x[i, indices[i, j, ..], ..]`: an index of its own for each element.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GatherElements {
     /// In `-rank..rank`.
     pub axis: i64,
@@ -182,7 +182,7 @@ fn move_blocks(io: &mut Io, places: &[usize], block: usize) -> Result<()> {
 }
 
 /// Slices at the places that the rows of operand 1 name; the first `batch_dims` axes are common to both.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GatherNd {
     /// Number of leading axes that operand and indices share.
     pub batch_dims: usize,

@@ -16,7 +16,7 @@ pub const OPERATORS: &[Registration] = &[Registration::microsoft("GatherBlockQua
 ///
 /// Data of `uint8` has elements of `bits` bits, several in a byte along its last axis, low bits first; its zero points
 /// are the middle of the range unless given, those of `int4` and `uint4` are 0.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GatherBlockQuantized {
     /// The axis that the indices count.
     pub gather_axis: i64,

@@ -17,7 +17,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("Gemm", 1, |a| Ok(parse(a)?.into())), Registration::microsoft("FusedGemm", parse_fused)];
 
 /// `activation(alpha A' B' + beta C)` with A' of `[m, k]`, B' of `[k, n]` and C broadcast to `[m, n]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Gemm {
     /// Factor of the product.
     pub alpha: f32,

@@ -13,7 +13,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("GridSample", 16, parse), Registration::onnx("AffineGrid", 20, parse_affine)];
 
 /// Samples x, `[batch, channels, sizes...]`, at the points of operand 1, `[batch, result sizes..., axes]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GridSample {
     /// Between pixels.
     pub interpolation: Interpolation,
@@ -88,7 +88,7 @@ impl Operator for GridSample {
 
 /// The grid of an affine transformation: operand 0 `[batch, axes, axes + 1]`, operand 1 the shape of the result of the
 /// sampling.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct AffineGrid {
     /// As in [`GridSample`].
     pub align_corners: bool,

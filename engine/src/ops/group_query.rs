@@ -27,7 +27,7 @@ const SINKS: usize = 11;
 /// side in q; past keys and values `[batch, kv_heads, positions, size]`; the place of each batch's last key; the most keys
 /// of any batch; cosines and sines `[rows, pairs]`; numbers of the positions; numbers added to the scores; sinks.
 /// Results: y, present keys and values, as long as the past if all keys fit there.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GroupQueryAttention {
     heads: usize,
     kv_heads: usize,

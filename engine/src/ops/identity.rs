@@ -11,7 +11,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("Identity", 1, |_| Ok(Identity.into())), Registration::onnx("Dropout", 7, Dropout::parse)];
 
 /// `y = x`.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Identity;
 
 impl Operator for Identity {
@@ -37,7 +37,7 @@ impl Operator for Identity {
 }
 
 /// Dropout as inference has it: the operand, and a mask that keeps everything.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Dropout {
     /// Up to opset 9 the mask is of the operand's type.
     typed_mask: bool,

@@ -2,7 +2,7 @@
 
 use super::body::{PlannedBody, either, infer_outputs, run_once};
 use super::identity::copy_view;
-use super::{Attributes, Compute, Infer, Io, Op, Operator, Prepare, Registration};
+use super::{Attributes, Compute, Infer, Io, Op, Operator, Prepare, Registration, Same};
 use crate::error::{Error, Result};
 use crate::fact::Fact;
 use crate::graph::Graph;
@@ -47,6 +47,13 @@ impl If {
     /// The body for a condition.
     pub fn body(&self, condition: bool) -> &Graph {
         if condition { &self.then } else { &self.otherwise }
+    }
+}
+
+impl Same for If {
+    /// Graphs are not compared.
+    fn same(&self, _: &dyn Operator) -> bool {
+        false
     }
 }
 

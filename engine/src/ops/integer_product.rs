@@ -21,7 +21,7 @@ use weblane_kernels::winograd::TileSize;
 pub const OPERATORS: &[Registration] = &[];
 
 /// Which product.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
     /// Of A, whatever its rank, and a matrix; without bias, residual or activation of its own.
     MatMul(MatMul),
@@ -30,7 +30,7 @@ pub enum Kind {
 }
 
 /// What becomes of the sums.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Target {
     /// They are the result, `int32`.
     Sums,
@@ -64,7 +64,7 @@ pub enum Target {
 }
 
 /// See [`Addend`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sum {
     /// Zero point of the residual.
     pub other_zero: i32,
@@ -86,7 +86,7 @@ pub struct Sum {
 ///
 /// Operands: A and B, `uint8` or `int8`; if `a_zero` is `None` the scale of A (left out where the target does not want
 /// it) and its zero point (0 if left out); a bias and a residual, as the target says.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct IntegerProduct {
     /// Which product.
     pub kind: Kind,

@@ -13,7 +13,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[];
 
 /// `y = table[x]`, where x counts as an unsigned byte.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Lookup {
     /// 256 results, as unsigned bytes.
     pub table: Table<u8>,

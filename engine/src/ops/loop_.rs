@@ -2,7 +2,7 @@
 
 use super::body::{PlannedBody, either, infer_outputs};
 use super::identity::copy_view;
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::{Attributes, Infer, Io, Op, Operator, Registration, Same};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape};
 use crate::graph::Graph;
@@ -170,6 +170,13 @@ pub(super) fn stack(all: &[Tensor]) -> Result<Tensor> {
         }
     }
     Ok(stacked)
+}
+
+impl Same for Loop {
+    /// Graphs are not compared.
+    fn same(&self, _: &dyn Operator) -> bool {
+        false
+    }
 }
 
 impl Operator for Loop {

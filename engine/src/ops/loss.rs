@@ -27,7 +27,7 @@ pub enum Reduction {
 
 /// `-weight[label] x[label]` along axis 1, of logarithms of probabilities, or of scores of which it takes the
 /// logarithmic softmax first (and gives it as result 1). Operands: x, labels, weights.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Loss {
     /// Whether x are scores.
     pub softmax: bool,

@@ -23,7 +23,7 @@ pub const OPERATORS: &[Registration] = &[
 ///
 /// Operands: A, B, then, as the flags say, a bias `[n]` and a residual of the result's shape. Operands of rank 1 are
 /// a row at the left and a column at the right, and take no part in broadcasting.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MatMul {
     /// Factor of the product.
     pub alpha: f32,

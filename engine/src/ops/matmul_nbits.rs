@@ -17,7 +17,7 @@ pub const OPERATORS: &[Registration] = &[Registration::microsoft("MatMulNBits", 
 /// `activation(A B + bias + residual)` for A of `[..., k]`. Operands: A, B as bytes of `[n, blocks, block * bits / 8]`, scales
 /// `[n, blocks]`, zero points (packed like B, or real, or left out for the middle of the range), none, bias `[n]`, a residual
 /// of the result's shape.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MatMulNBits {
     /// What B is.
     pub format: Format,

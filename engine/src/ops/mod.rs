@@ -9,7 +9,7 @@ use crate::fact::Fact;
 use crate::graph::Graph;
 use crate::tensor::{DType, Dims, Element, Tensor, TensorMut, TensorView};
 use std::any::Any;
-use std::fmt::Debug;
+use std::fmt::{Debug, Formatter};
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
 
@@ -94,7 +94,7 @@ impl<'a> Io<'a, '_> {
 }
 
 /// What an operator is to every stage.
-pub trait Operator: Any + Debug + Send + Sync {
+pub trait Operator: Any + Same + Send + Sync {
     /// The name in messages, profiles and tables: ONNX's, with the domain in front of those that are not ONNX's own.
     fn name(&self) -> &'static str;
 
@@ -205,6 +205,27 @@ impl Permuted {
     /// For an operator that treats all operands alike and knows no axes, such as `Add`.
     pub fn elementwise(op: &(impl Operator + Clone), operands: usize) -> Option<Permuted> {
         Some(Permuted { op: op.clone().into(), roles: vec![Role::Permute; operands] })
+    }
+}
+
+/// Comparison of operators of any type.
+pub trait Same {
+    /// Whether the other one is of the same type and has equal attributes. An operator need not be the same as itself: NaN is
+    /// not, and graphs inside of operators are not compared.
+    fn same(&self, other: &dyn Operator) -> bool;
+}
+
+impl<T: Operator + PartialEq> Same for T {
+    fn same(&self, other: &dyn Operator) -> bool {
+        let other: &dyn Any = other;
+        other.downcast_ref().is_some_and(|other| self == other)
+    }
+}
+
+// As for `Compute`.
+impl Debug for dyn Operator {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 

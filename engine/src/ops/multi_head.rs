@@ -20,7 +20,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// What both operators say of the attention itself.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct Core {
     heads: usize,
     /// Factor of the scores, by default one over the square root of the head size.
@@ -259,7 +259,7 @@ impl Core {
 /// Operands: q, k, v, a bias of all three, a padding mask, numbers added to the scores, past keys, past values. Results: y,
 /// present keys, present values. q is `[batch, positions, heads * size]`; k and v are too, or `[batch, heads, positions, size]`;
 /// or k is `[batch, positions, heads, 2, size]` and holds v, or q is `[batch, positions, heads, 3, size]` and holds both.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MultiHeadAttention {
     core: Core,
 }
@@ -398,7 +398,7 @@ impl Operator for MultiHeadAttention {
 ///
 /// Operands: x `[batch, positions, in]`, weights `[in, columns]`, a bias `[columns]`, a padding mask, the past
 /// `[2, batch, heads, positions, size]`, numbers added to the scores. Results: y and the present, of the form of the past.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     core: Core,
     /// Columns of q, k and v, if they are not equal.

@@ -11,7 +11,7 @@ pub const OPERATORS: &[Registration] = &[Registration::onnx("NonMaxSuppression",
 
 /// Operands: boxes `[batch, n, 4]`, scores `[batch, classes, n]`, largest number per class, largest allowed overlap
 /// (intersection over union), smallest score. The result has rows of batch, class and box.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct NonMaxSuppression {
     /// Boxes are `[x, y, width, height]` about their centre instead of two corners `[y, x, y, x]`.
     pub center: bool,

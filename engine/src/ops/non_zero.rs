@@ -18,7 +18,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// The places of the elements that are not zero: a column of indices for each.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct NonZero;
 
 fn non_zero_places(x: TensorView) -> Result<Vec<usize>> {
@@ -85,7 +85,7 @@ impl Operator for NonZero {
 }
 
 /// The slices along an axis (or the elements in order) for which operand 1 says true.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Compress {
     axis: Option<i64>,
 }
@@ -186,7 +186,7 @@ pub(crate) fn sort_keys(x: TensorView) -> Result<Vec<u64>> {
 }
 
 /// The different elements, or slices along an axis.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Unique {
     axis: Option<i64>,
     sorted: bool,

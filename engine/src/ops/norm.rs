@@ -45,7 +45,7 @@ fn same(fact: &Fact) -> Fact {
 }
 
 /// LayerNorm and, without `center`, RMSNorm over the axis and all behind it. Operands x, scale, optional bias.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LayerNormalization {
     /// The first of the normalised axes.
     pub axis: i64,
@@ -203,7 +203,7 @@ impl LayerNormalization {
 
 /// onnxruntime's `LayerNormalization(x + skip + bias)`. Operands x, skip, gamma, then beta (LayerNorm only), bias.
 /// Results: the normalised sum, the mean of each row (0 for RMSNorm), the reciprocal of its deviation, the sum.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SkipLayerNormalization {
     /// Added to the variance.
     pub epsilon: f32,
@@ -271,7 +271,7 @@ impl Operator for SkipLayerNormalization {
 }
 
 /// InstanceNormalization (one channel per group) and GroupNormalization. Operands x, scale, bias.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GroupNormalization {
     /// Number of groups; none for a group per channel.
     pub groups: Option<usize>,
@@ -399,7 +399,7 @@ impl Operator for GroupNormalization {
 }
 
 /// Division along an axis by the norm.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LpNormalization {
     /// The axis.
     pub axis: i64,
@@ -441,7 +441,7 @@ impl Operator for LpNormalization {
 }
 
 /// `(x - mean) / (sqrt(var) + 1e-9)` with statistics over axes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MeanVarianceNormalization {
     /// The axes that share statistics.
     pub axes: SmallVec<[i64; 4]>,
@@ -505,7 +505,7 @@ impl Operator for MeanVarianceNormalization {
 }
 
 /// Local response normalisation over channels, channels first.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Lrn {
     /// Channels that count.
     pub size: usize,

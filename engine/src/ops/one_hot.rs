@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("OneHot", 9, |a| Ok(Op::from(OneHot { axis: a.int_or("axis", -1)? })))];
 
 /// Operands: indices, depth, `[off, on]`. An index outside of `-depth..depth` marks nothing.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct OneHot {
     /// Where the new axis goes, in `-rank - 1..=rank` of the indices.
     pub axis: i64,

@@ -27,7 +27,7 @@ pub enum Mode {
 }
 
 /// Adds elements at both ends of some axes; negative numbers cut off.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Pad {
     /// What is added.
     pub mode: Mode,

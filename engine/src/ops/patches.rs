@@ -20,7 +20,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// Adds columns back to images. Operands: `[batch, channels * block, windows]`, sizes of the image, sizes of the block.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Col2Im {
     /// Strides, dilations and padding.
     pub window: Window,
@@ -114,7 +114,7 @@ impl Operator for Col2Im {
 }
 
 /// Puts the maxima of a pooling back. Operands: x, their indices, optional shape of the result.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MaxUnpool {
     /// Window, strides and padding of the pooling.
     pub window: Window,
@@ -213,7 +213,7 @@ impl Operator for MaxUnpool {
 }
 
 /// Deformable convolution over two axes. Operands: x, weights, offsets, optional bias and mask.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DeformConv {
     /// Strides, dilations and padding.
     pub window: Window,

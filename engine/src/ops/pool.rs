@@ -24,7 +24,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// A pooling over windows.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
     /// Window, strides, dilations and padding.
     pub window: Window,
@@ -39,7 +39,7 @@ pub struct Pool {
 }
 
 /// A pooling over all spatial axes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GlobalPool {
     /// What is computed.
     pub op: PoolOp,

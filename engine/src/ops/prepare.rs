@@ -6,13 +6,13 @@ use crate::fact::Fact;
 use crate::tensor::{Dims, Tensor};
 use std::any::Any;
 use std::collections::{HashMap, HashSet};
-use std::fmt::Debug;
+use std::fmt::{Debug, Formatter};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use weblane_kernels::par::Cx;
 use weblane_kernels::simd::Isa;
 
 /// A node that is ready to run for one set of shapes.
-pub trait Compute: Debug + Send + Sync {
+pub trait Compute: Send + Sync {
     /// Computes.
     fn run(&self, cx: &Cx, io: &mut Io) -> Result<()>;
 
@@ -33,6 +33,13 @@ pub trait Compute: Debug + Send + Sync {
     /// As [`super::Operator::in_place`].
     fn in_place(&self) -> &'static [usize] {
         &[]
+    }
+}
+
+// Not what it holds: the functions that would print weights and tables of all operators are 40 kB of WebAssembly.
+impl Debug for dyn Compute {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.kernel())
     }
 }
 

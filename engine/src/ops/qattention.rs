@@ -19,7 +19,7 @@ pub const OPERATORS: &[Registration] = &[Registration::microsoft("QAttention", p
 /// Operands: input `[batch, positions, features]`, weights `[features, 3 hidden]` (of queries, keys and values), bias, scale
 /// of the input, scales of the weights, mask, zero point of the input, zero points of the weights, and the past
 /// `[2, batch, heads, positions, size]`. Results: `[batch, positions, hidden]`, and the past with the new positions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QAttention {
     /// Number of heads.
     pub heads: usize,

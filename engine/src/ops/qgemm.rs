@@ -16,7 +16,7 @@ pub const OPERATORS: &[Registration] = &[Registration::microsoft("QGemm", parse)
 
 /// Operands: A, its scale and zero point, B, its scale and zero point, C (in units of both scales), and scale and zero
 /// point of the result, which is real without them.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QGemm {
     /// Factor of the whole.
     pub alpha: f32,

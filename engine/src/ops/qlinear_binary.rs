@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// Operands: A, its scale and zero point, B, its scale and zero point, scale and zero point of the result.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QLinearBinary {
     /// Whether it is the product.
     pub multiply: bool,

@@ -11,7 +11,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::microsoft("QLinearConcat", parse)];
 
 /// Operands: scale and zero point of the result, then for each part the tensor, its scale and its zero point.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QLinearConcat {
     /// In `-rank..rank`.
     pub axis: i64,

@@ -16,7 +16,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// Operands: X, its scale and zero point, scale and zero point of the result.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QLinearPool {
     /// The window; without one, all spatial axes are taken together.
     pub window: Option<Window>,

@@ -12,7 +12,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::microsoft("QLinearSoftmax", parse)];
 
 /// Operands: X, its scale and zero point, scale and zero point of the result.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QLinearSoftmax {
     /// The axis.
     pub axis: i64,

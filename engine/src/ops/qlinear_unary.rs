@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// Operands: X, its scale and zero point, scale and zero point of the result.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QLinearUnary {
     /// Which function.
     pub function: Activation,

@@ -13,7 +13,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::microsoft("QLinearWhere", |_| Ok(QLinearWhere.into()))];
 
 /// Operands: the condition, then tensor, scale and zero point of either choice, then scale and zero point of the result.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QLinearWhere;
 
 /// Of X, Y and the result: place and name of the scale, name of the zero point behind it.

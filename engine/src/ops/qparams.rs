@@ -197,7 +197,7 @@ pub(super) fn pack_constant(cx: &Prepare, b: usize, zero: usize, transposed: boo
 }
 
 /// An operator that multiplies by what [`pack_constant`] packed.
-pub(super) trait ByPacked: Debug + Send + Sync {
+pub(super) trait ByPacked: Send + Sync {
     /// Name of the kernel, for profiles.
     const KERNEL: &'static str;
     /// The operand that was packed.

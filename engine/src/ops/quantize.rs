@@ -28,7 +28,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// QuantizeLinear (operands x, scale, zero point) or DequantizeLinear.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Linear {
     /// Whether it goes back to real numbers.
     pub back: bool,
@@ -266,7 +266,7 @@ impl Operator for Linear {
 }
 
 /// Quantises to `uint8` with the scale and zero point that the operand's range wants; results y, scale, zero point.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DynamicQuantize;
 
 impl Operator for DynamicQuantize {
@@ -300,7 +300,7 @@ impl Operator for DynamicQuantize {
 }
 
 /// Which product.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Product {
     /// Of matrices.
     MatMul,
@@ -313,7 +313,7 @@ pub enum Product {
 /// MatMulInteger and ConvInteger have operands a, b, zero point of a, zero point of b, and give the sums. QLinearMatMul
 /// and QLinearConv have a, its scale and zero point, b, its scale and zero point, the scale and zero point of the
 /// result, and (convolution only) a bias in units of the product of both scales.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedProduct {
     /// Which product.
     pub kind: Product,

@@ -14,7 +14,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[];
 
 /// `clamp(round(f(a - a_zero, b - b_zero) + offset) + zero, lo, hi)`; see [`Binary`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedBinary {
     /// Function, zero points and bounds.
     pub binary: Binary,

@@ -23,7 +23,7 @@ pub const OPERATORS: &[Registration] = &[
 ///
 /// Operands of the dynamic form: A, which is real and gets quantised to `uint8` by its own range, B, b_scale,
 /// b_zero_point, bias. Of the other: A, B, a_scale, b_scale, a_zero_point, b_zero_point, bias.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedMatMul {
     /// Whether A is real.
     pub dynamic: bool,

@@ -18,7 +18,7 @@ use weblane_kernels::pool::PoolShape;
 pub const OPERATORS: &[Registration] = &[];
 
 /// The windows of a mean.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Windows {
     /// Those of an `AveragePool`.
     Sliding(Pool),
@@ -27,7 +27,7 @@ pub enum Windows {
 }
 
 /// `clamp(round((sum of (x - x_zero)) * (multiplier / count)) + zero)`; see [`Mean`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedMean {
     /// The windows.
     pub windows: Windows,

@@ -15,7 +15,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[];
 
 /// Operands are those of [`Resize`], of which the first has 8-bit elements.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedResize {
     /// Linear or cubic, and without a region of interest.
     pub resize: Resize,

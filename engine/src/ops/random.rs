@@ -4,7 +4,7 @@
 //! number generators", 2014), started from the seed of the node, or from its own place in the order of all nodes without
 //! one; each run goes on where the last one ended.
 
-use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
+use super::{Attributes, Infer, Io, Op, Operator, Registration, Same, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Content, Dim, Fact};
 use crate::for_dtype;
@@ -111,6 +111,13 @@ impl Random {
     fn normal(&self) -> f64 {
         let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
         radius * (std::f64::consts::TAU * self.unit()).cos()
+    }
+}
+
+impl Same for Random {
+    /// Each draws numbers of its own.
+    fn same(&self, _: &dyn Operator) -> bool {
+        false
     }
 }
 

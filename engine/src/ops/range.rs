@@ -13,7 +13,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Range", 11, Range::parse)];
 
 /// `start, start + step, ..` up to before `limit`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Range;
 
 impl Range {

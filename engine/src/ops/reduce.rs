@@ -27,7 +27,7 @@ pub const OPERATORS: &[Registration] = &[
 ];
 
 /// A reduction over axes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Reduce {
     /// What is computed.
     pub reduction: Reduction,
@@ -157,7 +157,7 @@ impl Operator for Reduce {
 }
 
 /// ArgMax or ArgMin.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ArgExtreme {
     /// Whether the smallest is looked for.
     pub smallest: bool,

@@ -27,7 +27,7 @@ fn reshaped(x: &Fact, shape: Option<Shape>) -> Fact {
 }
 
 /// A shape from operand 1: -1 stands for what is left over, 0 for the operand's own size (unless `allow_zero`).
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Reshape {
     /// Whether 0 is a size like any other.
     pub allow_zero: bool,
@@ -164,7 +164,7 @@ impl Operator for Reshape {
 }
 
 /// A matrix: the axes before `axis` and those from it on, each merged into one.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Flatten {
     /// In `-rank..=rank`.
     pub axis: i64,
@@ -217,7 +217,7 @@ fn axes_of(attribute: &Option<Vec<i64>>, cx: &Infer) -> Result<Ints> {
 }
 
 /// Drops axes of size 1: the named ones, or all.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Squeeze {
     /// The axes, when they stand in the node.
     pub axes: Option<Vec<i64>>,
@@ -278,7 +278,7 @@ impl Operator for Squeeze {
 }
 
 /// Inserts axes of size 1, at the named places of the result.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Unsqueeze {
     /// The axes, when they stand in the node.
     pub axes: Option<Vec<i64>>,

@@ -74,7 +74,7 @@ pub enum Aspect {
 }
 
 /// Operands X, roi, scales, sizes; or X, scales.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Resize {
     /// Positions.
     pub coordinates: Coordinates,

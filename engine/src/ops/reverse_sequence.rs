@@ -13,7 +13,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("ReverseSequence", 10, ReverseSequence::parse)];
 
 /// Reverses the first `sequence_lens[b]` steps of each sequence of a batch; the rest stays.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ReverseSequence {
     /// The axis of the batch: 0 or 1, and the time axis is the other one.
     pub batch_axis: usize,

@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("LSTM", 7, parse), Registration::onnx("GRU", 7, parse), Registration::onnx("RNN", 7, parse)];
 
 /// A recurrent layer: operands X, W, R, B, sequence_lens, initial_h and, for the LSTM, initial_c and P.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Recurrent {
     /// Everything but the hidden size, which is 0 here until the weights say it.
     pub layer: Layer,

@@ -15,7 +15,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("RoiAlign", 10, parse), Registration::onnx("MaxRoiPool", 1, parse_max)];
 
 /// Operands: x `[batch, channels, height, width]`, regions `[n, 4]`, their images `[n]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RoiAlign(Align);
 
 fn size(name: &str, v: i64, least: i64) -> Result<usize> {
@@ -93,7 +93,7 @@ impl Operator for RoiAlign {
 }
 
 /// Operands: x `[batch, channels, height, width]`, regions `[n, 5]` with the image in front.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MaxRoiPool {
     /// Rows and columns of the result.
     pub output: [usize; 2],

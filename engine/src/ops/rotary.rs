@@ -14,7 +14,7 @@ pub const OPERATORS: &[Registration] =
 /// Operands: x `[batch, heads, positions, size]` or `[batch, positions, heads * size]`, cosines, sines, and the numbers of
 /// the positions; without them cosines and sines are `[batch, positions, pairs]`, or those of one batch for all, with them
 /// `[rows, pairs]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RotaryEmbedding {
     /// Whether pairs are neighbours instead of half a head apart.
     pub interleaved: bool,

@@ -2,7 +2,7 @@
 
 use super::body::{PlannedBody, infer_outputs};
 use super::identity::copy_view;
-use super::{Attributes, Infer, Io, Op, Operator, Registration};
+use super::{Attributes, Infer, Io, Op, Operator, Registration, Same};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact, Shape, axis_index};
 use crate::graph::Graph;
@@ -125,6 +125,13 @@ impl Scan {
         }
         facts.extend(inputs.iter().skip(self.states + self.scans).flatten().map(|f| Fact::clone(f)));
         Ok((infer_outputs(&self.body, &facts, cx)?, length))
+    }
+}
+
+impl Same for Scan {
+    /// Graphs are not compared.
+    fn same(&self, _: &dyn Operator) -> bool {
+        false
     }
 }
 

@@ -98,7 +98,7 @@ fn scatter(reduction: Reduction, places: &[usize], block: usize, updates: Tensor
 }
 
 /// `y = x; y[i, indices[i, j, ..], ..] = updates[i, j, ..]`, an index for each update.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ScatterElements {
     name: &'static str,
     axis: i64,
@@ -157,7 +157,7 @@ impl Operator for ScatterElements {
 }
 
 /// `y = x; y[indices[i, ..]] = updates[i, ..]`: slices at the places that the rows of operand 1 name.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ScatterNd {
     reduction: Reduction,
 }

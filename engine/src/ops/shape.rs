@@ -13,7 +13,7 @@ pub const OPERATORS: &[Registration] =
     &[Registration::onnx("Shape", 1, Shape::parse), Registration::onnx("Size", 1, |_| Ok(Size.into()))];
 
 /// The sizes of the operand along the axes `start..end`, as `int64`.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Shape {
     /// First axis; negative ones count from the end, and what lies outside is cut off.
     pub start: i64,
@@ -62,7 +62,7 @@ impl Operator for Shape {
 }
 
 /// The number of elements of the operand, an `int64` scalar.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Size;
 
 impl Operator for Size {

@@ -36,7 +36,7 @@ fn length(v: i64) -> Result<usize> {
 
 /// Discrete Fourier transform along an axis. Operands: `[..., 1 or 2]` (real, or real and imaginary parts), optional
 /// length, optional axis (opset 20 on).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Dft {
     /// By attribute, or the default of the operand.
     pub axis: i64,
@@ -137,7 +137,7 @@ impl Operator for Dft {
 
 /// Short-time Fourier transform. Operands: signal `[batch, length, 1 or 2]`, step between frames, optional window, optional
 /// length of a frame.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Stft {
     /// Frequencies up to half the rate only.
     pub onesided: bool,
@@ -227,7 +227,7 @@ impl Operator for Stft {
 }
 
 /// Filters that weigh a spectrum into mel bins. Operands: bins, length of the transform, sample rate, lower and upper edge.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MelWeightMatrix {
     /// Of the result.
     pub dtype: DType,

@@ -15,7 +15,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Slice", 1, Slice::parse)];
 
 /// Every `step`-th element from `start` to before `end`, along some axes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Slice {
     /// Starts and ends, when they stand in the node (up to opset 9).
     pub attributes: Option<(Vec<i64>, Vec<i64>)>,

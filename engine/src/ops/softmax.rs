@@ -30,7 +30,7 @@ pub enum Kind {
 }
 
 /// A distribution along an axis.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Softmax {
     /// Which function.
     pub kind: Kind,

@@ -12,7 +12,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("SwiGLU", 28, SwiGlu::parse)];
 
 /// `a * sigmoid(alpha * a) * b`, element by element.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SwiGlu {
     /// Factor inside the sigmoid.
     pub alpha: f32,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 /// Shared by all copies of the operator. Its debug text says where it lies instead of what it holds: passes tell
 /// operators apart by that text, and equal places hold equal numbers.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct Table<T>(Arc<[T]>);
 
 impl<T: Clone + PartialEq> Table<T> {

@@ -13,7 +13,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("TensorScatter", 24, TensorScatter::parse)];
 
 /// The cache with the update at the sequence's write index, batch by batch.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TensorScatter {
     /// Whether the sequence axis wraps around.
     pub circular: bool,

@@ -24,7 +24,7 @@ fn text<'a>(view: TensorView<'a>) -> Result<&'a [String]> {
 }
 
 /// The texts of both operands, one behind the other, with broadcasting.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StringConcat;
 
 impl Operator for StringConcat {
@@ -63,7 +63,7 @@ impl Operator for StringConcat {
 }
 
 /// The parts of each text between delimiters, filled up with empty texts, and how many there are.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StringSplit {
     /// `None` splits at runs of white space.
     pub delimiter: Option<String>,
@@ -140,7 +140,7 @@ impl Operator for StringSplit {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Case {
     Same,
     Lower,
@@ -158,7 +158,7 @@ impl Case {
 }
 
 /// Drops words of a list and changes the case of the others.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StringNormalizer {
     case: Case,
     case_sensitive: bool,

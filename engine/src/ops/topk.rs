@@ -12,7 +12,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("TopK", 1, TopK::parse)];
 
 /// The largest or smallest elements along an axis, and where they were; of equal ones the first.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TopK {
     axis: i64,
     largest: bool,

@@ -12,7 +12,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Transpose", 1, Transpose::parse)];
 
 /// Axis `a` of the result is axis `perm[a]` of the operand.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Transpose {
     /// The permutation; `None` reverses the axes.
     pub perm: Option<Dims>,

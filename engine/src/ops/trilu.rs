@@ -13,7 +13,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Trilu", 14, Trilu::parse)];
 
 /// Keeps the elements on one side of a diagonal and sets the others to zero.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Trilu {
     /// Keeps what is on and above the diagonal, else what is on and below.
     pub upper: bool,

@@ -87,7 +87,7 @@ table! {
 }
 
 /// `y = f(x)`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Pointwise {
     name: &'static str,
     /// The function.
@@ -197,7 +197,7 @@ impl Operator for Pointwise {
 }
 
 /// Not and BitwiseNot.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Bits {
     name: &'static str,
 }
@@ -237,7 +237,7 @@ impl Operator for Bits {
 }
 
 /// IsNaN and IsInf.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Classify {
     name: &'static str,
     positive: bool,

@@ -12,7 +12,7 @@ use weblane_kernels::par::Cx;
 pub const OPERATORS: &[Registration] = &[Registration::onnx("Where", 9, |_| Ok(Where.into()))];
 
 /// `condition ? a : b`, element by element, with broadcasting.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Where;
 
 impl Operator for Where {

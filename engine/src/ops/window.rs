@@ -20,7 +20,7 @@ pub const OPERATORS: &[Registration] = &[
 
 /// `a - b cos(2 pi n / N) + c cos(4 pi n / N)` for `n` below the size; `N` is the size of a periodic window and one
 /// less of a symmetric one.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Window {
     name: &'static str,
     coefficients: [f64; 3],

@@ -4,7 +4,6 @@
 use super::Pass;
 use crate::error::Result;
 use crate::graph::{Graph, Node, ValueId};
-use crate::ops::constant::ConstantOfShape;
 use crate::tensor::{DType, Dims, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,7 +24,7 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
             same[i] = *constants.entry((t.dtype(), t.dims().into(), t.bytes())).or_insert(same[i]);
         }
     }
-    // By name and operands first: the texts are long, and most nodes are alone with theirs.
+    // By name and operands first: most nodes are alone with theirs.
     let mut nodes: HashMap<(&'static str, Vec<Option<ValueId>>), Vec<usize>> = HashMap::new();
     let mut kept: Vec<Node> = Vec::with_capacity(graph.nodes.len());
     for mut node in std::mem::take(&mut graph.nodes) {
@@ -37,8 +36,7 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
         let alike = nodes.entry((node.op.name(), node.inputs.clone())).or_default();
         let equal = |k: usize| {
             let first: &Node = &kept[k];
-            first.outputs.len() == node.outputs.len()
-                && identity_of(first).is_some_and(|text| identity_of(&node) == Some(text))
+            first.outputs.len() == node.outputs.len() && first.op.is_deterministic() && first.op.same(&*node.op)
         };
         match alike.iter().copied().take(MAX_COMPARED).find(|&k| equal(k)) {
             Some(k) if !is_output => {
@@ -58,20 +56,6 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
 
 fn is_small(t: &Arc<Tensor>) -> bool {
     t.dtype() != DType::String && t.bytes().len() <= MAX_CONSTANT
-}
-
-/// A text that is equal for equal operators only; `None` if there is no such text.
-fn identity_of(node: &Node) -> Option<String> {
-    if !node.op.is_deterministic() {
-        return None;
-    }
-    if let Some(fill) = node.op.get::<ConstantOfShape>() {
-        return Some(format!("ConstantOfShape {:?} {:?}", fill.value.dtype(), fill.value.bytes()));
-    }
-    // The attributes as they print themselves; floats print all their digits, but tensors do not print their elements.
-    // Two operators of one name in different domains are different types.
-    let text = format!("{} {:?}", node.op.name(), node.op);
-    (!text.contains("AlignedBytes") && !text.contains("Graph")).then_some(text)
 }
 
 #[cfg(test)]

@@ -65,7 +65,7 @@ pub enum Function {
 }
 
 /// See the module.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Binary {
     /// The function.
     pub function: Function,
@@ -214,7 +214,7 @@ impl<S: Simd> End<S> {
 }
 
 /// How [`mean`] quantises.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mean {
     /// Zero point of the operand.
     pub x_zero: i32,

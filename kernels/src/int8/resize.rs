@@ -19,7 +19,7 @@ use crate::resize::{Taps, along};
 use crate::simd::{Kernel, Simd, dispatch};
 
 /// How [`resize`] quantises: `clamp(round(sum * multiplier) + zero, lo, hi)` of weighted sums of `x - x_zero`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Interpolation {
     /// Zero point of the operand.
     pub x_zero: i32,
