@@ -467,6 +467,7 @@ export class Host {
     if (this.#startsLate(choice, asked.threads)) {
       this.#startHelpers = () => {
         this.#startHelpers = undefined;
+        if (this.#broken) return;
         // The page was told of more threads; with one, everything works.
         wasm.startHelpers(helpers).catch((error: unknown) => console.warn(`weblane: ${noThreads(error)}`));
       };

@@ -81,7 +81,7 @@ const host = new Host({
     return {
       memory,
       startPool: glue.startPool,
-      startHelpers(count) {
+      async startHelpers(count) {
         glue.initThreadPool?.(count).then(
           () => glue.startHelpers(),
           (error: unknown) => {
@@ -91,7 +91,7 @@ const host = new Host({
             });
           },
         );
-        return spawned;
+        await spawned;
       },
       WasmSession: glue.WasmSession,
       WasmQuantizer: glue.WasmQuantizer,

@@ -297,9 +297,7 @@ macro_rules! ops {
         $(pub mod $module;)*
 
         /// Everything that can be imported, in the order of the list of modules.
-        pub fn registry() -> impl Iterator<Item = &'static Registration> {
-            [$($module::OPERATORS),*].into_iter().flatten()
-        }
+        const REGISTRY: &[&[Registration]] = &[$($module::OPERATORS),*];
     };
 }
 
@@ -391,7 +389,15 @@ ops! {
 pub fn find(domain: &str, name: &str) -> Option<&'static Registration> {
     // "ai.onnx" is another spelling of the default domain.
     let domain = if domain == "ai.onnx" { "" } else { domain };
-    registry().find(|r| r.domain == domain && r.name == name)
+    // Plain loops: this is done three times for each node, in code that browsers have not optimised by then.
+    for operators in REGISTRY {
+        for registration in *operators {
+            if registration.name == name && registration.domain == domain {
+                return Some(registration);
+            }
+        }
+    }
+    None
 }
 
 /// An error that says which element types an operator takes.

@@ -278,7 +278,7 @@ impl<'a> Elements<'a> {
     /// of the column. `column` is memory for one, as long as the groups.
     ///
     /// Weights lie one way or the other. Rows without gaps are read a group at a time, for all columns; columns are copied
-    /// first: elements one by one took six times as long.
+    /// first. Elements one by one took several times as long.
     #[inline(always)]
     fn panel<const G: usize>(
         &self,
@@ -378,22 +378,23 @@ fn order(elements: &Elements<'_>) -> Option<Vec<u8>> {
     changed.then_some(order)
 }
 
-/// Columns in which two rows would have to be split as neighbours: signed bytes plus 128, eight to a word. Of at most 255 words.
+/// Columns in which two rows would have to be split as neighbours: signed bytes plus 128, eight to a word, of at most 255
+/// words.
 #[inline(never)]
 fn split_columns(a: &[u64], b: &[u64]) -> usize {
     const UPPER: u64 = u64::from_ne_bytes([128; 8]);
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     let counts = a.iter().zip(b).fold(0, |counts, (a, b)| {
         let mean = (a & b) + (((a ^ b) & !ONES) >> 1);
-        // The two upper bits are one and the same where the sum is 128 or more, or less than -128. It does no harm that 128
-        // counts, which need not be split.
+        // The two upper bits are one and the same where the sum is 128 or more, or less than -128. It does no harm that
+        // 128 counts, which need not be split.
         counts + ((!(mean ^ mean << 1) & UPPER) >> 7)
     });
     counts.to_ne_bytes().into_iter().map(usize::from).sum()
 }
 
-/// Exchanges rows of `n` columns, in so many words, between two pairs of neighbours for as long as that leaves less to split; each time the
-/// whole becomes less, so it ends. Whether the order is another one then.
+/// Exchanges rows of `n` columns, which take so many words, between two pairs of neighbours for as long as that leaves less
+/// to split; each time the whole becomes less, so it ends. Whether the order is another one then.
 #[inline(never)]
 fn pair_up(rows: &[u64], words: usize, n: usize, order: &mut [u8]) -> bool {
     let row = |i: u8| &rows[usize::from(i) * words..][..words];
@@ -478,8 +479,8 @@ impl Pieces {
     }
 }
 
-/// What each two neighbours of the rows of a panel add up to on either side of zero: halves, rounded up, of which eight are
-/// added and compared in a word. Rounding keeps few rows apart that fit.
+/// What each two neighbours of the rows of a panel add up to on either side of zero: halves, rounded up, of which eight
+/// are added and compared in a word. Rounding keeps few rows apart that fit.
 struct Loads {
     words: Vec<u64>,
     per_row: usize,

@@ -176,14 +176,16 @@ fn products_match_the_oracle() {
                     None if case == ks.len() + 2 => (2 * mr, 131, 2 * kc + 3),
                     None => (r.pick(&ms), r.pick(&ns), r.pick(&ks[..9])),
                 };
-                let (a, b) = (r.bytes(m * k), r.bytes(k * n));
+                let (a, b) = (r.bytes(m * k), r.bytes(2 * k * n));
                 // A transposed view of the other way round is the same matrix in another order.
                 let (mut ma, mut mb) = (QMatrix::new(a.get(), m, k), QMatrix::new(b.get(), k, n));
                 if r.below(3) == 0 {
                     ma = QMatrix::new(a.get(), k, m).transposed();
                 }
-                if r.below(2) == 0 {
-                    mb = QMatrix::new(b.get(), n, k).transposed();
+                match r.below(4) {
+                    0 => mb = QMatrix { row_stride: 2 * n, col_stride: 2, ..mb },
+                    1 | 2 => mb = QMatrix::new(b.get(), n, k).transposed(),
+                    _ => {}
                 }
                 let a_zero = a.zero(&mut r);
                 let b_zero: Vec<i32> = (0..r.pick(&[1, n.max(1)])).map(|_| b.zero(&mut r)).collect();
