@@ -210,8 +210,8 @@ impl Permuted {
 
 /// Comparison of operators of any type.
 pub trait Same {
-    /// Whether the other one is of the same type and has equal attributes. An operator need not be the same as itself: NaN is
-    /// not, and graphs inside of operators are not compared.
+    /// Whether the other one is of the same type and has equal attributes, where zeros are equal whatever their sign. An
+    /// operator need not be the same as itself: NaN is not, and graphs inside of operators are not compared.
     fn same(&self, other: &dyn Operator) -> bool;
 }
 

@@ -36,7 +36,7 @@ pub trait Compute: Send + Sync {
     }
 }
 
-// Not what it holds: the functions that would print weights and tables of all operators are 40 kB of WebAssembly.
+// Not what it holds: the functions that would print weights and tables of all operators are 24 kB of WebAssembly.
 impl Debug for dyn Compute {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.kernel())
