@@ -22,7 +22,7 @@ const EARLY_BYTES = 32 << 20;
 
 /**
  * How long the rest of a file has to take for the warm-up to begin, in milliseconds: longer where the warm-up keeps a
- * processor from what brings the bytes. On two processors and from near, a model of 14 to 23 MB had its first result up to 8%
+ * processor from what brings the bytes. On two processors and from near, a model of 14 to 23 MB had its first result up to 10%
  * later with it, one of 100 MB 5% earlier.
  */
 const WARM_UP_REST_MS = { few: 150, many: 30 };

@@ -62,6 +62,7 @@ fn is_small(t: &Arc<Tensor>) -> bool {
 mod tests {
     use super::super::testing::{Net, int};
     use super::*;
+    use crate::onnx::{AttributeValue, TensorProto};
 
     #[test]
     fn equal_chains_become_one() {
@@ -79,6 +80,22 @@ mod tests {
         n.output(y);
         // The last steps differ in their axis.
         assert_eq!(n.passed(run), ["Softmax", "Add", "Softmax", "Softmax", "Sub", "Mul"]);
+    }
+
+    #[test]
+    fn tensors_of_operators_are_compared_by_their_elements() {
+        let mut n = Net::new(14);
+        let shape = n.i64s(&[2]);
+        let fill = |n: &mut Net, value: f32| {
+            let value =
+                AttributeValue::Tensor(TensorProto::new("", &Tensor::from_slice(&[1], &[value]).unwrap()).unwrap());
+            n.op_with("ConstantOfShape", &[shape], &[("value", value)])
+        };
+        let (a, b, c) = (fill(&mut n, 1.0), fill(&mut n, 1.0), fill(&mut n, 2.0));
+        let y = n.op("Sub", &[a, b]);
+        let y = n.op("Mul", &[y, c]);
+        n.output(y);
+        assert_eq!(n.passed(run), ["ConstantOfShape", "ConstantOfShape", "Sub", "Mul"]);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::conv::volume;
 use crate::error::{Error, Result};
 use crate::gemm::Aligned;
 use crate::simd::Isa;
+use core::ops::Range;
 
 /// The right-hand side of a product, packed once for one instruction set and one form of it; made for weights.
 #[derive(Clone, Debug)]
@@ -140,37 +141,31 @@ impl PackedQ {
             let cols = nr.min(n - first);
             let width = table::width(isa, form, first, n);
             let panels: &mut [i32] = bytemuck::cast_slice_mut(data.as_mut_slice());
-            let panel =
-                if split { &mut panels[..groups * width] } else { &mut panels[first * groups..][..groups * width] };
+            let at = if split { 0 } else { first * groups };
+            let words = &mut panels[at..][..groups * width];
             if split && cols < width {
                 // What the panel before has left there.
-                panel.fill(0);
+                words.fill(0);
             }
+            let panel = Panel { columns: first..first + cols, width, words };
             let mut zeros = [0; MAX_PANEL];
             (0..cols).for_each(|q| zeros[q] = zero_of(first + q) as i16);
             if form == Form::Wide {
                 // Behind the last row stand zero points, of which nothing is left.
                 let centre = |x: [i8; 2], q: usize| bytemuck::cast(x.map(|x| i16::from(x) - zeros[q]));
-                elements.panel(first, cols, None, &mut column, panel, width, |q| zeros[q] as i8, centre);
+                let pad = zeros.map(|zero| zero as i8);
+                elements.fill(panel, None, &pad, &mut column, centre);
             } else {
-                elements.panel(
-                    first,
-                    cols,
-                    order.as_deref(),
-                    &mut column,
-                    panel,
-                    width,
-                    |_| 0,
-                    |x: [i8; 4], _| bytemuck::cast(x),
-                );
+                let group = |x: [i8; 4], _| bytemuck::cast(x);
+                elements.fill(panel, order.as_deref(), &[0; MAX_PANEL], &mut column, group);
                 let mut sums = [0; MAX_PANEL];
-                add_up(panel, width, &mut sums);
+                add_up(words, width, &mut sums);
                 for (q, sum) in columns[first..][..cols].iter_mut().enumerate() {
                     *sum = sums[q].wrapping_sub(i32::from(zeros[q]).wrapping_mul(k as i32));
                 }
             }
             if split {
-                pieces.add(panel, width, table::tile(isa, form).mr * size_of::<i32>(), &mut rows);
+                pieces.add(words, width, table::tile(isa, form).mr * size_of::<i32>(), &mut rows);
                 // A few columns of many tell mostly.
                 let done = first + cols;
                 if if_pays && (done == n || done == SAMPLE && n >= 4 * SAMPLE) && !pays(k, n, &pieces) {
@@ -247,6 +242,17 @@ fn pays(k: usize, n: usize, Pieces { pairs, others, ends }: &Pieces) -> bool {
     k >= MIN_K && steps / groups + ROW_COLUMNS / n as f64 <= 1.0
 }
 
+/// The most columns of a panel.
+const MAX_PANEL: usize = 32;
+
+/// A panel to be filled: a row of `width` for each group, of which so many columns are the matrix's; the others are left as
+/// they are.
+struct Panel<'a> {
+    columns: Range<usize>,
+    width: usize,
+    words: &'a mut [i32],
+}
+
 /// The elements of a matrix as the dot product reads them, which is signed: `u8` less 128.
 struct Elements<'a> {
     bytes: &'a [u8],
@@ -273,32 +279,29 @@ impl<'a> Elements<'a> {
         self.mask.into()
     }
 
-    /// Makes the `width` x groups of a panel of `cols` columns, those behind them left as they are: `make` gets the
-    /// neighbours of a group, in `order` if there is one, and the number of the column. Behind the last row stands `behind`
-    /// of the column. `column` is memory for one, as long as the groups.
+    /// Fills a panel. `make` gets the neighbours of a group, in `order` if there is one, and the number of the column in the
+    /// panel; behind the last row stands `pad` of the column. `column` is memory for one, as long as all groups.
     ///
     /// Weights lie one way or the other. Rows without gaps are read a group at a time, for all columns; columns are copied
     /// first. Elements one by one took several times as long.
     #[inline(always)]
-    fn panel<const G: usize>(
+    fn fill<const G: usize>(
         &self,
-        first: usize,
-        cols: usize,
+        Panel { columns, width, words }: Panel<'_>,
         order: Option<&[u8]>,
+        pad: &[i8; MAX_PANEL],
         column: &mut [u8],
-        panel: &mut [i32],
-        width: usize,
-        behind: impl Fn(usize) -> i8,
         make: impl Fn([i8; G], usize) -> i32,
     ) {
         if self.k == 0 {
             return;
         }
+        let (first, cols) = (columns.start, columns.len());
+        // As it would be stored.
+        let pad = pad.map(|x| x as u8 ^ self.mask);
         let place = |p: usize| order.map_or(p, |order| p / WINDOW * WINDOW + usize::from(order[p]));
         if self.col_stride == 1 {
-            let mut pad = [0; MAX_PANEL];
-            (0..cols).for_each(|q| pad[q] = behind(q) as u8 ^ self.mask);
-            for (g, to) in panel.chunks_exact_mut(width).enumerate() {
+            for (g, to) in words.chunks_exact_mut(width).enumerate() {
                 let mut rows = [&pad[..cols]; G];
                 for (row, p) in rows.iter_mut().zip(G * g..self.k) {
                     *row = &self.bytes[place(p) * self.row_stride + first..][..cols];
@@ -313,13 +316,13 @@ impl<'a> Elements<'a> {
         }
         for q in 0..cols {
             let from = &self.bytes[(first + q) * self.col_stride..];
-            let (known, pad) = column.split_at_mut(self.k);
+            let (known, behind) = column.split_at_mut(self.k);
             if self.row_stride == 1 {
                 known.copy_from_slice(&from[..self.k]);
             } else {
                 known.iter_mut().zip(from.iter().step_by(self.row_stride)).for_each(|(to, from)| *to = *from);
             }
-            pad.fill(behind(q) as u8 ^ self.mask);
+            behind.fill(pad[q]);
             if let Some(order) = order {
                 for (line, order) in column.as_chunks_mut::<WINDOW>().0.iter_mut().zip(order.as_chunks::<WINDOW>().0) {
                     let from = *line;
@@ -329,7 +332,7 @@ impl<'a> Elements<'a> {
                 }
             }
             let groups = column.as_chunks::<G>().0;
-            for (to, bytes) in panel[q..].iter_mut().step_by(width).zip(groups) {
+            for (to, bytes) in words[q..].iter_mut().step_by(width).zip(groups) {
                 let mut group = [0; G];
                 (0..G).for_each(|i| group[i] = (bytes[i] ^ self.mask) as i8);
                 *to = make(group, q);
@@ -337,9 +340,6 @@ impl<'a> Elements<'a> {
         }
     }
 }
-
-/// The most columns of a panel.
-const MAX_PANEL: usize = 32;
 
 /// Adds the elements of each column of a panel.
 #[inline(never)]
