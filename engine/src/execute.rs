@@ -5,26 +5,44 @@ use crate::error::{Error, Result};
 use crate::fact::{Content, Fact};
 use crate::ops::if_::If;
 use crate::ops::{Infer, Io, Prepare};
-use crate::plan::{Place, Plan, Step, check_released};
+use crate::plan::{Place, Plan, Planned, Step, check_released};
 use crate::storage::Arena;
 use crate::tensor::{Tensor, TensorMut, TensorView, byte_count};
 use smallvec::SmallVec;
+use std::ops::Range;
 use std::sync::Arc;
 use weblane_kernels::par::Cx;
 
-/// The memory of one run: the arena and the tensors of dynamic values.
+/// The memory of one run: the arena, results of the graph that have tensors of their own, and the tensors of dynamic values.
+/// The inputs of the graph stay where the caller has them; each method takes the same ones.
 #[derive(Debug, Default)]
 pub struct Memory {
     arena: Arena,
+    /// `None` while a step writes it.
+    results: Vec<Option<Arc<Tensor>>>,
     dynamic: Vec<Option<Tensor>>,
 }
 
 impl Memory {
-    /// Makes it fit a plan; what it held is lost.
-    pub fn fit(&mut self, plan: &Plan) -> Result<()> {
+    /// Makes it fit a plan; what it held is lost, but for results that somebody keeps.
+    pub fn fit(&mut self, plan: &Plan, inputs: &[TensorView]) -> Result<()> {
         self.arena.ensure(plan.arena_bytes)?;
+        self.results.resize(plan.results.len(), None);
+        for (slot, (dtype, dims)) in self.results.iter_mut().zip(&plan.results) {
+            let own = slot.as_mut().and_then(Arc::get_mut);
+            if !own.is_some_and(|t| t.dtype() == *dtype && t.dims() == dims.as_slice()) {
+                // Frees the former one first.
+                *slot = None;
+                *slot = Some(Arc::new(Tensor::zeros(*dtype, dims)?));
+            }
+        }
         self.dynamic.clear();
         self.dynamic.resize(plan.dynamic_values, None);
+        for (value, view) in plan.inputs.iter().zip(inputs) {
+            if let Some(Place::Dynamic(slot)) = value.map(|v| &plan.values[v].place) {
+                self.dynamic[*slot] = Some(view.to_tensor()?);
+            }
+        }
         Ok(())
     }
 
@@ -33,35 +51,35 @@ impl Memory {
         self.arena.len()
     }
 
-    /// Copies an input of the graph to its place; inputs that nothing reads are left out.
-    pub fn set_input(&mut self, plan: &Plan, input: usize, view: &TensorView) -> Result<()> {
-        let Some(value) = plan.inputs.get(input).copied().flatten() else { return Ok(()) };
-        match &plan.values[value].place {
-            Place::Arena(range) => self.arena.get_mut(range.clone()).copy_from_slice(view.bytes()),
-            Place::Dynamic(slot) => self.dynamic[*slot] = Some(view.to_tensor()?),
-            // The plan was made for this content.
-            Place::Constant(_) => {}
-        }
-        Ok(())
-    }
-
     /// A value, once its step has run.
-    pub fn view<'a>(&'a self, plan: &'a Plan, value: usize) -> Result<TensorView<'a>> {
+    pub fn view<'a>(&'a self, plan: &'a Plan, inputs: &[TensorView<'a>], value: usize) -> Result<TensorView<'a>> {
         let planned = &plan.values[value];
+        let early = || Error::internal("a value is read before it is computed");
         match &planned.place {
             Place::Arena(range) => TensorView::new(planned.dtype, &planned.dims, self.arena.get(range.clone())),
+            Place::Input(input, range) => part_of_input(inputs, *input, range, planned),
+            Place::Result(slot) => self.results[*slot].as_ref().map(|t| t.view()).ok_or_else(early),
             Place::Constant(t) => Ok(t.view()),
-            Place::Dynamic(slot) => self.dynamic[*slot]
-                .as_ref()
-                .map(Tensor::view)
-                .ok_or_else(|| Error::internal("a value is read before it is computed")),
+            Place::Dynamic(slot) => self.dynamic[*slot].as_ref().map(Tensor::view).ok_or_else(early),
         }
+    }
+
+    /// A value of a run that is over, to keep: without a copy if it has a tensor of its own, of which the next run then
+    /// makes another.
+    pub fn keep(&mut self, plan: &Plan, inputs: &[TensorView], value: usize) -> Result<Arc<Tensor>> {
+        let own = match plan.values[value].place {
+            Place::Result(slot) => self.results[slot].clone(),
+            Place::Dynamic(slot) => self.dynamic[slot].take().map(Arc::new),
+            _ => Some(Arc::new(self.view(plan, inputs, value)?.to_tensor()?)),
+        };
+        own.ok_or_else(|| Error::internal("a value is kept before it is computed, or twice"))
     }
 
     /// Bytes of a step's operands and of its results. To be asked before it runs, and after.
     pub fn bytes_of(&self, plan: &Plan, values: impl Iterator<Item = usize>) -> u64 {
         let bytes = |v: usize| match &plan.values[v].place {
-            Place::Arena(range) => range.len(),
+            Place::Arena(range) | Place::Input(_, range) => range.len(),
+            Place::Result(slot) => self.results[*slot].as_ref().map_or(0, |t| t.bytes().len()),
             // Not of its elements, which may be gone into a packed form.
             Place::Constant(t) => byte_count(t.dtype(), t.dims()).unwrap_or(0),
             Place::Dynamic(slot) => self.dynamic[*slot].as_ref().map_or(0, |t| t.bytes().len()),
@@ -70,13 +88,41 @@ impl Memory {
     }
 
     /// Runs one step.
-    pub fn run_step(&mut self, plan: &Plan, step: &Step, cx: &Cx) -> Result<()> {
-        let run = if step.is_dynamic { self.run_dynamic(plan, step, cx) } else { self.run_planned(plan, step, cx) };
+    pub fn run_step(&mut self, plan: &Plan, inputs: &[TensorView], step: &Step, cx: &Cx) -> Result<()> {
+        let run = if step.is_dynamic {
+            self.run_dynamic(plan, inputs, step, cx)
+        } else {
+            self.run_planned(plan, inputs, step, cx)
+        };
         run.map_err(|e| step.node.error(e))
     }
 
-    fn run_planned(&mut self, plan: &Plan, step: &Step, cx: &Cx) -> Result<()> {
-        let Memory { arena, dynamic } = self;
+    fn run_planned(&mut self, plan: &Plan, given: &[TensorView], step: &Step, cx: &Cx) -> Result<()> {
+        // Taken out, so that others can be read meanwhile.
+        let mut own: SmallVec<[(usize, Arc<Tensor>); 2]> = SmallVec::new();
+        for &v in &step.outputs {
+            if let Place::Result(slot) = plan.values[v].place {
+                let tensor = self.results[slot].take();
+                own.push((slot, tensor.ok_or_else(|| Error::internal("a result is written twice by one step"))?));
+            }
+        }
+        let run = self.run_into(plan, given, step, &mut own, cx);
+        for (slot, tensor) in own {
+            self.results[slot] = Some(tensor);
+        }
+        run
+    }
+
+    /// `own` are those of the results that have tensors of their own, in their order.
+    fn run_into(
+        &mut self,
+        plan: &Plan,
+        given: &[TensorView],
+        step: &Step,
+        own: &mut [(usize, Arc<Tensor>)],
+        cx: &Cx,
+    ) -> Result<()> {
+        let Memory { arena, results, dynamic } = self;
         let in_place = |k: usize| step.in_place == Some(k);
         let range = |v: usize| match &plan.values[v].place {
             Place::Arena(r) => Some(r.clone()),
@@ -89,6 +135,7 @@ impl Memory {
         arena.split(reads, writes, |r| read.push(r), |w| written.push(w))?;
 
         let mut read = read.into_iter();
+        let early = || Error::internal("an operand is read before it is computed");
         let mut inputs: SmallVec<[Option<TensorView>; 16]> = SmallVec::new();
         for (k, v) in step.inputs.iter().enumerate() {
             inputs.push(match v.map(|v| &plan.values[v]) {
@@ -96,15 +143,15 @@ impl Memory {
                 Some(_) if in_place(k) => None,
                 Some(p) => Some(match &p.place {
                     Place::Arena(_) => TensorView::new(p.dtype, &p.dims, read.next().unwrap_or_default())?,
+                    Place::Input(input, range) => part_of_input(given, *input, range, p)?,
+                    Place::Result(slot) => results[*slot].as_ref().ok_or_else(early)?.view(),
                     Place::Constant(t) => t.view(),
-                    Place::Dynamic(slot) => match &dynamic[*slot] {
-                        Some(t) => t.view(),
-                        None => return Err(Error::internal("an operand is read before it is computed")),
-                    },
+                    Place::Dynamic(slot) => dynamic[*slot].as_ref().ok_or_else(early)?.view(),
                 }),
             });
         }
-        let mut written = written.into_iter();
+        let (mut written, mut own) = (written.into_iter(), own.iter_mut());
+        let lost = || Error::internal("a result of a planned step has no place, or somebody else reads it");
         // A result that is known already, beside others that are not, is computed with them and goes nowhere.
         let known = step.outputs.iter().map(|&v| &plan.values[v]).filter(|p| matches!(p.place, Place::Constant(_)));
         let mut known = known.map(|p| Tensor::zeros(p.dtype, &p.dims)).collect::<Result<Vec<_>>>()?;
@@ -114,7 +161,8 @@ impl Memory {
             let p = &plan.values[v];
             outputs.push(match &p.place {
                 Place::Arena(_) => TensorMut::new(p.dtype, &p.dims, written.next().unwrap_or_default())?,
-                _ => known.next().ok_or_else(|| Error::internal("a result of a planned step is dynamic"))?.view_mut(),
+                Place::Result(_) => own.next().and_then(|(_, t)| Arc::get_mut(t)).ok_or_else(lost)?.view_mut(),
+                _ => known.next().ok_or_else(lost)?.view_mut(),
             });
         }
         let mut io = Io { inputs: &inputs, outputs: &mut outputs, in_place: step.in_place };
@@ -124,9 +172,9 @@ impl Memory {
         }
     }
 
-    fn run_dynamic(&mut self, plan: &Plan, step: &Step, cx: &Cx) -> Result<()> {
+    fn run_dynamic(&mut self, plan: &Plan, given: &[TensorView], step: &Step, cx: &Cx) -> Result<()> {
         let views: Vec<Option<TensorView>> =
-            step.inputs.iter().map(|v| v.map(|v| self.view(plan, v)).transpose()).collect::<Result<_>>()?;
+            step.inputs.iter().map(|v| v.map(|v| self.view(plan, given, v)).transpose()).collect::<Result<_>>()?;
         let decides = step.node.op.shape_operands();
         // Of some constants there is only what a kernel packed.
         let is_packed = views.iter().flatten().any(TensorView::is_released);
@@ -185,7 +233,9 @@ impl Memory {
                 Place::Dynamic(slot) => self.dynamic[slot] = Some(tensor),
                 // Known already.
                 Place::Constant(_) => {}
-                Place::Arena(_) => return Err(Error::internal("a result of a dynamic step has a planned place")),
+                Place::Arena(_) | Place::Input(..) | Place::Result(_) => {
+                    return Err(Error::internal("a result of a dynamic step has a planned place"));
+                }
             }
         }
         for &slot in &step.frees {
@@ -193,4 +243,16 @@ impl Memory {
         }
         Ok(())
     }
+}
+
+/// A value that is bytes of an input.
+fn part_of_input<'a>(
+    inputs: &[TensorView<'a>],
+    input: usize,
+    range: &Range<usize>,
+    planned: &'a Planned,
+) -> Result<TensorView<'a>> {
+    let bytes = inputs.get(input).and_then(|view| view.bytes().get(range.clone()));
+    let bytes = bytes.ok_or_else(|| Error::internal("the plan reads more of an input than there is"))?;
+    TensorView::new(planned.dtype, &planned.dims, bytes)
 }

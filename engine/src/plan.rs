@@ -5,8 +5,11 @@
 //! for each node with work left:
 //!     a step <- a kernel for these shapes             (Operator::prepare)
 //! for each value:
-//!     a place <- constant | bytes of the arena | dynamic
+//!     a place <- constant | bytes of the arena | bytes of an input | a result's own tensor | dynamic
 //! ```
+//!
+//! Inputs are read where the caller has them. A result of the graph that shares no bytes with other values has a tensor of
+//! its own, which the caller may take away when the run is over.
 //!
 //! Values that are runs of the bytes of others (reshapes, parts along the outermost axis) are views. What a `Concat` along the
 //! outermost axis reads is computed where it will lie in the result; only operands that stand elsewhere (constants, inputs,
@@ -35,6 +38,10 @@ use weblane_kernels::par::Cx;
 pub enum Place {
     /// In the arena.
     Arena(Range<usize>),
+    /// In an input of the run, by its position among the graph's inputs.
+    Input(usize, Range<usize>),
+    /// In a tensor of its own, an index into [`Plan::results`].
+    Result(usize),
     /// In the graph.
     Constant(Arc<Tensor>),
     /// In a tensor of its own that is made when its step runs; an index into the run's list.
@@ -100,6 +107,8 @@ pub struct Plan {
     pub inputs: Vec<Option<usize>>,
     /// One per graph output.
     pub outputs: Vec<usize>,
+    /// Element types and shapes of the results that have tensors of their own.
+    pub results: Vec<(DType, Dims)>,
     /// Size of the arena.
     pub arena_bytes: usize,
     /// Number of dynamic values.
@@ -119,9 +128,9 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
     let dynamic = dynamic_values(graph, inputs, &facts, &nodes);
     let buffers = Buffers::assign(graph, &facts, &nodes, &dynamic)?;
 
+    let index = vec![None; graph.values.len()];
     let mut planned =
-        Values { graph, facts: &facts, dynamic: &dynamic, buffers: &buffers, index: vec![], values: vec![] };
-    planned.index = vec![None; graph.values.len()];
+        Values { graph, facts: &facts, dynamic: &dynamic, buffers: &buffers, index, values: vec![], results: vec![] };
     let mut steps = Vec::with_capacity(nodes.len());
     for (position, &i) in nodes.iter().enumerate() {
         let node = &graph.nodes[i];
@@ -150,7 +159,7 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
         .map(|&id| if used[id.index()] { planned.get(id).map(Some) } else { Ok(None) })
         .collect::<Result<_>>()?;
     let outputs = graph.outputs.iter().map(|&id| planned.get(id)).collect::<Result<Vec<_>>>()?;
-    let values = planned.values;
+    let Values { values, results, .. } = planned;
     note_frees(&mut steps, &values, &outputs);
     let work = steps.iter().map(|step| step.work(&values)).try_fold(0u64, |sum, work| Some(sum.saturating_add(work?)));
     Ok(Plan {
@@ -159,6 +168,7 @@ pub fn plan(graph: &Graph, inputs: &[Fact], cache: &PackCache, cx: &Cx) -> Resul
         values,
         inputs,
         outputs,
+        results,
         arena_bytes: buffers.arena_bytes,
         dynamic_values: dynamic.iter().flatten().count(),
         packed: cache.clone(),
@@ -308,6 +318,7 @@ struct Values<'a> {
     buffers: &'a Buffers,
     index: Vec<Option<usize>>,
     values: Vec<Planned>,
+    results: Vec<(DType, Dims)>,
 }
 
 impl Values<'_> {
@@ -322,9 +333,19 @@ impl Values<'_> {
             (Some(t), _) => Place::Constant(t.clone()),
             (None, Some(slot)) => Place::Dynamic(slot),
             (None, None) => {
-                let offset = self.buffers.offset_of(id).ok_or_else(|| lost("place in memory"))?;
                 let dims = fact.dims().ok_or_else(|| lost("known shape"))?;
-                Place::Arena(offset..offset + byte_count(fact.dtype, &dims)?)
+                let bytes = byte_count(fact.dtype, &dims)?;
+                match self.buffers.spot_of(id).ok_or_else(|| lost("place in memory"))? {
+                    Spot::Buffer(buffer, at) => {
+                        let offset = self.buffers.offsets[buffer] + at;
+                        Place::Arena(offset..offset + bytes)
+                    }
+                    Spot::Input(input, at) => Place::Input(input, at..at + bytes),
+                    Spot::Result => {
+                        self.results.push((fact.dtype, dims));
+                        Place::Result(self.results.len() - 1)
+                    }
+                }
             }
         };
         self.values.push(Planned { dtype: fact.dtype, dims: fact.dims().unwrap_or_default(), place });
@@ -360,8 +381,7 @@ impl Values<'_> {
 
 /// Which values share a buffer, and where the buffers are.
 struct Buffers {
-    /// The buffer of a value and where in it the value begins, in bytes.
-    of_value: Vec<Option<(usize, usize)>>,
+    of_value: Vec<Option<Spot>>,
     offsets: Vec<usize>,
     arena_bytes: usize,
     /// Per position in the list of nodes: the operand that result 0 is computed in.
@@ -370,6 +390,17 @@ struct Buffers {
     skipped: Vec<bool>,
     /// Per position in the list of nodes: operands to be copied to their place in the result.
     copied: Vec<Vec<usize>>,
+}
+
+/// What holds a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spot {
+    /// A buffer of the arena, from this byte on.
+    Buffer(usize, usize),
+    /// An input of the graph, from this byte on.
+    Input(usize, usize),
+    /// A tensor of its own.
+    Result,
 }
 
 /// Parts of a buffer that are values of their own begin at multiples of this many bytes: a vector of the smallest kind.
@@ -385,8 +416,8 @@ struct Life {
 }
 
 impl Buffers {
-    fn offset_of(&self, id: ValueId) -> Option<usize> {
-        self.of_value[id.index()].map(|(b, at)| self.offsets[b] + at)
+    fn spot_of(&self, id: ValueId) -> Option<Spot> {
+        self.of_value[id.index()]
     }
 
     fn assign(graph: &Graph, facts: &[Option<Fact>], nodes: &[usize], dynamic: &[Option<usize>]) -> Result<Buffers> {
@@ -467,13 +498,16 @@ impl Buffers {
         for id in &graph.outputs {
             last_use[root[id.index()]] = usize::MAX;
         }
+        // Results that share no bytes with other values.
+        let mut is_alone = vec![false; graph.values.len()];
+        graph.outputs.iter().for_each(|id| is_alone[id.index()] = root[id.index()] == id.index());
+        (0..root.len()).filter(|&v| root[v] != v).for_each(|v| is_alone[root[v]] = false);
 
-        let mut of_root: Vec<Option<(usize, usize)>> = vec![None; graph.values.len()];
+        let mut of_root: Vec<Option<Spot>> = vec![None; graph.values.len()];
         let mut lives: Vec<Life> = Vec::new();
         let mut in_place = vec![None; nodes.len()];
-        for &id in graph.inputs.iter().filter(|&&id| in_arena(id)) {
-            of_root[id.index()] = Some((lives.len(), 0));
-            lives.push(Life { bytes: bytes(id)?, first: 0, last: last_use[id.index()] });
+        for (i, id) in graph.inputs.iter().enumerate() {
+            of_root[id.index()] = in_arena(*id).then_some(Spot::Input(i, 0));
         }
         for (position, &i) in nodes.iter().enumerate() {
             let node = &graph.nodes[i];
@@ -485,7 +519,7 @@ impl Buffers {
                 }
                 let last = last_use[r].max(position);
                 if r != id.index() {
-                    of_root[r] = Some((lives.len(), 0));
+                    of_root[r] = Some(Spot::Buffer(lives.len(), 0));
                     lives.push(Life { bytes: bytes(ValueId(r as u32))?, first: position, last });
                     continue;
                 }
@@ -494,6 +528,7 @@ impl Buffers {
                         let Some(Some(from)) = node.inputs.get(operand).copied() else { return false };
                         let from_root = root[from.index()];
                         in_arena(from)
+                            && !is_input[from_root]
                             && last_use[from_root] == position
                             && bytes(from).ok() == bytes(id).ok()
                             && node.operands().filter(|o| root[o.index()] == from_root).count() == 1
@@ -503,23 +538,32 @@ impl Buffers {
                 };
                 let place_of = |operand: usize| {
                     let from = node.inputs[operand]?.index();
-                    of_root[root[from]].map(|(buffer, base)| (buffer, base + at[from]))
+                    match of_root[root[from]] {
+                        Some(Spot::Buffer(buffer, base)) => Some((buffer, base + at[from])),
+                        _ => None,
+                    }
                 };
                 of_root[r] = Some(match taken.and_then(place_of) {
                     Some((buffer, base)) => {
                         in_place[position] = taken;
                         lives[buffer].last = lives[buffer].last.max(last);
-                        (buffer, base)
+                        Spot::Buffer(buffer, base)
                     }
+                    None if is_alone[r] => Spot::Result,
                     None => {
                         lives.push(Life { bytes: bytes(id)?, first: position, last });
-                        (lives.len() - 1, 0)
+                        Spot::Buffer(lives.len() - 1, 0)
                     }
                 });
             }
         }
         let (offsets, arena_bytes) = place(&lives)?;
-        let of_value = root.iter().zip(&at).map(|(&r, at)| of_root[r].map(|(b, base)| (b, base + at))).collect();
+        let moved = |spot: Spot, by: usize| match spot {
+            Spot::Buffer(buffer, base) => Spot::Buffer(buffer, base + by),
+            Spot::Input(input, base) => Spot::Input(input, base + by),
+            Spot::Result => Spot::Result,
+        };
+        let of_value = root.iter().zip(&at).map(|(&r, &at)| of_root[r].map(|spot| moved(spot, at))).collect();
         Ok(Buffers { of_value, offsets, arena_bytes, in_place, skipped, copied })
     }
 }

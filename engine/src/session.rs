@@ -13,6 +13,7 @@ use crate::optimize::{Decisions, Known, Specialized, optimize, promote_half, spe
 use crate::plan::{Plan, plan_for};
 use crate::prepack;
 use crate::tensor::{DType, Tensor, TensorView};
+use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -181,6 +182,8 @@ pub struct Session {
     packed: PackCache,
     plans: Vec<Cached>,
     memory: Memory,
+    /// What the inputs are in the run that was begun last.
+    given: Vec<Option<Arc<Tensor>>>,
     running: Option<Running>,
 }
 
@@ -268,6 +271,7 @@ impl Session {
             packed,
             plans: Vec::new(),
             memory: Memory::default(),
+            given: Vec::new(),
             running: None,
         })
     }
@@ -312,21 +316,56 @@ impl Session {
         &self.pool
     }
 
-    /// Checks the inputs and makes a run ready. A run that is under way is given up.
+    /// Checks the inputs, copies them, and makes a run ready. A run that is under way is given up.
     pub fn begin(&mut self, feeds: &[(&str, TensorView)]) -> Result<()> {
         self.running = None;
         self.check_names(feeds)?;
         self.check_shapes(feeds)?;
-        let plan = match self.cached(feeds) {
-            Some(plan) => plan,
-            None => self.new_plan(feeds)?,
-        };
-        self.memory.fit(&plan)?;
-        for (i, info) in self.inputs.iter().enumerate() {
-            self.memory.set_input(&plan, i, feed(feeds, &info.name)?)?;
+        self.given.resize(self.inputs.len(), None);
+        for (slot, info) in self.given.iter_mut().zip(&self.inputs) {
+            let view = feed(feeds, &info.name)?;
+            let own = slot.as_mut().and_then(Arc::get_mut);
+            match own.filter(|t| t.dtype() == view.dtype && t.dims() == view.dims && view.strings().is_none()) {
+                Some(t) => t.bytes_mut().copy_from_slice(view.bytes()),
+                None => *slot = Some(Arc::new(view.to_tensor()?)),
+            }
         }
-        self.running = Some(Running { plan, next: 0 });
+        self.begin_given()
+    }
+
+    /// The same without copies: the run reads the tensors that it is given, and holds them until the next one begins or
+    /// [`end`](Self::end).
+    pub fn begin_with(&mut self, feeds: &[(&str, Arc<Tensor>)]) -> Result<()> {
+        self.running = None;
+        let views: SmallVec<[(&str, TensorView); 16]> = feeds.iter().map(|(name, t)| (*name, t.view())).collect();
+        self.check_names(&views)?;
+        self.check_shapes(&views)?;
+        self.given.clear();
+        self.given.extend(self.inputs.iter().map(|i| feeds.iter().find(|(n, _)| *n == i.name).map(|(_, t)| t.clone())));
+        self.begin_given()
+    }
+
+    fn begin_given(&mut self) -> Result<()> {
+        let given = std::mem::take(&mut self.given);
+        let made = self.make_ready(&views(&given));
+        self.given = given;
+        self.running = Some(Running { plan: made?, next: 0 });
         Ok(())
+    }
+
+    fn make_ready(&mut self, inputs: &[TensorView]) -> Result<Arc<Plan>> {
+        let plan = match self.cached(inputs) {
+            Some(plan) => plan,
+            None => self.new_plan(inputs)?,
+        };
+        self.memory.fit(&plan, inputs)?;
+        Ok(plan)
+    }
+
+    /// The run is over, complete or not: its outputs are gone, and inputs that belong to others are let go.
+    pub fn end(&mut self) {
+        self.running = None;
+        self.given.iter_mut().filter(|t| t.as_ref().is_some_and(|t| Arc::strong_count(t) > 1)).for_each(|t| *t = None);
     }
 
     /// Whether the run that was begun takes well below a millisecond, so that there is no point in pausing it.
@@ -351,6 +390,7 @@ impl Session {
             return Err(Error::internal("no run was begun"));
         };
         let plan = running.plan.clone();
+        let inputs = views(&self.given);
         let memory = &mut self.memory;
         let first = running.next;
         let lanes = if plan.work.is_some_and(|work| work < MIN_PARALLEL_WORK) { 1 } else { usize::MAX };
@@ -360,7 +400,7 @@ impl Session {
                     return (i, Ok(()));
                 }
                 let start = clock.map(|c| (memory.bytes_of(&plan, step.inputs.iter().flatten().copied()), c()));
-                if let Err(e) = memory.run_step(&plan, step, cx) {
+                if let Err(e) = memory.run_step(&plan, &inputs, step, cx) {
                     return (i, Err(e));
                 }
                 if cx.cancelled() {
@@ -392,13 +432,25 @@ impl Session {
 
     /// An output of the run that is complete.
     pub fn output(&self, i: usize) -> Result<TensorView<'_>> {
+        let (plan, value) = self.planned_output(i)?;
+        self.memory.view(plan, &views(&self.given), value)
+    }
+
+    /// An output of the run that is complete, to keep: in most cases without a copy. Once for each run and output.
+    pub fn keep(&mut self, i: usize) -> Result<Arc<Tensor>> {
+        let (plan, value) = self.planned_output(i)?;
+        let plan = plan.clone();
+        self.memory.keep(&plan, &views(&self.given), value)
+    }
+
+    fn planned_output(&self, i: usize) -> Result<(&Arc<Plan>, usize)> {
         let running = self.running.as_ref().ok_or_else(|| Error::internal("no run was begun"))?;
         if running.next < running.plan.steps.len() {
             return Err(Error::internal("the run is not complete"));
         }
         let value = running.plan.outputs.get(i);
         let value = value.ok_or_else(|| Error::new(ErrorCode::UnknownInput, format!("the model has no output {i}")))?;
-        self.memory.view(&running.plan, *value)
+        Ok((&running.plan, *value))
     }
 
     /// A whole run; the outputs are in the order of [`outputs`](Self::outputs).
@@ -423,7 +475,7 @@ impl Session {
     }
 
     fn check_shapes(&self, feeds: &[(&str, TensorView)]) -> Result<()> {
-        let mut symbols: smallvec::SmallVec<[(&Arc<str>, usize, &str); 8]> = smallvec::SmallVec::new();
+        let mut symbols: SmallVec<[(&Arc<str>, usize, &str); 8]> = SmallVec::new();
         for info in &self.inputs {
             let view = feed(feeds, &info.name)?;
             let name = &info.name;
@@ -463,15 +515,10 @@ impl Session {
         Ok(())
     }
 
-    fn cached(&mut self, feeds: &[(&str, TensorView)]) -> Option<Arc<Plan>> {
+    fn cached(&mut self, inputs: &[TensorView]) -> Option<Arc<Plan>> {
         let fits = |c: &Cached| {
-            self.inputs
-                .iter()
-                .zip(&c.shapes)
-                .all(|(info, dims)| feed(feeds, &info.name).is_ok_and(|view| view.dims == dims.as_slice()))
-                && c.contents.iter().all(|(i, bytes)| {
-                    feed(feeds, &self.inputs[*i].name).is_ok_and(|view| view.bytes() == bytes.as_slice())
-                })
+            inputs.iter().zip(&c.shapes).all(|(view, dims)| view.dims == dims.as_slice())
+                && c.contents.iter().all(|(i, bytes)| inputs[*i].bytes() == bytes.as_slice())
         };
         // A plan for certain elements before one for any.
         let fitting = (0..self.plans.len()).filter(|&i| fits(&self.plans[i]));
@@ -503,16 +550,14 @@ impl Session {
         Ok((decided, flags))
     }
 
-    fn new_plan(&mut self, feeds: &[(&str, TensorView)]) -> Result<Arc<Plan>> {
-        let views = self.inputs.iter().map(|info| feed(feeds, &info.name)).collect::<Result<Vec<_>>>()?;
-        let values: Vec<TensorView> = views.iter().map(|v| **v).collect();
-        let shapes: Vec<Vec<usize>> = views.iter().map(|v| v.dims.to_vec()).collect();
+    fn new_plan(&mut self, inputs: &[TensorView]) -> Result<Arc<Plan>> {
+        let shapes: Vec<Vec<usize>> = inputs.iter().map(|v| v.dims.to_vec()).collect();
         let by_flag = self.plans.iter().filter(|c| c.shapes == shapes && !c.contents.is_empty()).count();
-        let (graph, mut fixed) = self.variant(&values, by_flag < MAX_PLANS_BY_FLAG)?;
+        let (graph, mut fixed) = self.variant(inputs, by_flag < MAX_PLANS_BY_FLAG)?;
         let packed = &self.packed;
-        let (made, more) = self.pool.run(self.options.isa, |cx| plan_for(&graph, &values, packed, cx))?;
+        let (made, more) = self.pool.run(self.options.isa, |cx| plan_for(&graph, inputs, packed, cx))?;
         fixed.extend(more.into_iter().filter(|i| !fixed.contains(i)).collect::<Vec<_>>());
-        let contents = fixed.into_iter().map(|i| (i, views[i].bytes().to_vec())).collect();
+        let contents = fixed.into_iter().map(|i| (i, inputs[i].bytes().to_vec())).collect();
         let made = Arc::new(made);
         if self.plans.len() == KEPT_PLANS {
             self.plans.remove(0);
@@ -520,6 +565,11 @@ impl Session {
         self.plans.push(Cached { shapes, contents, plan: made.clone() });
         Ok(made)
     }
+}
+
+/// The inputs of a run that was begun: all of them are there.
+fn views(given: &[Option<Arc<Tensor>>]) -> SmallVec<[TensorView<'_>; 16]> {
+    given.iter().flatten().map(|t| t.view()).collect()
 }
 
 fn feed<'a, 'b>(feeds: &'b [(&str, TensorView<'a>)], name: &str) -> Result<&'b TensorView<'a>> {

@@ -8,6 +8,7 @@ use crate::fact::{Dim, Fact, Shape};
 use crate::graph::Graph;
 use crate::plan::{Plan, plan, plan_for};
 use crate::tensor::{Tensor, TensorView};
+use smallvec::SmallVec;
 use std::sync::Mutex;
 use weblane_kernels::par::Cx;
 
@@ -67,15 +68,13 @@ impl PlannedBody {
         mut take: impl FnMut(usize, TensorView) -> Result<()>,
     ) -> Result<()> {
         let mut memory = self.memory.lock().map_err(|_| Error::internal("an earlier run of the body panicked"))?;
-        memory.fit(&self.plan)?;
-        for (i, view) in inputs.enumerate() {
-            memory.set_input(&self.plan, i, &view)?;
-        }
+        let inputs: SmallVec<[TensorView; 16]> = inputs.collect();
+        memory.fit(&self.plan, &inputs)?;
         for step in &self.plan.steps {
-            memory.run_step(&self.plan, step, cx)?;
+            memory.run_step(&self.plan, &inputs, step, cx)?;
         }
         for (i, &value) in self.plan.outputs.iter().enumerate() {
-            take(i, memory.view(&self.plan, value)?)?;
+            take(i, memory.view(&self.plan, &inputs, value)?)?;
         }
         Ok(())
     }

@@ -270,13 +270,11 @@ fn run(graph: &Graph, inputs: &[Tensor]) -> Vec<Tensor> {
     with_cx(|cx| {
         let plan = plan(graph, &facts, &PackCache::default(), cx).unwrap();
         let mut memory = Memory::default();
-        memory.fit(&plan).unwrap();
-        for (i, t) in inputs.iter().enumerate() {
-            memory.set_input(&plan, i, &t.view()).unwrap();
-        }
+        let views: Vec<_> = inputs.iter().map(Tensor::view).collect();
+        memory.fit(&plan, &views).unwrap();
         for step in &plan.steps {
-            memory.run_step(&plan, step, cx).unwrap();
+            memory.run_step(&plan, &views, step, cx).unwrap();
         }
-        plan.outputs.iter().map(|&v| memory.view(&plan, v).unwrap().to_tensor().unwrap()).collect()
+        plan.outputs.iter().map(|&v| memory.view(&plan, &views, v).unwrap().to_tensor().unwrap()).collect()
     })
 }
