@@ -20,7 +20,7 @@ pub struct Memory {
     arena: Arena,
     /// `None` while a step writes it.
     results: Vec<Option<Arc<Tensor>>>,
-    dynamic: Vec<Option<Tensor>>,
+    dynamic: Vec<Option<Arc<Tensor>>>,
 }
 
 impl Memory {
@@ -40,7 +40,7 @@ impl Memory {
         self.dynamic.resize(plan.dynamic_values, None);
         for (value, view) in plan.inputs.iter().zip(inputs) {
             if let Some(Place::Dynamic(slot)) = value.map(|v| &plan.values[v].place) {
-                self.dynamic[*slot] = Some(view.to_tensor()?);
+                self.dynamic[*slot] = Some(Arc::new(view.to_tensor()?));
             }
         }
         Ok(())
@@ -60,19 +60,19 @@ impl Memory {
             Place::Input(input, range) => part_of_input(inputs, *input, range, planned),
             Place::Result(slot) => self.results[*slot].as_ref().map(|t| t.view()).ok_or_else(early),
             Place::Constant(t) => Ok(t.view()),
-            Place::Dynamic(slot) => self.dynamic[*slot].as_ref().map(Tensor::view).ok_or_else(early),
+            Place::Dynamic(slot) => self.dynamic[*slot].as_ref().map(|t| t.view()).ok_or_else(early),
         }
     }
 
     /// A value of a run that is over, to keep: without a copy if it has a tensor of its own, of which the next run then
     /// makes another.
-    pub fn keep(&mut self, plan: &Plan, inputs: &[TensorView], value: usize) -> Result<Arc<Tensor>> {
+    pub fn keep(&self, plan: &Plan, inputs: &[TensorView], value: usize) -> Result<Arc<Tensor>> {
         let own = match plan.values[value].place {
             Place::Result(slot) => self.results[slot].clone(),
-            Place::Dynamic(slot) => self.dynamic[slot].take().map(Arc::new),
+            Place::Dynamic(slot) => self.dynamic[slot].clone(),
             _ => Some(Arc::new(self.view(plan, inputs, value)?.to_tensor()?)),
         };
-        own.ok_or_else(|| Error::internal("a value is kept before it is computed, or twice"))
+        own.ok_or_else(|| Error::internal("a value is kept before it is computed"))
     }
 
     /// Bytes of a step's operands and of its results. To be asked before it runs, and after.
@@ -230,7 +230,7 @@ impl Memory {
         drop(views);
         for (&v, tensor) in step.outputs.iter().zip(tensors) {
             match plan.values[v].place {
-                Place::Dynamic(slot) => self.dynamic[slot] = Some(tensor),
+                Place::Dynamic(slot) => self.dynamic[slot] = Some(Arc::new(tensor)),
                 // Known already.
                 Place::Constant(_) => {}
                 Place::Arena(_) | Place::Input(..) | Place::Result(_) => {

@@ -436,11 +436,10 @@ impl Session {
         self.memory.view(plan, &views(&self.given), value)
     }
 
-    /// An output of the run that is complete, to keep: in most cases without a copy. Once for each run and output.
-    pub fn keep(&mut self, i: usize) -> Result<Arc<Tensor>> {
+    /// An output of the run that is complete, to keep: in most cases without a copy.
+    pub fn keep(&self, i: usize) -> Result<Arc<Tensor>> {
         let (plan, value) = self.planned_output(i)?;
-        let plan = plan.clone();
-        self.memory.keep(&plan, &views(&self.given), value)
+        self.memory.keep(plan, &views(&self.given), value)
     }
 
     fn planned_output(&self, i: usize) -> Result<(&Arc<Plan>, usize)> {

@@ -1,7 +1,9 @@
 /**
  * From what callers pass to `run` to tensors for the worker, and back.
  */
+import type { Client } from "./client.js";
 import { WeblaneError } from "./errors.js";
+import { Kept } from "./kept.js";
 import type { ValueInfo, WireTensor } from "./protocol.js";
 import {
   describe,
@@ -50,12 +52,14 @@ export interface WireFeeds {
  *
  * @param move - gives the caller's buffers away instead of copying them
  * @param spare - where copies go
+ * @param client - whose tensors may be given
  */
 export function encodeFeeds(
   infos: readonly ValueInfo[],
   feeds: Feeds,
   move: boolean,
   spare = new SpareBuffers(),
+  client?: Client,
 ): WireFeeds {
   if (typeof feeds !== "object" || feeds === null || Array.isArray(feeds) || ArrayBuffer.isView(feeds)) {
     throw new WeblaneError("invalid_input", `inputs are given as { name: value }, not as ${describe(feeds)}`);
@@ -74,8 +78,13 @@ export function encodeFeeds(
   }
   const transfer = new Set<ArrayBuffer>();
   const lent: ArrayBuffer[] = [];
+  const given: Kept[] = [];
   const inputs = infos.map((info): WireTensor => {
     const { type, dims, data } = resolveFeed(info, feeds[info.name] as Feed);
+    if (data instanceof Kept) {
+      given.push(data);
+      return { name: info.name, type, dims, data: { kept: idOf(data, info, client), last: move } };
+    }
     if (type === "string") return { name: info.name, type, dims, data: [...(data as readonly string[])] };
     const elements = data as TypedArray;
     let bytes = new Uint8Array(elements.buffer, elements.byteOffset, elements.byteLength);
@@ -96,13 +105,27 @@ export function encodeFeeds(
     }
     return { name: info.name, type, dims, data: bytes };
   });
+  if (move) for (const kept of given) kept.handOver();
   return { inputs, transfer: [...transfer], lent };
 }
 
-/** The tensor of a message. */
-export function decodeTensor({ type, dims, data }: WireTensor): Tensor {
+function idOf(kept: Kept, { name }: ValueInfo, client: Client | undefined): number {
+  const id = client && kept.idFor(client);
+  if (id !== undefined) return id;
+  throw new WeblaneError(
+    "invalid_input",
+    `input "${name}": the tensor is in the engine of another session; sessions on one Runtime can give each other theirs`,
+  );
+}
+
+/** The tensor of a message; `client` is where it came from, if it may be one that is in the engine. */
+export function decodeTensor({ type, dims, data }: WireTensor, client?: Client): Tensor {
   if (!isTensorType(type)) {
     throw new WeblaneError("unsupported_dtype", `${type} tensors have no form in JavaScript`);
+  }
+  if ("kept" in data) {
+    if (client === undefined) throw new WeblaneError("internal", "a tensor in the engine came from nowhere");
+    return Tensor.inEngine(type, dims, new Kept(client, data.kept));
   }
   return data instanceof Uint8Array && type !== "string"
     ? new Tensor(type, viewAs(type, data.buffer), dims)
@@ -112,7 +135,7 @@ export function decodeTensor({ type, dims, data }: WireTensor): Tensor {
 interface Resolved {
   readonly type: TensorType;
   readonly dims: readonly number[];
-  readonly data: TensorDataMap[TensorType];
+  readonly data: TensorDataMap[TensorType] | Kept;
 }
 
 function resolveFeed(info: ValueInfo, feed: Feed): Resolved {
@@ -121,12 +144,16 @@ function resolveFeed(info: ValueInfo, feed: Feed): Resolved {
     const data = ofModelType(info, feed, what);
     return { type: info.type, dims: inferDims(info, data.length), data };
   }
-  const { type = typeFor(info, feed.data), dims } = feed;
+  const { dims } = feed;
+  const type = feed.type ?? typeFor(info, feed.data);
   if (!isTensorType(type))
     throw new WeblaneError("unsupported_dtype", `${what}: "${type}" is not a tensor type`);
   if (type !== info.type) {
     throw new WeblaneError("type_mismatch", `${what} takes ${shape(info)}, not a tensor of type ${type}`);
   }
+  const kept = feed instanceof Tensor ? feed.kept : undefined;
+  if (kept?.released) throw new WeblaneError("disposed", `${what}: the tensor was disposed of`);
+  if (kept !== undefined) return { type, dims: [...dims], data: kept };
   const data = toData(type, feed.data, what);
   const count = elementCount(dims, `${what}: dims`);
   if (count !== data.length) {

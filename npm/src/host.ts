@@ -291,14 +291,21 @@ export class Host {
       return { model };
     },
 
-    run: ({ session, lent, ...request }, context) => {
-      const slot = this.#slot(session);
-      return this.#run(slot, request, context, (wasm, totalMs) => ({
-        outputs: slot.outputs.map((output) => takeOutput(wasm.memory, output)),
-        returned: lent,
-        nodes: request.profile ? [...slot.wasm.timings()] : [],
-        totalMs,
-      }));
+    run: async ({ session, lent, keep = [], ...request }, context) => {
+      try {
+        const slot = this.#slot(session);
+        return await this.#run(slot, request, context, (wasm, totalMs) => ({
+          outputs: [
+            ...slot.outputs.map((output) => takeOutput(wasm.memory, output)),
+            ...keep.map((name) => keepOutput(slot.wasm, name)),
+          ],
+          returned: lent,
+          nodes: request.profile ? [...slot.wasm.timings()] : [],
+          totalMs,
+        }));
+      } finally {
+        this.#releaseLast(request.inputs);
+      }
     },
 
     mail: async ({ session, mailbox: init }, context) => {
@@ -367,6 +374,16 @@ export class Host {
       return this.#guard(() => ({ model: quantizer.model(), report: quantizer.report() }));
     },
 
+    read: async ({ kept }) => {
+      const wasm = await this.#started;
+      return this.#guard(() => takeOutput(wasm.memory, wasm.readKept(kept)));
+    },
+
+    release: async ({ kept }) => {
+      this.#release(kept);
+      return undefined;
+    },
+
     memory: async () => (await this.#started).memory.buffer.byteLength,
 
     close: async ({ session }) => {
@@ -418,6 +435,15 @@ export class Host {
         if (!this.#broken && !slot.closed) this.#guard(() => run.end());
       }
     });
+  }
+
+  /** Lets go of the inputs of a run that nobody wants after it. */
+  #releaseLast(inputs: readonly WireTensor[]): void {
+    for (const { data } of inputs) if ("kept" in data && data.last) this.#release(data.kept);
+  }
+
+  #release(kept: number): void {
+    if (!this.#broken) this.#guard(() => this.#wasm?.releaseKept(kept));
   }
 
   /** Waits a moment for the page to ask for another run, when runs come in a row. */
@@ -642,8 +668,12 @@ function fits({ name, type, dims, data }: WireTensor, place: Given | undefined):
   );
 }
 
-/** Announces one input; strings go over at once and have no place. */
+/** Announces one input; strings go over at once and have no place here, nor has what is in the module already. */
 function giveInput(run: WasmSession, { name, type, dims, data }: WireTensor): Given | undefined {
+  if ("kept" in data) {
+    run.inputKept(name, data.kept);
+    return undefined;
+  }
   const sizes = Uint32Array.from(dims);
   if (!(data instanceof Uint8Array)) {
     run.inputStrings(name, sizes, data);
@@ -657,6 +687,11 @@ function takeOutput(memory: WebAssembly.Memory, output: WasmOutput): WireTensor 
   return { name, type, dims, data: strings ?? new Uint8Array(memory.buffer, ptr, len).slice() };
 }
 
+function keepOutput(run: WasmSession, output: string): WireTensor {
+  const { name, type, dims, id } = run.keep(output);
+  return { name, type, dims, data: { kept: id } };
+}
+
 /** Buffers of a method's result that move to the page. */
 function transferables(method: Method, result: Out<Method>): Transferable[] {
   if (method === "run") {
@@ -665,6 +700,7 @@ function transferables(method: Method, result: Out<Method>): Transferable[] {
   }
   if (method === "push") return result === undefined ? [] : [result as ArrayBuffer];
   if (method === "quantize") return [(result as Out<"quantize">).model.buffer];
+  if (method === "read") return large([result as Out<"read">]);
   return method === "mail" ? large((result as Out<"mail">) ?? []) : [];
 }
 

@@ -89,7 +89,14 @@ export interface WireTensor {
   readonly name: string;
   readonly type: TensorType;
   readonly dims: readonly number[];
-  readonly data: Uint8Array | readonly string[];
+  readonly data: Uint8Array | readonly string[] | KeptRef;
+}
+
+/** The place of elements that are in the engine. */
+export interface KeptRef {
+  readonly kept: number;
+  /** The run that takes it is the last that wants it. */
+  readonly last?: boolean;
 }
 
 /** Two 32-bit words in shared memory, by address in bytes, that stop a run even in the middle of a kernel. */
@@ -238,8 +245,10 @@ export interface Protocol {
       readonly inputs: readonly WireTensor[];
       /** Buffers of inputs that the page made for this call and wants back. */
       readonly lent: readonly ArrayBuffer[];
-      /** Names of the wanted outputs; all when absent. */
+      /** Names of the outputs that come to the page; all when absent. */
       readonly outputs?: readonly string[] | undefined;
+      /** Names of outputs that stay in the engine; they are none of `outputs`. */
+      readonly keep?: readonly string[] | undefined;
       readonly profile: boolean;
       readonly progress: boolean;
     };
@@ -273,6 +282,10 @@ export interface Protocol {
     out: { readonly model: Uint8Array<ArrayBuffer>; readonly report: QuantizeReport };
     progress: QuantizeProgress;
   };
+  /** The elements of a tensor that is in the engine. */
+  read: { in: { readonly kept: number }; out: WireTensor; progress: never };
+  /** Lets go of a tensor that is in the engine. */
+  release: { in: { readonly kept: number }; out: undefined; progress: never };
   /** Bytes of WebAssembly memory. */
   memory: { in: undefined; out: number; progress: never };
   /** Frees a session. */

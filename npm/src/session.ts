@@ -58,10 +58,23 @@ export interface RunOptions {
   readonly timeout?: number | undefined;
   /** Names of the wanted outputs; all by default. */
   readonly outputs?: readonly string[] | undefined;
-  /** Gives the inputs' buffers to the worker instead of copying them; the caller's arrays are empty afterwards. */
+  /**
+   * Gives the inputs' buffers to the worker instead of copying them; the caller's arrays are empty afterwards. Inputs that
+   * are in the engine are freed after the run.
+   */
   readonly transfer?: boolean | undefined;
   /** Hears how far a long run has come. */
   readonly onProgress?: ((progress: RunProgress) => void) | undefined;
+  /**
+   * Names of outputs that stay in the engine, for inputs of later runs: the caches of a decoder, the output of an encoder.
+   * They come, beside those that `outputs` names, as tensors without elements here ({@link Tensor.location}). A run that
+   * takes them as inputs copies nothing, and with `transfer` it frees them.
+   *
+   * ```ts
+   * const { logits, ...present } = await session.run({ input_ids, ...past }, { keep: caches, transfer: true });
+   * ```
+   */
+  readonly keep?: readonly string[] | undefined;
   /** Measures every node: the run gives a {@link Profile}, whose `outputs` are what it gives otherwise. */
   readonly profile?: boolean | undefined;
 }
@@ -168,7 +181,7 @@ export class Session {
   run(feeds: Feeds, options?: RunOptions): Promise<Record<string, Tensor> | Profile>;
   async run(feeds: Feeds, options: RunOptions = {}): Promise<Record<string, Tensor> | Profile> {
     if (options.profile === true) return this.profile(feeds, options);
-    return tensors((await this.#run(feeds, options, false)).outputs);
+    return this.#tensors((await this.#run(feeds, options, false)).outputs);
   }
 
   /**
@@ -177,7 +190,7 @@ export class Session {
    */
   async profile(feeds: Feeds, options: RunOptions = {}): Promise<Profile> {
     const reply = await this.#run(feeds, options, true);
-    return { outputs: tensors(reply.outputs), totalMs: reply.totalMs, nodes: reply.nodes };
+    return { outputs: this.#tensors(reply.outputs), totalMs: reply.totalMs, nodes: reply.nodes };
   }
 
   /** Facts about the model, the WebAssembly build and the memory. */
@@ -204,11 +217,11 @@ export class Session {
   async #run(feeds: Feeds, options: RunOptions, profile: true): Promise<Out<"run">>;
   async #run(feeds: Feeds, options: RunOptions, profile: boolean): Promise<Pick<Out<"run">, "outputs">> {
     if (this.#disposed) throw disposed();
-    const { signal, timeout, outputs, transfer = false, onProgress } = options;
+    const { signal, timeout, outputs, keep = [], transfer = false, onProgress } = options;
     if (timeout !== undefined && !(typeof timeout === "number" && timeout >= 0)) {
       throw new WeblaneError("invalid_option", `timeout must be a number of milliseconds, not ${timeout}`);
     }
-    for (const name of outputs ?? []) {
+    for (const name of [...(outputs ?? []), ...keep]) {
       if (!this.outputs.some((output) => output.name === name)) {
         throw new WeblaneError(
           "unknown_input",
@@ -218,10 +231,18 @@ export class Session {
     }
     // An aborted run must not take the caller's buffers.
     if (signal?.aborted) throw abortError(signal, "the run");
-    const wire = encodeFeeds(this.inputs, feeds, transfer, this.#spare);
+    const { client } = this.#engine;
+    const wire = encodeFeeds(this.inputs, feeds, transfer, this.#spare, client);
     const call: CallOptions<"run"> = { transfer: wire.transfer, signal, timeout, onProgress };
     const { inputs, lent } = wire;
-    const plain = !profile && !transfer && (outputs ?? signal ?? timeout ?? onProgress) === undefined;
+    const plain =
+      !profile &&
+      !transfer &&
+      keep.length === 0 &&
+      (outputs ?? signal ?? timeout ?? onProgress) === undefined;
+    const kept = new Set(keep);
+    const names = outputs ?? this.outputs.map(({ name }) => name);
+    const here = kept.size === 0 ? outputs : names.filter((name) => !kept.has(name));
     // The mailbox has room for one run; those that overlap with it must not come before it either.
     const mails = plain && this.#running === 0;
     this.#running++;
@@ -230,9 +251,10 @@ export class Session {
         const mailed = this.#mail(inputs);
         if (mailed !== undefined) return { outputs: await mailed };
       }
-      const reply = await this.#engine.client.call(
+      const progress = onProgress !== undefined;
+      const reply = await client.call(
         "run",
-        { session: this.#id, inputs, lent, outputs, profile, progress: onProgress !== undefined },
+        { session: this.#id, inputs, lent, outputs: here, keep: [...kept], profile, progress },
         call,
       );
       this.#spare.put(reply.returned);
@@ -240,6 +262,13 @@ export class Session {
     } finally {
       this.#running--;
     }
+  }
+
+  #tensors(outputs: readonly WireTensor[]): Record<string, Tensor> {
+    // No prototype: a model may call an output "constructor".
+    const named: Record<string, Tensor> = Object.create(null);
+    for (const output of outputs) named[output.name] = decodeTensor(output, this.#engine.client);
+    return named;
   }
 
   /** A run through the mailbox, for inputs that can go there. */
@@ -271,13 +300,6 @@ export class Session {
 
 function disposed(): WeblaneError {
   return new WeblaneError("disposed", "the session was disposed of");
-}
-
-function tensors(outputs: readonly WireTensor[]): Record<string, Tensor> {
-  // No prototype: a model may call an output "constructor".
-  const named: Record<string, Tensor> = Object.create(null);
-  for (const output of outputs) named[output.name] = decodeTensor(output);
-  return named;
 }
 
 function checkLoadOptions({ optimize, precision, runtime, threads, variant, wasmPaths }: LoadOptions): void {

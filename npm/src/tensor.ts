@@ -3,6 +3,7 @@
  */
 import { WeblaneError } from "./errors.js";
 import { encodeFloat16, float16Array, type HalfArray, isFloat16Array } from "./half.js";
+import { Kept } from "./kept.js";
 
 /** The array class that holds the elements of each tensor type. */
 export interface TensorDataMap {
@@ -222,16 +223,17 @@ function article(name: string): string {
  * new Tensor("float32", [1, 2, 3, 4, 5, 6], [2, 3]);
  * new Tensor(new BigInt64Array([101n, 102n]), [1, 2]);
  * ```
+ *
+ * Its elements are here, or, of an output that a run was told to `keep`, in the engine.
  */
 export class Tensor<T extends TensorType = TensorType> {
   /** Element type. */
   readonly type: T;
-  /** Elements, in row-major order. */
-  readonly data: TensorDataMap[T];
   /** Size along each axis; empty for a scalar. */
   readonly dims: readonly number[];
   /** Number of elements. */
   readonly size: number;
+  readonly #elements: TensorDataMap[T] | Kept;
 
   /**
    * A tensor of the given type.
@@ -259,19 +261,69 @@ export class Tensor<T extends TensorType = TensorType> {
     } else {
       [type, data, dims] = [inferType(a), a, b];
     }
-    const elements = toData(type, data);
-    const shape = dims === undefined ? [elements.length] : (dims as readonly number[]);
+    const elements = data instanceof Kept ? data : toData(type, data);
+    const length = elements instanceof Kept ? undefined : elements.length;
+    const shape = (dims ?? [length]) as readonly number[];
     const count = elementCount(shape);
-    if (count !== elements.length) {
+    if (length !== undefined && count !== length) {
       throw new WeblaneError(
         "shape_mismatch",
-        `a tensor with dims [${shape.join(", ")}] has ${count} elements, data has ${elements.length}`,
+        `a tensor with dims [${shape.join(", ")}] has ${count} elements, data has ${length}`,
       );
     }
     this.type = type as T;
-    this.data = elements as TensorDataMap[T];
+    this.#elements = elements as TensorDataMap[T] | Kept;
     this.dims = Object.freeze([...shape]);
     this.size = count;
+  }
+
+  /** @internal A tensor whose elements are in the engine. */
+  static inEngine(type: TensorType, dims: readonly number[], kept: Kept): Tensor {
+    return new Tensor(type, kept as unknown as PlainValues, dims);
+  }
+
+  /** @internal The place of elements that are in the engine. */
+  get kept(): Kept | undefined {
+    return this.#elements instanceof Kept ? this.#elements : undefined;
+  }
+
+  /**
+   * Elements, in row-major order.
+   *
+   * @throws WeblaneError `invalid_input` when they are in the engine: {@link Tensor.getData} fetches them
+   */
+  get data(): TensorDataMap[T] {
+    if (!(this.#elements instanceof Kept)) return this.#elements;
+    throw new WeblaneError(
+      "invalid_input",
+      `the elements of this ${this.type}[${this.dims.join(", ")}] tensor are in the engine; await getData() fetches them`,
+    );
+  }
+
+  /** Where the elements are: on the page, in the engine, or nowhere any more. */
+  get location(): "page" | "engine" | "none" {
+    if (!(this.#elements instanceof Kept)) return "page";
+    return this.#elements.released ? "none" : "engine";
+  }
+
+  /**
+   * The elements, copied from the engine when they are there.
+   *
+   * @throws WeblaneError `disposed` when they are gone
+   */
+  async getData(): Promise<TensorDataMap[T]> {
+    if (!(this.#elements instanceof Kept)) return this.#elements;
+    const { data } = await this.#elements.read();
+    const bytes = data instanceof Uint8Array && this.type !== "string";
+    return (bytes ? viewAs(this.type as Numeric, data.buffer) : data) as TensorDataMap[T];
+  }
+
+  /**
+   * Frees elements that are in the engine, which otherwise happens some time after nobody holds the tensor any more. Those
+   * that are here stay.
+   */
+  dispose(): void {
+    if (this.#elements instanceof Kept) this.#elements.release();
   }
 }
 

@@ -26,6 +26,14 @@ export interface WasmOutput {
   readonly strings?: readonly string[] | undefined;
 }
 
+/** An output that stays in the module; `id` names it from now on. */
+export interface WasmKept {
+  readonly name: string;
+  readonly type: TensorType;
+  readonly dims: readonly number[];
+  readonly id: number;
+}
+
 /** Takes a model and its external data. */
 export interface WasmFiles {
   /** How long the model file will be, where that is known. Comes before the first bytes. */
@@ -66,6 +74,8 @@ export interface WasmSession extends WasmFiles {
   input(name: string, type: TensorType, dims: Uint32Array, byteLength: number): number;
   /** A string input of the next run. */
   inputStrings(name: string, dims: Uint32Array, values: readonly string[]): void;
+  /** An input of the next run that was kept in this module. */
+  inputKept(name: string, id: number): void;
   /**
    * Begins a run over the inputs given since the last one, or, when there were none, over those of the last one: their
    * addresses stay.
@@ -81,6 +91,8 @@ export interface WasmSession extends WasmFiles {
   outputsChanged(): boolean;
   /** Outputs of the finished run, in the order asked for. */
   outputs(): readonly WasmOutput[];
+  /** Keeps an output of the finished run in the module. */
+  keep(name: string): WasmKept;
   /** Times of the finished run, when `begin` asked for them. */
   timings(): readonly NodeTiming[];
   /** Ends a run, finished or not. */
@@ -99,6 +111,10 @@ export interface Wasm {
   startHelpers(count: number): Promise<void>;
   readonly WasmSession: new (options: EngineOptions) => WasmSession;
   readonly WasmQuantizer: new (options: QuantizerOptions) => WasmQuantizer;
+  /** A tensor that was kept; its address holds until the next call. */
+  readKept(id: number): WasmOutput;
+  /** Lets go of a tensor that was kept, if it is still there. */
+  releaseKept(id: number): void;
   version(): string;
   /** Address of the word that stops a run when the page sets it. */
   stopWord(): number;
@@ -115,6 +131,8 @@ export interface Glue {
   }>;
   readonly WasmSession: Wasm["WasmSession"];
   readonly WasmQuantizer: Wasm["WasmQuantizer"];
+  readonly readKept: Wasm["readKept"];
+  readonly releaseKept: Wasm["releaseKept"];
   readonly version: Wasm["version"];
   readonly stopWord: Wasm["stopWord"];
   readonly runningWord: Wasm["runningWord"];

@@ -95,6 +95,8 @@ const host = new Host({
       },
       WasmSession: glue.WasmSession,
       WasmQuantizer: glue.WasmQuantizer,
+      readKept: glue.readKept,
+      releaseKept: glue.releaseKept,
       version: glue.version,
       stopWord: glue.stopWord,
       runningWord: glue.runningWord,

@@ -10,7 +10,7 @@ mod quantize;
 use external::Externals;
 use failure::Failure;
 use serde::{Deserialize, Serialize};
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -28,6 +28,30 @@ pub use wasm_bindgen_rayon::init_thread_pool;
 thread_local! {
     // One per module: its helpers occupy the workers of the global rayon pool, and all sessions share it.
     static POOL: OnceCell<Arc<Pool>> = const { OnceCell::new() };
+    // Outputs that the page wants to stay here, by number. Any session may take them as inputs.
+    static KEPT: RefCell<Kept> = const { RefCell::new(Kept { last: 0, tensors: BTreeMap::new() }) };
+}
+
+struct Kept {
+    last: u32,
+    tensors: BTreeMap<u32, Arc<Tensor>>,
+}
+
+fn kept(id: u32) -> Result<Arc<Tensor>, JsValue> {
+    let found = KEPT.with_borrow(|kept| kept.tensors.get(&id).cloned());
+    found.ok_or_else(|| throw(Error::invalid_input("the tensor is not in the engine any more")))
+}
+
+/// What a tensor that was kept is and where it lies; its address holds until the next call.
+#[wasm_bindgen(js_name = readKept)]
+pub fn read_kept(id: u32) -> Result<JsValue, JsValue> {
+    describe_output("", &kept(id)?.view())
+}
+
+/// Lets go of a tensor that was kept, if it is still there.
+#[wasm_bindgen(js_name = releaseKept)]
+pub fn release_kept(id: u32) {
+    KEPT.with_borrow_mut(|kept| kept.tensors.remove(&id));
 }
 
 fn pool() -> Arc<Pool> {
@@ -165,6 +189,15 @@ struct JsOutput<'a> {
     strings: Option<&'a [String]>,
 }
 
+/// See `WasmKept` in `npm/src/wasm.ts`.
+#[derive(Serialize)]
+struct JsKept<'a> {
+    name: &'a str,
+    r#type: &'static str,
+    dims: &'a [usize],
+    id: u32,
+}
+
 enum Stage {
     Reading(Loader),
     Collecting {
@@ -178,7 +211,7 @@ enum Stage {
 
 struct Input {
     name: String,
-    tensor: Tensor,
+    tensor: Arc<Tensor>,
     /// Whether the next run uses it; the storage stays for later runs of the same shape.
     given: bool,
 }
@@ -197,6 +230,8 @@ struct Place {
 pub struct WasmSession {
     stage: Stage,
     inputs: Vec<Input>,
+    /// Inputs of the next run that are in the engine already.
+    kept: Vec<(String, Arc<Tensor>)>,
     /// Indices of the outputs that the run's caller wants.
     wanted: Vec<usize>,
     /// Where the outputs were after the last run that somebody asked about, unless there were strings among them.
@@ -231,6 +266,7 @@ impl WasmSession {
         Ok(WasmSession {
             stage: Stage::Reading(Loader::new(options)),
             inputs: Vec::new(),
+            kept: Vec::new(),
             wanted: Vec::new(),
             places: Vec::new(),
             ended: false,
@@ -317,20 +353,33 @@ impl WasmSession {
             throw(Error::unsupported_dtype(format!("the input \"{name}\": \"{dtype}\" is not an element type")))
         })?;
         self.forget_given();
-        let known = self.inputs.iter().position(|i| i.name == name);
-        let fits = |i: &usize| self.inputs[*i].tensor.dtype() == dtype && self.inputs[*i].tensor.dims() == dims;
-        let at = match known.filter(fits) {
+        let known = self.inputs.iter_mut().position(|i| {
+            // One that somebody holds is not to be written.
+            i.name == name
+                && i.tensor.dtype() == dtype
+                && i.tensor.dims() == dims
+                && Arc::get_mut(&mut i.tensor).is_some()
+        });
+        let at = match known {
             Some(at) => at,
             None => self.set_input(name, Tensor::zeros(dtype, &dims).map_err(throw)?),
         };
         let input = &mut self.inputs[at];
-        let bytes = input.tensor.bytes_mut();
+        let bytes = Arc::get_mut(&mut input.tensor).ok_or_else(|| out_of_turn("input"))?.bytes_mut();
         if bytes.len() != byte_length {
             let message = format!("the input \"{name}\" takes {} bytes, {byte_length} were given", bytes.len());
             return Err(throw(Error::invalid_input(message)));
         }
         input.given = true;
         Ok(bytes.as_mut_ptr() as usize)
+    }
+
+    /// A tensor that was kept as an input of the next run.
+    #[wasm_bindgen(js_name = inputKept)]
+    pub fn input_kept(&mut self, name: &str, id: u32) -> Result<(), JsValue> {
+        self.forget_given();
+        self.kept.push((name.to_owned(), kept(id)?));
+        Ok(())
     }
 
     /// A string input of the next run.
@@ -353,11 +402,7 @@ impl WasmSession {
             None => self.wanted.extend(0..session.outputs().len()),
             Some(names) => {
                 for name in names {
-                    let at = session.outputs().iter().position(|o| o.name == name).ok_or_else(|| {
-                        let message = format!("the model has no output \"{name}\"");
-                        throw(Error::new(ErrorCode::UnknownInput, message))
-                    })?;
-                    self.wanted.push(at);
+                    self.wanted.push(output_named(session, &name)?);
                 }
             }
         }
@@ -368,9 +413,9 @@ impl WasmSession {
         self.done = 0;
         self.total = 0;
         session.pool().cancel_flag().reset();
-        let feeds: Vec<(&str, TensorView<'_>)> =
-            self.inputs.iter().filter(|i| i.given).map(|i| (i.name.as_str(), i.tensor.view())).collect();
-        session.begin(&feeds).map_err(throw)
+        let given = self.inputs.iter().filter(|i| i.given).map(|i| (i.name.as_str(), i.tensor.clone()));
+        let kept = self.kept.iter().map(|(name, tensor)| (name.as_str(), tensor.clone()));
+        session.begin_with(&given.chain(kept).collect::<Vec<_>>()).map_err(throw)
     }
 
     /// Executes nodes until all are done (true) or `budget_ms` have passed (false); at least one, and all of a brief run.
@@ -429,19 +474,20 @@ impl WasmSession {
     /// The outputs of the finished run that were asked for. Their addresses hold until the next call.
     pub fn outputs(&self) -> Result<Vec<JsValue>, JsValue> {
         let Stage::Ready(session) = &self.stage else { return Err(out_of_turn("outputs")) };
-        let output = |&at: &usize| {
-            let view = session.output(at).map_err(throw)?;
-            let (bytes, strings) = (view.bytes(), view.strings());
-            to_js(&JsOutput {
-                name: &session.outputs()[at].name,
-                r#type: view.dtype.as_str(),
-                dims: view.dims,
-                ptr: bytes.as_ptr() as usize,
-                len: bytes.len(),
-                strings,
-            })
-        };
+        let output = |&at: &usize| describe_output(&session.outputs()[at].name, &session.output(at).map_err(throw)?);
         self.wanted.iter().map(output).collect()
+    }
+
+    /// Keeps an output of the finished run here, where it outlasts the run and the session.
+    pub fn keep(&self, name: &str) -> Result<JsValue, JsValue> {
+        let Stage::Ready(session) = &self.stage else { return Err(out_of_turn("keep")) };
+        let tensor = session.keep(output_named(session, name)?).map_err(throw)?;
+        let id = KEPT.with_borrow_mut(|kept| {
+            kept.last = kept.last.wrapping_add(1);
+            kept.tensors.insert(kept.last, tensor.clone());
+            kept.last
+        });
+        to_js(&JsKept { name, r#type: tensor.dtype().as_str(), dims: tensor.dims(), id })
     }
 
     /// Times of the finished run, when [`begin`](Self::begin) asked for them.
@@ -453,6 +499,10 @@ impl WasmSession {
     pub fn end(&mut self) {
         self.ended = true;
         self.timings.clear();
+        self.kept.clear();
+        if let Stage::Ready(session) = &mut self.stage {
+            session.end();
+        }
     }
 }
 
@@ -461,11 +511,13 @@ impl WasmSession {
     fn forget_given(&mut self) {
         if std::mem::take(&mut self.ended) {
             self.inputs.iter_mut().for_each(|i| i.given = false);
+            self.kept.clear();
         }
     }
 
     /// Puts a tensor in the place of an input's former one.
     fn set_input(&mut self, name: &str, tensor: Tensor) -> usize {
+        let tensor = Arc::new(tensor);
         match self.inputs.iter().position(|i| i.name == name) {
             Some(at) => {
                 self.inputs[at].tensor = tensor;
@@ -477,6 +529,26 @@ impl WasmSession {
             }
         }
     }
+}
+
+fn output_named(session: &Session, name: &str) -> Result<usize, JsValue> {
+    session
+        .outputs()
+        .iter()
+        .position(|o| o.name == name)
+        .ok_or_else(|| throw(Error::new(ErrorCode::UnknownInput, format!("the model has no output \"{name}\""))))
+}
+
+fn describe_output(name: &str, view: &TensorView) -> Result<JsValue, JsValue> {
+    let (bytes, strings) = (view.bytes(), view.strings());
+    to_js(&JsOutput {
+        name,
+        r#type: view.dtype.as_str(),
+        dims: view.dims,
+        ptr: bytes.as_ptr() as usize,
+        len: bytes.len(),
+        strings,
+    })
 }
 
 fn out_of_turn(method: &str) -> JsValue {

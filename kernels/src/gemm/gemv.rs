@@ -1,8 +1,12 @@
-//! One row times a matrix: bound by reading B, so nothing is packed and several panels stream at once.
+//! One row times a matrix: bound by reading B, so nothing is packed.
 //!
 //! ```text
-//! for groups of G panels (packed) or G*NRV vectors of columns (row-major)
-//!     acc[0..G*NRV] = 0
+//! for panels of NRV vectors of columns (packed)
+//!     acc[0..R][0..NRV] = 0
+//!     for p in 0..k: acc[p mod R] += splat(a[p]) * B[p, columns]
+//!     c = sum of acc[0..R]
+//! for groups of G vectors of columns (row-major)
+//!     acc[0..G] = 0
 //!     for p in 0..k: acc += splat(a[p]) * B[p, columns]
 //! for 4 columns (B stored transposed)
 //!     acc[0..4] = 0
@@ -15,7 +19,7 @@ use super::{Activate, Matrix, OutPtr, Rhs, clamp, part, split_activation, table}
 use crate::epilogue::Epilogue;
 use crate::nbits;
 use crate::par::Cx;
-use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Simd, dispatch};
 use core::ops::Range;
 
 /// Vectors of columns that are summed side by side: enough chains to hide the latency of a multiply-add.
@@ -35,12 +39,6 @@ pub(super) fn supports(b: &Rhs<'_>) -> bool {
     }
 }
 
-/// Vectors of the panels of packed B that are multiplied together: as many whole panels as `VECTORS` hold.
-const fn whole_panels(isa: Isa) -> usize {
-    let nrv = table::tile(isa).nrv;
-    VECTORS / nrv * nrv
-}
-
 /// `c = activation(a b + bias + residual)` for one row `a`; shapes were checked. For weights of few bits it is a row that
 /// [`NBits::with_ready`](crate::nbits::NBits::with_ready) made.
 pub(super) fn gemv(cx: &Cx<'_>, a: &[f32], b: Rhs<'_>, epilogue: &Epilogue<'_>, c: &mut [f32]) {
@@ -52,7 +50,7 @@ pub(super) fn gemv(cx: &Cx<'_>, a: &[f32], b: Rhs<'_>, epilogue: &Epilogue<'_>, 
     };
     // Units of whole groups: which columns share a group does not depend on the cut.
     let unit = match b {
-        Rhs::Packed(_) => whole_panels(isa) * isa.lanes(),
+        Rhs::Packed(_) => table::panel_width(isa),
         Rhs::Plain(b) if b.col_stride == 1 => VECTORS * isa.lanes(),
         Rhs::Plain(_) => COLUMNS,
         Rhs::Bits(_) => nbits::STRIPS * isa.lanes(),
@@ -94,59 +92,53 @@ impl Kernel for Gemv<'_> {
     }
 }
 
-/// Panels of packed B.
+/// Panels of packed B, one after the other: a single stream of addresses. Four panels side by side, whose sums need no
+/// addition at the end, took a quarter longer where B does not fit into the caches.
 #[cfg_attr(target_arch = "wasm32", inline(never))]
 #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
 fn packed<S: Simd>(s: S, a: &[f32], b: &[f32], n: usize, columns: Range<usize>, out: &mut [f32]) {
     let k = a.len();
-    let nrv = const { table::tile(S::ISA).nrv };
-    let nr = nrv * S::LANES;
-    let mut j = columns.start;
-    while j < columns.end {
-        let vectors = const { whole_panels(S::ISA) };
-        let group = vectors * S::LANES;
-        let at = j - columns.start;
-        if j + group <= columns.end {
-            let mut acc = [s.splat(0.0); VECTORS];
-            // Vector v of the group: panel j / nr + v / nrv, at (v % nrv) * LANES of each of its rows.
-            let panels = &b[j * k..][..group * k];
-            for (p, &x) in a.iter().enumerate() {
-                let x = s.splat(x);
-                for (v, acc) in acc.iter_mut().enumerate().take(vectors) {
-                    // SAFETY: (v / nrv) * nr * k + p * nr + (v % nrv) * LANES + LANES <= group * k.
-                    let y =
-                        unsafe { s.load_ptr(panels.as_ptr().add((v / nrv) * nr * k + p * nr + (v % nrv) * S::LANES)) };
-                    *acc = s.mul_add(x, y, *acc);
-                }
-            }
-            for (v, acc) in acc.into_iter().enumerate().take(vectors) {
-                s.store(&mut out[at + v * S::LANES..], acc);
-            }
-            j += group;
-        } else {
-            // One panel, or what there is of it.
-            let cols = nr.min(n - j);
-            let width = cols.next_multiple_of(S::LANES);
-            let panel = &b[j * k..][..width * k];
-            let vectors = width / S::LANES;
-            for v in 0..vectors {
-                let mut acc = [s.splat(0.0); 2];
-                let mut p = 0;
-                while p + 2 <= k {
-                    for (u, acc) in acc.iter_mut().enumerate() {
-                        let y = s.load(&panel[(p + u) * width + v * S::LANES..]);
-                        *acc = s.mul_add(s.splat(a[p + u]), y, *acc);
-                    }
-                    p += 2;
-                }
-                if p < k {
-                    acc[0] = s.mul_add(s.splat(a[p]), s.load(&panel[p * width + v * S::LANES..]), acc[0]);
-                }
-                let end = cols.min((v + 1) * S::LANES);
-                s.store_partial(&mut out[at + v * S::LANES..at + end], s.add(acc[0], acc[1]));
-            }
-            j += nr;
+    let nr = const { table::tile(S::ISA).nrv * S::LANES };
+    for j in columns.clone().step_by(nr) {
+        let width = nr.min((n - j).next_multiple_of(S::LANES));
+        let panel = &b[j * k..][..width * k];
+        let end = columns.end.min(j + width);
+        let out = &mut out[j - columns.start..end - columns.start];
+        match width / S::LANES {
+            1 => one_panel::<S, 1>(s, a, panel, out),
+            2 => one_panel::<S, 2>(s, a, panel, out),
+            3 => one_panel::<S, 3>(s, a, panel, out),
+            vectors => unreachable!("panel of {vectors} vectors"),
         }
+    }
+}
+
+/// A panel of `NV` vectors. Rows of it that follow each other have sums of their own, for as many chains as `VECTORS`.
+#[inline(always)]
+fn one_panel<S: Simd, const NV: usize>(s: S, a: &[f32], panel: &[f32], out: &mut [f32]) {
+    /// Most rows side by side.
+    const ROWS: usize = 4;
+    let rows = const { if VECTORS / NV < ROWS { VECTORS / NV } else { ROWS } };
+    let width = NV * S::LANES;
+    let mut acc = [[s.splat(0.0); NV]; ROWS];
+    let (blocks, xs) = (panel.chunks_exact(rows * width), a.chunks_exact(rows));
+    let (last, last_xs) = (blocks.remainder(), xs.remainder());
+    for (block, x) in blocks.zip(xs) {
+        for (u, acc) in acc.iter_mut().enumerate().take(rows) {
+            let x = s.splat(x[u]);
+            for (v, acc) in acc.iter_mut().enumerate() {
+                *acc = s.mul_add(x, s.load(&block[u * width + v * S::LANES..]), *acc);
+            }
+        }
+    }
+    for (row, &x) in last.chunks_exact(width).zip(last_xs) {
+        for (v, acc) in acc[0].iter_mut().enumerate() {
+            *acc = s.mul_add(s.splat(x), s.load(&row[v * S::LANES..]), *acc);
+        }
+    }
+    for (v, out) in out.chunks_mut(S::LANES).enumerate().take(NV) {
+        let sum = s.add(s.add(acc[0][v], acc[1][v]), s.add(acc[2][v], acc[3][v]));
+        s.store_partial(out, sum);
     }
 }
 
