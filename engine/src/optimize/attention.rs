@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! scores = q kᵀ * factor                    the factor on the product, on q, on k or on both
-//! scores = scores + mask                    or Where(condition, number, scores), or the sum of two masks
+//! scores = scores + mask                    or Where(condition, number, scores), or two of them
 //! y = softmax(scores) v                     zeros for rows of NaN, if the model says so
 //! ```
 //!
@@ -66,12 +66,17 @@ fn patterns() -> (Pattern, Pattern) {
         |x: Pattern, times: &'static str, over: &'static str| any([&x * constant(times), &x / constant(over), x]);
     let qk = product_of(scaled(var("q"), "q times", "q over"), scaled(var("k"), "k times", "k over"));
     let scores = scaled(qk.named("scores"), "times", "over");
+    let hidden = op("Where", [var("hidden"), constant("fill"), scores.clone()]);
+    let visible = op("Where", [var("visible"), scores.clone(), constant("fill")]);
     let masked = any([
         // T5 and MPNet: a bias of positions beside the mask.
         (&scores + var("bias")) + var("mask"),
+        // GPT-2: what lies ahead, and then what is padding.
+        &hidden + var("mask"),
+        &visible + var("mask"),
         &scores + var("mask"),
-        op("Where", [var("hidden"), constant("fill"), scores.clone()]),
-        op("Where", [var("visible"), scores.clone(), constant("fill")]),
+        hidden,
+        visible,
         scores,
     ]);
     let softmax = op_if(&["Softmax"], [masked], |view, node| along_last_axis(view, node).unwrap_or(false));
@@ -307,34 +312,51 @@ fn mask(view: &View, found: &Match, wanted: &[Dim; 4], flat: bool) -> Result<Mas
         true => Operand::Computed(Unsqueeze { axes: Some(vec![1]) }.into(), vec![mask]),
         false => mask,
     };
-    if let Some(mask) = found.get("mask") {
-        let fits = |id| view.is_f32(id) && covered(id);
-        let operand = match found.get("bias") {
-            None => placed(mask, mask.into()),
-            // Layers that share both share the sum.
-            Some(bias) if fits(bias) && !flat => {
-                let sum: Op = Arithmetic::new("Add", Function::Kernel(Binary::Add)).into();
-                Operand::Computed(sum, vec![bias.into(), mask.into()])
+    let condition = match (found.get("hidden"), found.get("visible")) {
+        (Some(c), _) => Some((c, true)),
+        (None, c) => c.map(|c| (c, false)),
+    };
+    // What the condition adds to scores instead of taking their place.
+    let chosen = match condition {
+        None => None,
+        Some((condition, hides)) => {
+            let (Some(fill), true) = (found.scalar("fill").filter(|f| *f < 0.0), covered(condition)) else {
+                return Ok(Masking::Other);
+            };
+            let numbers = if hides { [fill, 0.0] } else { [0.0, fill] };
+            let mut operands: Vec<Operand> = vec![condition.into()];
+            for number in numbers {
+                operands.push(Operand::Constant(Tensor::scalar(number)?));
             }
-            Some(_) => return Ok(Masking::Other),
-        };
-        return Ok(if fits(mask) { Masking::Operand { mask: operand, replaces: false } } else { Masking::Other });
-    }
-    let (condition, hides) = match (found.get("hidden"), found.get("visible")) {
-        (Some(c), _) => (c, true),
-        (None, Some(c)) => (c, false),
-        (None, None) => return Ok(Masking::None),
+            Some((condition, fill, Operand::Computed(Where.into(), operands)))
+        }
     };
-    let (Some(fill), true) = (found.scalar("fill").filter(|f| *f < 0.0), covered(condition)) else {
+    let Some(mask) = found.get("mask") else {
+        return Ok(match chosen {
+            None => Masking::None,
+            Some((condition, _, numbers)) => Masking::Operand { mask: placed(condition, numbers), replaces: true },
+        });
+    };
+    let fits = |id| view.is_f32(id) && covered(id);
+    let other: Option<Operand> = match (found.get("bias"), chosen) {
+        (None, None) => None,
+        (Some(bias), None) if fits(bias) && !flat => Some(bias.into()),
+        // So large a number leaves nothing of a score that it is added to.
+        (None, Some((_, fill, numbers))) if fill <= -1e30 && !flat => Some(numbers),
+        _ => return Ok(Masking::Other),
+    };
+    if !fits(mask) {
         return Ok(Masking::Other);
-    };
-    let numbers = if hides { [fill, 0.0] } else { [0.0, fill] };
-    let mut operands: Vec<Operand> = vec![condition.into()];
-    for number in numbers {
-        operands.push(Operand::Constant(Tensor::scalar(number)?));
     }
-    let mask = Operand::Computed(Where.into(), operands);
-    Ok(Masking::Operand { mask: placed(condition, mask), replaces: true })
+    let mask = match other {
+        None => placed(mask, mask.into()),
+        // Layers that share both share the sum.
+        Some(other) => {
+            let sum: Op = Arithmetic::new("Add", Function::Kernel(Binary::Add)).into();
+            Operand::Computed(sum, vec![other, mask.into()])
+        }
+    };
+    Ok(Masking::Operand { mask, replaces: false })
 }
 
 /// Whether a mask broadcasts against the scores without adding axes or heads. Batches and queries of any name will do: of
@@ -677,6 +699,29 @@ mod tests {
         let graph = n.apply(run);
         assert_eq!(names(&graph), ["Add", "weblane.FusedAttention"]);
         n.check(&graph);
+    }
+
+    /// GPT-2 hides what lies ahead by a condition, and then adds the mask of padding.
+    #[test]
+    fn a_mask_after_a_condition_is_added_to_what_it_chooses() {
+        let build = |low: f32, hides: bool| {
+            let mut n = Net::new(14);
+            let [q, k, v] = ["q", "k", "v"].map(|name| n.symbolic(name, &["batch", "2", "4", "4"]));
+            let mask = n.symbolic("mask", &["batch", "1", "1", "4"]);
+            let seen = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0];
+            let (seen, half, low) = (n.constant(&[1, 1, 4, 4], &seen), n.scalar(0.5), n.scalar(low));
+            let k = n.op_with("Transpose", &[k], &[("perm", ints(&[0, 1, 3, 2]))]);
+            let y = n.op("MatMul", &[q, k]);
+            let condition = n.op(if hides { "Less" } else { "Greater" }, &[seen, half]);
+            let y = n.op("Where", &if hides { [condition, low, y] } else { [condition, y, low] });
+            let y = n.op("Add", &[y, mask]);
+            let y = n.op_with("Softmax", &[y], &[("axis", int(-1))]);
+            let y = n.op("MatMul", &[y, v]);
+            n.output(y);
+            n.passed(run).contains(&"weblane.FusedAttention".to_owned())
+        };
+        assert!(build(f32::MIN, false) && build(f32::NEG_INFINITY, true));
+        assert!(!build(-1e4, false), "a row that sees nothing would tell the difference");
     }
 
     #[test]
