@@ -144,6 +144,7 @@ export class FakeEngine {
   #wasm(): Wasm {
     const { script, log, received } = this;
     const memory = new WebAssembly.Memory({ initial: 1 });
+    const kept = new Map<number, Omit<WasmOutput, "name" | "ptr"> & { bytes: Uint8Array }>();
     class FakeSession implements WasmSession {
       #top = 64;
       #inputs = new Map<string, Omit<WasmOutput, "name">>();
@@ -184,6 +185,13 @@ export class FakeEngine {
         this.#inputs.set(name, { type, dims: [...dims], ptr, len });
         return ptr;
       }
+      inputKept(name: string, id: number) {
+        const tensor = kept.get(id);
+        if (tensor === undefined) throw { code: "invalid_input", message: "not in the engine" };
+        const { type, dims, bytes } = tensor;
+        const ptr = this.input(name, type as "float32", Uint32Array.from(dims), bytes.length);
+        new Uint8Array(memory.buffer).set(bytes, ptr);
+      }
       inputStrings() {
         throw { code: "unsupported_dtype", message: "no strings" };
       }
@@ -217,6 +225,13 @@ export class FakeEngine {
           const input = this.#inputs.get(name === "y" ? "x" : "n") as Omit<WasmOutput, "name">;
           return { name, ...input };
         });
+      }
+      keep(name: string) {
+        const { type, dims, ptr, len } = this.#inputs.get(name === "y" ? "x" : "n") as WasmOutput;
+        const id = kept.size + 1;
+        log.push(`keep ${name} as ${id}`);
+        kept.set(id, { type, dims, len, bytes: new Uint8Array(memory.buffer, ptr, len).slice() });
+        return { name, type, dims, id };
       }
       timings() {
         return [TIMING];
@@ -290,6 +305,15 @@ export class FakeEngine {
       },
       WasmSession: FakeSession,
       WasmQuantizer: FakeQuantizer,
+      readKept: (id) => {
+        const tensor = kept.get(id);
+        if (tensor === undefined) throw { code: "invalid_input", message: "not in the engine" };
+        new Uint8Array(memory.buffer).set(tensor.bytes, 8);
+        return { name: "", ...tensor, ptr: 8 };
+      },
+      releaseKept: (id) => {
+        log.push(`release ${id}`);
+      },
       version: () => "0.0.0",
       stopWord: () => 0,
       runningWord: () => 4,

@@ -24,7 +24,7 @@ test("both sides see the same tensors", () => {
   const worker = new Mailbox(page.init);
   expect(page.fits(inputs)).toBe(true);
   page.writeInputs(inputs);
-  expect(worker.inputs().map(({ data }) => [...data])).toEqual([[1, 2, 3], [], [4]]);
+  expect(worker.inputs().map(({ data }) => [...(data as Uint8Array)])).toEqual([[1, 2, 3], [], [4]]);
   const outputs = [bytes("y", 7, 8), bytes("z", 9)];
   expect(worker.writeOutputs(outputs.map(({ data }) => data as Uint8Array))).toBe(true);
   const read = page.readOutputs(outputs.map(describeTensor));

@@ -74,6 +74,59 @@ test("only the outputs asked for come back", async () => {
   expect(await codeOf(session.run(feeds(), { outputs: ["z"] }))).toBe("unknown_input");
 });
 
+describe("outputs that stay in the engine", () => {
+  test("come without elements, and can be read, given and freed", async () => {
+    const engine = new FakeEngine();
+    const session = await load(engine);
+    const { y, m } = await session.run(feeds(), { keep: ["y"] });
+    expect([y?.location, m?.location]).toEqual(["engine", "page"]);
+    expect([y?.type, y?.dims, y?.size]).toEqual(["float32", [2, 3], 6]);
+    expect(() => y?.data).toThrow("getData()");
+    expect(await y?.getData()).toEqual(x());
+    expect(await m?.getData()).toEqual(BigInt64Array.of(7n, 8n));
+
+    const again = await session.run({ x: y as Tensor, n: [1] });
+    expect(again.y?.data).toEqual(x());
+    expect(engine.log).not.toContain("release 1");
+    y?.dispose();
+    y?.dispose();
+    m?.dispose();
+    expect([y?.location, m?.location]).toEqual(["none", "page"]);
+    expect(await codeOf(session.run({ x: y as Tensor, n: [1] }))).toBe("disposed");
+    expect(await codeOf(y?.getData() as Promise<unknown>)).toBe("disposed");
+    expect(engine.log.filter((line) => line === "release 1").length).toBe(1);
+  });
+
+  test("are freed by a run that takes them for the last time, even if it fails", async () => {
+    const engine = new FakeEngine();
+    const session = await load(engine);
+    for (const fail of [undefined, { code: "internal" as const, message: "no" }]) {
+      engine.log.length = 0;
+      const { y } = await session.run(feeds(), { keep: ["y"], outputs: [] });
+      if (fail !== undefined) engine.script.fail = fail;
+      await session.run({ x: y as Tensor, n: [1] }, { transfer: true }).catch(() => {});
+      expect(y?.location).toBe("none");
+      expect(engine.log.filter((line) => line.startsWith("release")).length).toBe(1);
+    }
+  });
+
+  test("come beside the others that are asked for", async () => {
+    const session = await load(new FakeEngine());
+    expect(Object.keys(await session.run(feeds(), { outputs: ["m"], keep: ["y"] }))).toEqual(["m", "y"]);
+    expect(Object.keys(await session.run(feeds(), { outputs: ["y"], keep: ["y"] }))).toEqual(["y"]);
+    expect(await codeOf(session.run(feeds(), { keep: ["z"] }))).toBe("unknown_input");
+  });
+
+  test("belong to their engine", async () => {
+    const [one, two] = [await load(new FakeEngine()), await load(new FakeEngine())];
+    const { y } = await one.run(feeds(), { keep: ["y"] });
+    expect(await codeOf(two.run({ x: y as Tensor, n: [1] }))).toBe("invalid_input");
+    await one.dispose();
+    expect(await codeOf(y?.getData() as Promise<unknown>)).toBe("disposed");
+    y?.dispose();
+  });
+});
+
 test("a profile has the nodes' times", async () => {
   const session = await load(new FakeEngine());
   for (const profile of [await session.profile(feeds()), await session.run(feeds(), { profile: true })]) {
