@@ -202,6 +202,55 @@ describe.skipIf(!built)("the built package", () => {
     await runtime.dispose();
   });
 
+  test.each(builds)("%s: outputs stay in the engine", async (variant) => {
+    const { Runtime, Session, Tensor } = await load();
+    const runtime = await Runtime.create({ variant, threads: 2 });
+    const value = (name: string) => ({ name, type: "float32" as const, dims: ["n"] });
+    const nodes = [
+      { op: "Add", inputs: ["sum", "x"], outputs: ["next"] },
+      { op: "Identity", inputs: ["next"], outputs: ["same"] },
+      { op: "Identity", inputs: ["x"], outputs: ["again"] },
+    ];
+    const adds = model([value("sum"), value("x")], nodes, ["next", "same", "again"].map(value));
+    const [session, other] = [await Session.load(adds, { runtime }), await Session.load(adds, { runtime })];
+    const n = 50_000;
+    const x = () => new Float32Array(n).fill(1);
+    const elements = async (tensor: Weblane.Tensor | undefined) =>
+      new Set((await tensor?.getData()) as Float32Array);
+
+    // Each has bytes of its own, whatever the graph shares, and keeps them when others follow.
+    const first = await session.run({ sum: x(), x: x() }, { keep: ["next", "same", "again"] });
+    await session.run({ sum: x(), x: new Float32Array(n) }, { keep: ["next"] });
+    expect(await elements(first.next)).toEqual(new Set([2]));
+    expect(await elements(first.same)).toEqual(new Set([2]));
+    expect(await elements(first.again)).toEqual(new Set([1]));
+
+    // As often as one likes, in the memory of a few.
+    let sum: Weblane.Tensor = first.next ?? new Tensor(x());
+    let memory = 0;
+    for (let i = 0; i < 200; i++) {
+      const { next } = await session.run({ sum, x: x() }, { outputs: [], keep: ["next"], transfer: true });
+      sum = next ?? sum;
+      if (i === 20) ({ memory } = await session.info());
+    }
+    expect((await session.info()).memory).toBe(memory);
+    expect(await elements(sum)).toEqual(new Set([202]));
+
+    // Sessions on one runtime give each other theirs, and a session that has ended leaves them behind.
+    await session.dispose();
+    const { next } = await other.run({ sum, x: x() });
+    expect(await elements(next)).toEqual(new Set([203]));
+    sum.dispose();
+    await expect(other.run({ sum, x: x() })).rejects.toMatchObject({ code: "disposed" });
+    await expect(
+      other.run({ sum: first.same as Weblane.Tensor, x: new Float32Array(3) }),
+    ).rejects.toMatchObject({
+      code: "shape_mismatch",
+    });
+    expect(await elements(first.same), "a run that failed leaves what it was given").toEqual(new Set([2]));
+    await runtime.dispose();
+  });
+
   test("weblane/ort answers too", async () => {
     const ort: typeof import("../src/ort.js") = await import(/* @vite-ignore */ `${dist}ort.js`);
     ort.env.wasm.numThreads = 1;
