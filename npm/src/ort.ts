@@ -9,6 +9,7 @@
  */
 import type { Spawn } from "./environment.js";
 import { WeblaneError } from "./errors.js";
+import type { Feed } from "./feeds.js";
 import type { ValueInfo } from "./protocol.js";
 import type { WasmPaths } from "./runtime.js";
 import { type LoadOptions, Session } from "./session.js";
@@ -83,6 +84,7 @@ export class Tensor<T extends Tensor.Type = Tensor.Type> {
   /** Number of elements. */
   readonly size: number;
   #data: Tensor.DataTypeMap[T] | undefined;
+  #inEngine: WeblaneTensor | undefined;
 
   /** A tensor of the given type; `data` is used as it is when it is a typed array. */
   constructor(
@@ -96,35 +98,51 @@ export class Tensor<T extends Tensor.Type = Tensor.Type> {
     dims?: readonly number[],
   );
   constructor(...args: [never, never, never?]) {
-    const { type, dims, size, data } = new WeblaneTensor(...args);
+    const [given] = args as unknown[];
+    const tensor = given instanceof WeblaneTensor ? given : new WeblaneTensor(...args);
+    const { type, dims, size } = tensor;
     this.type = type as T;
     // onnxruntime-web's dims are an ordinary array, and some libraries put another in its place.
     this.dims = [...dims];
     this.size = size;
-    this.#data = data as Tensor.DataTypeMap[T];
+    if (tensor.location === "engine") this.#inEngine = tensor;
+    else this.#data = tensor.data as Tensor.DataTypeMap[T];
   }
 
-  /** The elements. Throws after {@link Tensor.dispose}. */
+  /** @internal A result of weblane's. */
+  static of(tensor: WeblaneTensor): Tensor {
+    return new Tensor(tensor as never);
+  }
+
+  /** @internal What weblane takes in the place of this tensor. */
+  get feed(): Feed {
+    return this.#inEngine ?? this;
+  }
+
+  /** The elements. Throws after {@link Tensor.dispose}, and where only {@link Tensor.getData} gets them. */
   get data(): Tensor.DataTypeMap[T] {
+    if (this.#inEngine !== undefined) return this.#inEngine.data as Tensor.DataTypeMap[T];
     if (this.#data === undefined) throw new WeblaneError("disposed", "the tensor is disposed");
     return this.#data;
   }
 
-  /** `"cpu"`, or `"none"` after {@link Tensor.dispose}. */
+  /** `"cpu"`, `"cpu-pinned"` in the memory of the engine, or `"none"` after {@link Tensor.dispose}. */
   get location(): Tensor.DataLocation {
+    if (this.#inEngine !== undefined) return "cpu-pinned";
     return this.#data === undefined ? "none" : "cpu";
   }
 
   /** The elements; `release` disposes of the tensor. */
   async getData(release = false): Promise<Tensor.DataTypeMap[T]> {
-    const data = this.data;
+    const data = await (this.#inEngine === undefined ? this.data : this.#inEngine.getData());
     if (release) this.dispose();
-    return data;
+    return data as Tensor.DataTypeMap[T];
   }
 
   /** Lets go of the elements. */
   dispose(): void {
-    this.#data = undefined;
+    this.#inEngine?.dispose();
+    this.#inEngine = this.#data = undefined;
   }
 
   /** The same elements in another shape. */
@@ -142,7 +160,7 @@ export declare namespace Tensor {
   /** Any data of a tensor. */
   type DataType = DataTypeMap[Type];
   /** Where the elements are. */
-  type DataLocation = "none" | "cpu";
+  type DataLocation = "none" | "cpu" | "cpu-pinned";
 }
 
 /** A tensor whose type is known. */
@@ -172,7 +190,10 @@ export declare namespace InferenceSession {
       | string
       | { readonly path: string; readonly data: string | Uint8Array | ArrayBufferLike | Blob }
     )[];
-    /** Only `"cpu"` (for all outputs or for each) can be had. */
+    /**
+     * For all outputs or for each: `"cpu"`, or `"cpu-pinned"` for the memory of the engine, from which inputs of later runs
+     * need no copy. Such a tensor has `getData()` instead of `data`, and stays there until `dispose()`.
+     */
     preferredOutputLocation?: string | { readonly [output: string]: string };
     interOpNumThreads?: number;
     freeDimensionOverrides?: { readonly [name: string]: number };
@@ -213,9 +234,13 @@ type SessionOptions = InferenceSession.SessionOptions;
 /** A loaded model with the members of onnxruntime-web's session. */
 export class InferenceSession {
   readonly #session: Session;
+  /** Names of the outputs that stay in the engine. */
+  readonly #pinned: ReadonlySet<string>;
 
-  private constructor(session: Session) {
+  private constructor(session: Session, location: SessionOptions["preferredOutputLocation"]) {
     this.#session = session;
+    const isPinned = (name: string) => (typeof location === "object" ? location[name] : location) === PINNED;
+    this.#pinned = new Set(this.outputNames.filter(isPinned));
   }
 
   /** Loads a model from an address. */
@@ -248,7 +273,8 @@ export class InferenceSession {
       throw new WeblaneError("invalid_option", `options must be an object, not ${describe(options)}`);
     }
     const model = numbers.length === 0 ? (source as ModelSource) : partOf(source, numbers);
-    return new InferenceSession(await Session.loadWith(model, loadOptions(options), spawn));
+    const session = await Session.loadWith(model, loadOptions(options), spawn);
+    return new InferenceSession(session, (options as SessionOptions).preferredOutputLocation);
   }
 
   /** Runs the model for all outputs. */
@@ -269,13 +295,16 @@ export class InferenceSession {
   ): Promise<InferenceSession.ReturnType> {
     const { names, targets, options } = this.#arguments(second, third);
     if (options.terminate) throw new WeblaneError("aborted", "the run was asked to terminate");
-    const results = await this.#session.run(feeds, { outputs: names });
+    const given = Object.entries(feeds).map(([name, tensor]) => [
+      name,
+      tensor instanceof Tensor ? tensor.feed : tensor,
+    ]);
+    const keep = (names ?? this.outputNames).filter((name) => this.#pinned.has(name) && !targets[name]);
+    const results = await this.#session.run(Object.fromEntries(given), { outputs: names, keep });
     const named: Record<string, Tensor> = {};
-    for (const [name, { type, data, dims }] of Object.entries(results)) {
+    for (const [name, result] of Object.entries(results)) {
       const target = targets[name];
-      named[name] = target
-        ? fill(target, name, type, data, dims)
-        : new Tensor(type, data as Tensor.DataType, dims);
+      named[name] = target ? fill(target, name, result.type, result.data, result.dims) : Tensor.of(result);
     }
     return named;
   }
@@ -387,6 +416,9 @@ function partOf(source: unknown, [offset = 0, length]: number[]): Uint8Array {
   }
 }
 
+/** Where outputs stay in the memory of the engine. */
+const PINNED = "cpu-pinned";
+
 const LEVELS: readonly unknown[] = [undefined, "disabled", "basic", "extended", "layout", "all"];
 
 /** weblane's load options of a session's options and {@link env}. */
@@ -414,10 +446,10 @@ function loadOptions(options: SessionOptions): LoadOptions {
       ? Object.values(preferredOutputLocation)
       : [preferredOutputLocation];
   for (const location of locations) {
-    if (location !== undefined && location !== "cpu") {
+    if (location !== undefined && location !== "cpu" && location !== PINNED) {
       throw new WeblaneError(
         "invalid_option",
-        `outputs are in memory ("cpu"), they cannot be in "${location}"`,
+        `outputs are in memory ("cpu", or "${PINNED}" in the engine's), they cannot be in "${location}"`,
       );
     }
   }

@@ -61,6 +61,27 @@ test("fetches are names, or tensors to fill", async () => {
   expect(await error(session.run({ x: feeds().x }))).toMatchObject({ code: "missing_input" });
 });
 
+test("outputs in the memory of the engine", async () => {
+  for (const preferredOutputLocation of ["cpu-pinned", { y: "cpu-pinned" }]) {
+    const engine = new FakeEngine();
+    const session = await create(engine, { preferredOutputLocation });
+    const { y, m } = (await session.run(feeds())) as Record<"y" | "m", ort.Tensor>;
+    expect([y.location, m.location]).toEqual([
+      "cpu-pinned",
+      typeof preferredOutputLocation === "string" ? "cpu-pinned" : "cpu",
+    ]);
+    expect(() => y.data).toThrow("getData()");
+    expect(await y.getData()).toEqual(Float32Array.of(1, 2, 3, 4, 5, 6));
+    const target = new ort.Tensor("float32", new Float32Array(6), [2, 3]);
+    const again = await session.run({ ...feeds(), x: y }, { y: target });
+    expect([again.y === target, target.data[5]]).toEqual([true, 6]);
+    expect(await y.getData(true)).toEqual(Float32Array.of(1, 2, 3, 4, 5, 6));
+    expect(y.location).toBe("none");
+    expect(engine.log).toContain("release 1");
+    expect(await error(session.run({ ...feeds(), x: y }))).toMatchObject({ code: "disposed" });
+  }
+});
+
 test("parts of buffers, as onnxruntime-web takes them", async () => {
   const cases: [unknown[], number[]][] = [
     [[], [0, 1, 2, 3]],
