@@ -36,6 +36,7 @@ RECIPES = (
     "resnet50_int8",
     "minilm_l6_int8",
     "distilbert_base_int8",
+    "distilgpt2",
 )
 
 

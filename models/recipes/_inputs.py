@@ -33,7 +33,8 @@ def stroke(rng, dims):
 def make(spec, seed):
     """One set of inputs, {name: array}. Kinds: ("image", channel axis), ("digit", _): a blurred
     stroke in 0..1, ("tokens", vocabulary),
-    ("mask", _): ones, the last fifth zero in sets of odd length, ("types", _): 0 then 1."""
+    ("mask", _): ones, the last fifth zero in sets of odd length, ("ones", _), ("types", _): 0 then 1,
+    ("normal", _)."""
     rng = np.random.Generator(np.random.PCG64(seed))
     arrays = {}
     for name, (dtype, dims, kind) in spec.items():
@@ -49,6 +50,10 @@ def make(spec, seed):
             array = np.ones(dims)
             if length % 2:
                 array[:, length - length // 5 :] = 0
+        elif kind[0] == "ones":
+            array = np.ones(dims)
+        elif kind[0] == "normal":
+            array = rng.standard_normal(dims, dtype=np.float32)
         elif kind[0] == "types":
             array = np.zeros(dims)
             array[:, length // 2 :] = 1

@@ -3,7 +3,8 @@
 use super::cast::{convert, converted};
 use super::identity::copy;
 use super::sizes::{
-    Axes, broadcast_strides, copy_axes, dim_product, dim_sum, kernel_error, loose_sizes, sizes_fact, strides,
+    Axes, broadcast_strides, copy_axes, dim_difference, dim_product, dim_sum, kernel_error, loose_sizes, sizes_fact,
+    strides,
 };
 use super::{Attributes, Infer, Io, Op, Operator, Permuted, Registration, wrong_dtype};
 use crate::error::{Error, Result};
@@ -390,8 +391,8 @@ fn arithmetic_of_sizes(function: Binary, a: &Fact, b: &Fact, shape: &Shape) -> R
         Ok(match (function, &p, &q) {
             (Binary::Add, ..) => dim_sum(&p, &q)?,
             (Binary::Mul, ..) => dim_product(&p, &q)?,
-            (Binary::Sub, _, Dim::Known(0)) | (Binary::Div, _, Dim::Known(1)) => p,
-            (Binary::Sub, Dim::Known(m), Dim::Known(n)) => m.checked_sub(*n).map_or(Dim::Unknown, Dim::Known),
+            (Binary::Sub, ..) => dim_difference(&p, &q),
+            (Binary::Div, _, Dim::Known(1)) => p,
             (Binary::Div, Dim::Known(m), Dim::Known(n)) if *n > 0 => Dim::Known(m / n),
             (Binary::Max, Dim::Known(m), Dim::Known(n)) => Dim::Known(*m.max(n)),
             (Binary::Min, Dim::Known(m), Dim::Known(n)) => Dim::Known(*m.min(n)),

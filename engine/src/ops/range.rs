@@ -1,6 +1,6 @@
 //! Range.
 
-use super::sizes::loose_sizes;
+use super::sizes::{dim_difference, loose_sizes};
 use super::{Attributes, Infer, Io, Op, Operator, Registration, wrong_dtype};
 use crate::error::{Error, Result};
 use crate::fact::{Dim, Fact};
@@ -107,11 +107,10 @@ impl Operator for Range {
     }
 }
 
-/// A range from 0 to a size by ones, such as the positions of a sequence, has that size.
+/// A range by ones, such as the positions of a sequence, has as many elements as lie between two sizes.
 fn symbolic_count(start: &Fact, limit: &Fact, step: &Fact) -> Dim {
-    let is = |f: &Fact, n: i64| f.i64s().is_some_and(|v| v[..] == [n]);
-    match loose_sizes(limit).as_deref() {
-        Some([size]) if is(start, 0) && is(step, 1) => size.clone(),
+    match (loose_sizes(start).as_deref(), loose_sizes(limit).as_deref()) {
+        (Some([start]), Some([limit])) if step.i64s().is_some_and(|v| v[..] == [1]) => dim_difference(limit, start),
         _ => Dim::Unknown,
     }
 }
@@ -138,6 +137,8 @@ mod tests {
         let shape = |a, c| OneNode::new("Range").infer(&[a, size(), c]).unwrap()[0].shape.clone().unwrap();
         assert_eq!(shape(constant(0), constant(1))[..], [n.clone()]);
         assert_eq!(shape(constant(1), constant(1))[..], [Dim::Unknown]);
+        assert_eq!(shape(size(), constant(1))[..], [Dim::Known(0)]);
+        assert_eq!(shape(constant(0), constant(2))[..], [Dim::Unknown]);
     }
 
     #[test]

@@ -71,6 +71,36 @@ fn named_sum(text: &str) -> Result<Dim> {
     Ok(Dim::Symbol(name.into()))
 }
 
+/// `a - b` of sizes that may not be known: a number, or what is left of a sum whose terms those of `b` are among, as the
+/// positions after a cache are.
+pub(crate) fn dim_difference(a: &Dim, b: &Dim) -> Dim {
+    if *a == Dim::Unknown || *b == Dim::Unknown {
+        return Dim::Unknown;
+    }
+    let (a, b) = (a.to_string(), b.to_string());
+    let (mut names, mut number): (Vec<&str>, usize) = (Vec::new(), 0);
+    for term in a.split(" + ") {
+        match term.parse() {
+            Ok(n) => number = n,
+            Err(_) => names.push(term),
+        }
+    }
+    for term in b.split(" + ") {
+        match (term.parse::<usize>(), names.iter().position(|name| *name == term)) {
+            (Ok(n), _) if n <= number => number -= n,
+            (Err(_), Some(at)) => drop(names.remove(at)),
+            _ => return Dim::Unknown,
+        }
+    }
+    if names.is_empty() {
+        return Dim::Known(number);
+    }
+    if number == 0 {
+        return Dim::Symbol(names.join(" + ").into());
+    }
+    Dim::Symbol(format!("{} + {number}", names.join(" + ")).into())
+}
+
 /// `a * b` of sizes that may not be known.
 pub(crate) fn dim_product(a: &Dim, b: &Dim) -> Result<Dim> {
     Ok(match (a, b) {
@@ -254,6 +284,14 @@ mod tests {
         assert_eq!(sum(&past, &Dim::Known(0)), past);
         assert_eq!(sum(&past, &Dim::Unknown), Dim::Unknown);
         assert_eq!(sum(&dim(&"long".repeat(60)), &new), Dim::Unknown);
+        let less = |a: &Dim, b: &Dim| dim_difference(a, b);
+        assert_eq!(less(&sum(&past, &new), &past), new);
+        assert_eq!(less(&dim("new + new + past + 3"), &dim("new + 1")), dim("new + past + 2"));
+        assert_eq!((less(&past, &past), less(&Dim::Known(5), &Dim::Known(2))), (Dim::Known(0), Dim::Known(3)));
+        for (a, b) in [(&past, &new), (&past, &Dim::Known(1)), (&Dim::Known(1), &Dim::Known(2)), (&past, &Dim::Unknown)]
+        {
+            assert_eq!(less(a, b), Dim::Unknown);
+        }
         let most = dim(&format!("n + {}", usize::MAX));
         assert!(dim_sum(&most, &Dim::Known(1)).is_err());
     }
