@@ -1,8 +1,10 @@
-//! Common subexpressions: of nodes with equal operators and operands the first one is kept. Exporters repeat shape
-//! arithmetic, masks and small constants for every layer.
+//! Common subexpressions: of nodes with equal operators and operands the first one is kept, and of those that compute the
+//! same sizes. Exporters repeat shape arithmetic, masks and small constants for every layer, and ask each layer's own
+//! values for sizes that all of them have.
 
 use super::Pass;
 use crate::error::Result;
+use crate::fact::{Content, Dim, Fact, Shape};
 use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::{DType, Dims, Tensor};
 use std::collections::HashMap;
@@ -15,7 +17,8 @@ const MAX_CONSTANT: usize = 4096;
 const MAX_COMPARED: usize = 64;
 
 /// Merges equal constants and equal nodes.
-pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
+pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
+    let facts = pass.facts(graph)?;
     // A value that stands for an equal one, by index.
     let mut same: Vec<ValueId> = (0..graph.values.len() as u32).map(ValueId).collect();
     let mut constants: HashMap<(DType, Dims, &[u8]), ValueId> = HashMap::new();
@@ -26,6 +29,7 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
     }
     // By name and operands first: most nodes are alone with theirs.
     let mut nodes: HashMap<(&'static str, Vec<Option<ValueId>>), Vec<usize>> = HashMap::new();
+    let mut by_size: HashMap<(DType, usize, &Shape), ValueId> = HashMap::new();
     let mut kept: Vec<Node> = Vec::with_capacity(graph.nodes.len());
     for mut node in std::mem::take(&mut graph.nodes) {
         for id in node.inputs.iter_mut().flatten() {
@@ -33,6 +37,18 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
         }
         // What an output of the graph gets must be computed under its own name.
         let is_output = node.outputs.iter().any(|o| graph.outputs.contains(o));
+        if let &[y] = node.outputs.as_slice()
+            && let Some(key) = facts[y.index()].as_ref().and_then(sizes)
+        {
+            match by_size.get(&key) {
+                Some(first) if !is_output => {
+                    same[y.index()] = *first;
+                    continue;
+                }
+                Some(_) => {}
+                None => drop(by_size.insert(key, y)),
+            }
+        }
         let alike = nodes.entry((node.op.name(), node.inputs.clone())).or_default();
         let equal = |k: usize| {
             let first: &Node = &kept[k];
@@ -52,6 +68,14 @@ pub(super) fn run(graph: &mut Graph, _: &Pass) -> Result<()> {
     }
     graph.nodes = kept;
     Ok(())
+}
+
+/// Type, rank and elements of a value that holds sizes, all with a name or number.
+fn sizes(fact: &Fact) -> Option<(DType, usize, &Shape)> {
+    match &fact.content {
+        Content::Dims(sizes) if !sizes.contains(&Dim::Unknown) => Some((fact.dtype, fact.rank()?, sizes)),
+        _ => None,
+    }
 }
 
 fn is_small(t: &Arc<Tensor>) -> bool {
@@ -80,6 +104,22 @@ mod tests {
         n.output(y);
         // The last steps differ in their axis.
         assert_eq!(n.passed(run), ["Softmax", "Add", "Softmax", "Softmax", "Sub", "Mul"]);
+    }
+
+    #[test]
+    fn sizes_that_are_equal_by_name_become_one() {
+        let mut n = Net::new(14);
+        let [x, y] = ["x", "y"].map(|name| n.symbolic(name, &["batch", "tokens"]));
+        let z = n.symbolic("z", &["batch", "others"]);
+        let one = n.i64s(&[1]);
+        let [a, b, c] = [x, y, z].map(|x| {
+            let shape = n.op("Shape", &[x]);
+            let tokens = n.op("Gather", &[shape, one]);
+            n.op("Expand", &[one, tokens])
+        });
+        let sum = n.op_with("Concat", &[a, b, c], &[("axis", int(0))]);
+        n.output(sum);
+        assert_eq!(n.passed(run), ["Shape", "Gather", "Expand", "Shape", "Gather", "Expand", "Concat"]);
     }
 
     #[test]
