@@ -160,6 +160,7 @@ class Architectures(unittest.TestCase):
         "all_minilm_l6_v2": 22_713_216 - 384 * 384 - 384,
         "distilbert_base": 66_362_880,
         "bert_base": 109_482_240,
+        "distilgpt2": 81_912_576,
     }
 
     def test_parameter_counts(self):

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Models with an architecture of their own and seeded weights.
-const WORKLOADS: [&str; 13] = [
+const WORKLOADS: [&str; 14] = [
     "mobilenet_v2",
     "efficientnet_lite0",
     "resnet50",
@@ -21,6 +21,7 @@ const WORKLOADS: [&str; 13] = [
     "resnet50_int8",
     "minilm_l6_int8",
     "distilbert_base_int8",
+    "distilgpt2",
 ];
 /// Where the small models of onnxruntime's own operators are, with their goldens.
 const CONTRIB: &str = "target/contrib";
