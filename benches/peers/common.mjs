@@ -49,7 +49,7 @@ export function findWorkloads(names) {
 }
 
 /** Where a model lies, and where the server has it. */
-function locate(name) {
+export function locate(name) {
   const folder = Object.entries(folders).find(([, path]) => existsSync(join(path, name, "model.onnx")));
   return folder && { url: `${folder[0]}${name}/model.onnx`, file: join(folder[1], name, "model.onnx") };
 }

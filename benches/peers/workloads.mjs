@@ -42,6 +42,15 @@ export const WORKLOADS = [
   ...QUANTIZED.map((float) => ({ ...FLOAT.find(({ name }) => name === float), name: float + INT8, float })),
 ];
 
+/** The decoder of `decode.mjs`, and its caches: their names, and sizes of which the third one grows. */
+export const DECODER = {
+  name: "distilgpt2",
+  caches: {
+    names: Array.from({ length: 6 }, (_, n) => ["key", "value"].map((part) => `past_key_values.${n}.${part}`)).flat(),
+    dims: [1, 12, 0, 64],
+  },
+};
+
 /**
  * Workloads that LiteRT.js runs too, from a twin of the same architecture that models/build_tflite.py makes: its inputs,
  * and the shape of its only output. The weights are other random ones, so there are no numbers to compare.

@@ -23,6 +23,8 @@ enum Bench {
     Peers,
     /// Time from the call that loads a model to its first result, first and second visit
     Load,
+    /// Time of a word of a decoder with a cache, weblane and onnxruntime-web
+    Decode,
     /// Matrix products as a share of the peak of multiply-add, and the cost of a parallel region, in a browser
     Gemm,
     /// Tiles and blocks of float products beside each other, in a browser
@@ -46,6 +48,7 @@ pub(crate) fn run(ctx: &Context, bench: &BenchArgs) -> Result<()> {
     match bench.what {
         Bench::Peers => peers(ctx, &bench.args),
         Bench::Load => page(ctx, "benches/peers/load.mjs", &bench.args),
+        Bench::Decode => page(ctx, "benches/peers/decode.mjs", &bench.args),
         Bench::Gemm => {
             build::bench_module(ctx)?;
             in_browser(ctx, "benches/kernels/run.mjs", &bench.args)

@@ -1,4 +1,5 @@
 /** The page's half of the benches in this directory. Holds no runtime until one is asked for. */
+import { measureDecoder } from "./decode.mjs";
 import { fillInputs, importRuntime, load } from "./runtimes.mjs";
 
 /** Largest difference of the first floating-point output, relative to its largest value: both must compute the same. */
@@ -140,6 +141,7 @@ async function describeModel() {
 /** The drivers of the test harness look for this. */
 window.createHarness = async () => ({
   measure,
+  measureDecoder,
   loadModel,
   runModel,
   timeModel,
