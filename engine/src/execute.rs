@@ -20,6 +20,8 @@ pub struct Memory {
     arena: Arena,
     /// `None` while a step writes it.
     results: Vec<Option<Arc<Tensor>>>,
+    /// Tensors that nobody wants any more, for results of the next run.
+    spare: Vec<Tensor>,
     dynamic: Vec<Option<Arc<Tensor>>>,
 }
 
@@ -29,13 +31,18 @@ impl Memory {
         self.arena.ensure(plan.arena_bytes)?;
         self.results.resize(plan.results.len(), None);
         for (slot, (dtype, dims)) in self.results.iter_mut().zip(&plan.results) {
-            let own = slot.as_mut().and_then(Arc::get_mut);
-            if !own.is_some_and(|t| t.dtype() == *dtype && t.dims() == dims.as_slice()) {
-                // Frees the former one first.
-                *slot = None;
-                *slot = Some(Arc::new(Tensor::zeros(*dtype, dims)?));
+            let mut own = slot.take();
+            let fits = |t: &mut Tensor| t.dtype() == *dtype && t.dims() == dims.as_slice();
+            if !own.as_mut().and_then(Arc::get_mut).is_some_and(fits) {
+                let former = own.and_then(Arc::into_inner).or_else(|| self.spare.pop());
+                own = Some(Arc::new(match former {
+                    Some(tensor) => tensor.recycled(*dtype, dims)?,
+                    None => Tensor::zeros(*dtype, dims)?,
+                }));
             }
+            *slot = own;
         }
+        self.spare.clear();
         self.dynamic.clear();
         self.dynamic.resize(plan.dynamic_values, None);
         for (value, view) in plan.inputs.iter().zip(inputs) {
@@ -44,6 +51,12 @@ impl Memory {
             }
         }
         Ok(())
+    }
+
+    /// Takes tensors that nobody wants any more, the first one first: results of the next run may be made in them.
+    pub fn recycle(&mut self, tensors: impl DoubleEndedIterator<Item = Tensor>) {
+        self.spare.clear();
+        self.spare.extend(tensors.rev());
     }
 
     /// Bytes of the arena.
@@ -122,7 +135,7 @@ impl Memory {
         own: &mut [(usize, Arc<Tensor>)],
         cx: &Cx,
     ) -> Result<()> {
-        let Memory { arena, results, dynamic } = self;
+        let Memory { arena, results, dynamic, .. } = self;
         let in_place = |k: usize| step.in_place == Some(k);
         let range = |v: usize| match &plan.values[v].place {
             Place::Arena(r) => Some(r.clone()),

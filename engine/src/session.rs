@@ -184,6 +184,8 @@ pub struct Session {
     memory: Memory,
     /// What the inputs are in the run that was begun last.
     given: Vec<Option<Arc<Tensor>>>,
+    /// They are copies, to be written again.
+    copied: bool,
     running: Option<Running>,
 }
 
@@ -272,6 +274,7 @@ impl Session {
             plans: Vec::new(),
             memory: Memory::default(),
             given: Vec::new(),
+            copied: true,
             running: None,
         })
     }
@@ -321,6 +324,9 @@ impl Session {
         self.running = None;
         self.check_names(feeds)?;
         self.check_shapes(feeds)?;
+        if !std::mem::replace(&mut self.copied, true) {
+            self.given.clear();
+        }
         self.given.resize(self.inputs.len(), None);
         for (slot, info) in self.given.iter_mut().zip(&self.inputs) {
             let view = feed(feeds, &info.name)?;
@@ -340,6 +346,7 @@ impl Session {
         let views: SmallVec<[(&str, TensorView); 16]> = feeds.iter().map(|(name, t)| (*name, t.view())).collect();
         self.check_names(&views)?;
         self.check_shapes(&views)?;
+        self.copied = false;
         self.given.clear();
         self.given.extend(self.inputs.iter().map(|i| feeds.iter().find(|(n, _)| *n == i.name).map(|(_, t)| t.clone())));
         self.begin_given()
@@ -362,10 +369,13 @@ impl Session {
         Ok(plan)
     }
 
-    /// The run is over, complete or not: its outputs are gone, and inputs that belong to others are let go.
+    /// The run is over, complete or not: its outputs are gone, and inputs that were given to it are let go. Those that nobody
+    /// else holds are where results of the next run will be.
     pub fn end(&mut self) {
         self.running = None;
-        self.given.iter_mut().filter(|t| t.as_ref().is_some_and(|t| Arc::strong_count(t) > 1)).for_each(|t| *t = None);
+        if !self.copied {
+            self.memory.recycle(self.given.drain(..).flatten().filter_map(Arc::into_inner));
+        }
     }
 
     /// Whether the run that was begun takes well below a millisecond, so that there is no point in pausing it.

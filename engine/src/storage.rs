@@ -97,6 +97,11 @@ impl AlignedBytes {
         self.len
     }
 
+    /// Number of bytes up to which it can be resized where it is.
+    pub fn capacity(&self) -> usize {
+        self.lines.capacity().saturating_sub(SPARE) * ALIGN
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len == 0

@@ -256,6 +256,27 @@ impl Tensor {
         Ok(Tensor { dtype, dims: dims.into(), data })
     }
 
+    /// A tensor of any elements in the storage of this one, if that does: neither too small nor several times too large.
+    /// What grows step by step, as caches do, gets room for some steps.
+    pub fn recycled(self, dtype: DType, dims: &[usize]) -> Result<Self> {
+        let Data::Bytes(mut bytes) = self.data else { return Tensor::zeros(dtype, dims) };
+        if dtype == DType::String {
+            return Tensor::zeros(dtype, dims);
+        }
+        let want = byte_count(dtype, dims)?;
+        let (before, room) = (bytes.len(), bytes.capacity());
+        if room < want || room / 4 > want {
+            // Frees the former storage first.
+            drop(std::mem::take(&mut bytes));
+            let step = want / 8;
+            if before < want && want - before <= step {
+                bytes.reserve_exact(want.saturating_add(step))?;
+            }
+        }
+        bytes.resize(want)?;
+        Tensor::from_bytes(dtype, dims, bytes)
+    }
+
     /// A copy of `values`.
     pub fn from_slice<T: Element>(dims: &[usize], values: &[T]) -> Result<Self> {
         if values.len() != element_count(dims)? {
@@ -600,6 +621,30 @@ mod tests {
         assert!(Tensor::zeros(DType::F32, &[usize::MAX, 2]).is_err());
         assert_eq!(byte_count(DType::I4, &[3]).unwrap(), 2);
         assert_eq!(Tensor::scalar(3i64).unwrap().view().to_i64s().unwrap()[0], 3);
+    }
+
+    #[test]
+    fn storage_is_used_again() {
+        let zeros = |n: usize| Tensor::zeros(DType::F32, &[n]).unwrap();
+        let at = |t: &Tensor| t.bytes().as_ptr();
+        let t = zeros(1000);
+        let place = at(&t);
+        let t = t.recycled(DType::U8, &[2, 1500]).unwrap();
+        assert_eq!((at(&t), t.dtype(), t.dims()), (place, DType::U8, &[2, 1500][..]));
+        // What outgrew its storage by a little may grow further, what is another size altogether has just that.
+        let capacity = |t: &Tensor| match &t.data {
+            Data::Bytes(bytes) => bytes.capacity(),
+            _ => 0,
+        };
+        let grown = zeros(100_000).recycled(DType::F32, &[101_000]).unwrap();
+        let place = at(&grown);
+        assert!(capacity(&grown) > 440_000);
+        assert_eq!(at(&grown.recycled(DType::F32, &[110_000]).unwrap()), place);
+        for (from, to) in [(100_000, 300_000), (100_000, 1_000)] {
+            assert!(capacity(&zeros(from).recycled(DType::F32, &[to]).unwrap()) < 4 * to + 256);
+        }
+        assert_eq!(zeros(3).recycled(DType::String, &[1]).unwrap().strings().unwrap(), [""]);
+        assert!(zeros(3).recycled(DType::F32, &[usize::MAX]).is_err());
     }
 
     #[test]

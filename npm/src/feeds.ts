@@ -96,10 +96,10 @@ export function encodeFeeds(
       transfer.add(bytes.buffer as ArrayBuffer);
     } else if (!small) {
       const copy = spare.take(bytes.byteLength);
-      new Uint8Array(copy).set(bytes);
-      bytes = new Uint8Array(copy);
-      lent.push(copy);
-      transfer.add(copy);
+      copy.set(bytes);
+      bytes = copy;
+      lent.push(copy.buffer);
+      transfer.add(copy.buffer);
     } else if (!whole) {
       bytes = bytes.slice();
     }

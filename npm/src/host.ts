@@ -121,6 +121,8 @@ interface RunRequest {
   readonly outputs?: readonly string[] | undefined;
   readonly profile: boolean;
   readonly progress: boolean;
+  /** Called when the run has its inputs. */
+  readonly begun?: () => void;
 }
 
 /** Answers the calls that arrive at one worker. */
@@ -292,9 +294,13 @@ export class Host {
     },
 
     run: async ({ session, lent, keep = [], ...request }, context) => {
+      const last = request.inputs.flatMap(({ data }) => ("kept" in data && data.last ? [data.kept] : []));
+      const begun = () => {
+        for (const kept of last.splice(0)) this.#release(kept);
+      };
       try {
         const slot = this.#slot(session);
-        return await this.#run(slot, request, context, (wasm, totalMs) => ({
+        return await this.#run(slot, { ...request, begun }, context, (wasm, totalMs) => ({
           outputs: [
             ...slot.outputs.map((output) => takeOutput(wasm.memory, output)),
             ...keep.map((name) => keepOutput(slot.wasm, name)),
@@ -304,7 +310,7 @@ export class Host {
           totalMs,
         }));
       } finally {
-        this.#releaseLast(request.inputs);
+        begun();
       }
     },
 
@@ -401,7 +407,7 @@ export class Host {
   /** Runs a session's model when its turn comes; `take` gets the outputs and the milliseconds that it took. */
   #run<T>(
     slot: SessionSlot,
-    { inputs, outputs, profile, progress: wantsProgress }: RunRequest,
+    { inputs, outputs, profile, progress: wantsProgress, begun }: RunRequest,
     context: Context<"run"> | Context<"mail">,
     take: (wasm: Wasm, totalMs: number) => T,
   ): Promise<T> {
@@ -418,6 +424,7 @@ export class Host {
           slot.given = giveInputs(wasm.memory, run, inputs, before);
           run.begin(outputs, profile);
         });
+        begun?.();
         for (;;) {
           if (context.cancelled) throw abortError(context.signal, "run");
           if (this.#guard(() => run.advance(STEP_BUDGET_MS))) break;
@@ -435,11 +442,6 @@ export class Host {
         if (!this.#broken && !slot.closed) this.#guard(() => run.end());
       }
     });
-  }
-
-  /** Lets go of the inputs of a run that nobody wants after it. */
-  #releaseLast(inputs: readonly WireTensor[]): void {
-    for (const { data } of inputs) if ("kept" in data && data.last) this.#release(data.kept);
   }
 
   #release(kept: number): void {

@@ -15,13 +15,25 @@ export const MIN_TRANSFER_BYTES = 1 << 15;
 export class SpareBuffers {
   #buffers: readonly ArrayBuffer[] = [];
 
-  /** A buffer of exactly this size, from the last run if it had one. */
-  take(byteLength: number): ArrayBuffer {
-    const at = this.#buffers.findIndex((buffer) => buffer.byteLength === byteLength);
+  /** Room for so many bytes, in a buffer of the last run if one is large enough and not much too large. */
+  take(byteLength: number): Uint8Array<ArrayBuffer> {
+    const fits = (buffer: ArrayBuffer) =>
+      buffer.byteLength >= byteLength && buffer.byteLength <= 2 * byteLength;
+    const at = this.#buffers.findIndex(fits);
     const buffer = this.#buffers[at];
-    if (buffer === undefined) return new ArrayBuffer(byteLength);
+    if (buffer === undefined) {
+      // What had one and outgrew it will grow on, as the caches of a decoder do.
+      const grows = this.#buffers.some(({ byteLength: before }) => {
+        return before < byteLength && byteLength - before <= byteLength / 8;
+      });
+      return new Uint8Array(
+        new ArrayBuffer(grows ? Math.ceil(byteLength * 1.125) : byteLength),
+        0,
+        byteLength,
+      );
+    }
     this.#buffers = this.#buffers.filter((_, i) => i !== at);
-    return buffer;
+    return new Uint8Array(buffer, 0, byteLength);
   }
 
   /** Keeps the buffers of a run, and no older ones: there are never more than one run needs. */

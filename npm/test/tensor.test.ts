@@ -180,12 +180,24 @@ test("copies go into the buffers that the last run gave back", () => {
   const second = encodeFeeds([info], { x }, false, spare);
   expect(second.lent[0]).toBe(first.lent[0]);
   expect(new Float32Array(second.lent[0] as ArrayBuffer)).toEqual(x);
-  // In use, or of another size: a new one.
+  // In use: a new one.
   expect(encodeFeeds([info], { x }, false, spare).lent[0]).not.toBe(first.lent[0]);
+  // Grown: one with room for more, which serves then.
   spare.put(second.lent);
-  expect(encodeFeeds([info], { x: new Float32Array(x.length + 1) }, false, spare).lent[0]?.byteLength).toBe(
-    4 * x.length + 4,
-  );
+  const grown = encodeFeeds([info], { x: new Float32Array(x.length + 10) }, false, spare);
+  expect(grown.inputs.map(({ data }) => (data as Uint8Array).byteLength)).toEqual([4 * x.length + 40]);
+  spare.put(grown.lent);
+  const further = encodeFeeds([info], { x: new Float32Array(x.length + 20).fill(3) }, false, spare);
+  expect(further.lent[0]).toBe(grown.lent[0]);
+  expect(
+    new Float32Array((further.lent[0] as ArrayBuffer).slice(0, 4 * x.length + 80)).every((v) => v === 3),
+  ).toBe(true);
+  // Of another size altogether: just as large as that is.
+  for (const length of [x.length / 2 - 1, 2 * x.length]) {
+    spare.put(second.lent);
+    const other = encodeFeeds([info], { x: new Float32Array(2 * length) }, false, spare);
+    expect(other.lent[0]?.byteLength ?? 8 * length).toBe(8 * length);
+  }
   // What the caller gives away does not come back.
   expect(encodeFeeds([info], { x }, true, spare).lent).toEqual([]);
 });

@@ -353,16 +353,16 @@ impl WasmSession {
             throw(Error::unsupported_dtype(format!("the input \"{name}\": \"{dtype}\" is not an element type")))
         })?;
         self.forget_given();
-        let known = self.inputs.iter_mut().position(|i| {
-            // One that somebody holds is not to be written.
-            i.name == name
-                && i.tensor.dtype() == dtype
-                && i.tensor.dims() == dims
-                && Arc::get_mut(&mut i.tensor).is_some()
-        });
-        let at = match known {
+        let fits = |t: &mut Tensor| t.dtype() == dtype && t.dims() == dims;
+        let known = self.inputs.iter().position(|i| i.name == name);
+        // One that somebody holds is not to be written.
+        let at = match known.filter(|&at| Arc::get_mut(&mut self.inputs[at].tensor).is_some_and(fits)) {
             Some(at) => at,
-            None => self.set_input(name, Tensor::zeros(dtype, &dims).map_err(throw)?),
+            None => {
+                let former = known.and_then(|at| Arc::into_inner(self.inputs.swap_remove(at).tensor));
+                let tensor = former.map_or_else(|| Tensor::zeros(dtype, &dims), |t| t.recycled(dtype, &dims));
+                self.set_input(name, tensor.map_err(throw)?)
+            }
         };
         let input = &mut self.inputs[at];
         let bytes = Arc::get_mut(&mut input.tensor).ok_or_else(|| out_of_turn("input"))?.bytes_mut();
