@@ -484,7 +484,7 @@ impl Kernel for Row<'_> {
             }
         }
         if activation != Activation::Identity {
-            Activate { activation, c: out.as_mut_ptr(), rows: 1, cols: out.len(), ld: 0 }.run(s);
+            dispatch(S::ISA, Activate { activation, c: out.as_mut_ptr(), rows: 1, cols: out.len(), ld: 0 });
         }
     }
 }

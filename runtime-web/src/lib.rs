@@ -29,16 +29,16 @@ thread_local! {
     // One per module: its helpers occupy the workers of the global rayon pool, and all sessions share it.
     static POOL: OnceCell<Arc<Pool>> = const { OnceCell::new() };
     // Outputs that the page wants to stay here, by number. Any session may take them as inputs.
-    static KEPT: RefCell<Kept> = const { RefCell::new(Kept { last: 0, tensors: BTreeMap::new() }) };
+    static KEPT: RefCell<Kept> = const { RefCell::new(Kept { last: 0, tensors: Vec::new() }) };
 }
 
 struct Kept {
     last: u32,
-    tensors: BTreeMap<u32, Arc<Tensor>>,
+    tensors: Vec<(u32, Arc<Tensor>)>,
 }
 
 fn kept(id: u32) -> Result<Arc<Tensor>, JsValue> {
-    let found = KEPT.with_borrow(|kept| kept.tensors.get(&id).cloned());
+    let found = KEPT.with_borrow(|kept| kept.tensors.iter().find(|(known, _)| *known == id).map(|(_, t)| t.clone()));
     found.ok_or_else(|| throw(Error::invalid_input("the tensor is not in the engine any more")))
 }
 
@@ -51,7 +51,7 @@ pub fn read_kept(id: u32) -> Result<JsValue, JsValue> {
 /// Lets go of a tensor that was kept, if it is still there.
 #[wasm_bindgen(js_name = releaseKept)]
 pub fn release_kept(id: u32) {
-    KEPT.with_borrow_mut(|kept| kept.tensors.remove(&id));
+    KEPT.with_borrow_mut(|kept| kept.tensors.retain(|(known, _)| *known != id));
 }
 
 fn pool() -> Arc<Pool> {
@@ -484,7 +484,7 @@ impl WasmSession {
         let tensor = session.keep(output_named(session, name)?).map_err(throw)?;
         let id = KEPT.with_borrow_mut(|kept| {
             kept.last = kept.last.wrapping_add(1);
-            kept.tensors.insert(kept.last, tensor.clone());
+            kept.tensors.push((kept.last, tensor.clone()));
             kept.last
         });
         to_js(&JsKept { name, r#type: tensor.dtype().as_str(), dims: tensor.dims(), id })

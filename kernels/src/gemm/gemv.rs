@@ -233,6 +233,7 @@ fn finish<S: Simd>(s: S, epilogue: &Epilogue<'_>, columns: Range<usize>, out: &m
         s.store_partial(out, x);
     }
     if let Some(activation) = after {
-        Activate { activation, c: out.as_mut_ptr(), rows: 1, cols: out.len(), ld: 0 }.run(s);
+        // Its loops are one function of the module that all kernels share.
+        dispatch(S::ISA, Activate { activation, c: out.as_mut_ptr(), rows: 1, cols: out.len(), ld: 0 });
     }
 }
