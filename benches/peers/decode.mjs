@@ -59,7 +59,9 @@ for (const threads of options.threads.split(",").map(Number)) {
       const { ms, ratio, ratio_quartiles: spread } = row[runtime];
       return `${runtime} ${ms} ms${ratio === undefined ? "" : `: ${ratio} (${spread.join(" .. ")})`}`;
     });
-    console.log(`${DECODER.name} after ${String(past).padStart(4)} tokens, ${threads}t  ${cells.join(" | ")}`);
+    console.log(
+      `${DECODER.name} after ${String(past).padStart(4)} tokens, ${threads}t  ${cells.join(" | ")}`,
+    );
   }
 }
 const version = await browser.version();

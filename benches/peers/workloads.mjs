@@ -46,7 +46,9 @@ export const WORKLOADS = [
 export const DECODER = {
   name: "distilgpt2",
   caches: {
-    names: Array.from({ length: 6 }, (_, n) => ["key", "value"].map((part) => `past_key_values.${n}.${part}`)).flat(),
+    names: Array.from({ length: 6 }, (_, n) =>
+      ["key", "value"].map((part) => `past_key_values.${n}.${part}`),
+    ).flat(),
     dims: [1, 12, 0, 64],
   },
 };
