@@ -3,12 +3,13 @@
 //! ```text
 //! MatMul(x, DQ(w))                            w [k, n] in blocks along k, or with scales for columns or for all
 //! MatMul(x, Transpose(DQ(w)))                 w [n, k]                                -> MatMulNBits(x, w', scales', zeros')
+//! MatMul(x, DQ(Transpose(w)))                 w [n, k]
 //! Gemm(x, DQ(w), bias [n]), transposed too
 //! ```
 //!
 //! `DQ` is DequantizeLinear of constants; casts to half precision and back may stand behind it. w' is `[n, blocks, bytes]`.
 //! Without this such weights would be made real in every run. Whole bytes without blocks are made real at load instead,
-//! by constant folding.
+//! by constant folding, unless there are so many that reading them is what a product of few rows takes.
 
 use super::Pass;
 use crate::error::Result;
@@ -32,6 +33,9 @@ use weblane_kernels::nbits::Format;
 /// to 4 (64-byte ones). For 128 rows there is little difference at any size.
 const MIN_ELEMENTS: usize = 1 << 18;
 
+/// Whole bytes without blocks become real below so many: 16 MB of real weights, which no cache holds.
+const MIN_WHOLE_BYTES: usize = 1 << 22;
+
 /// The longest block that is made where the model has longer ones or none: scales are small beside it, and the sums of
 /// blocks are not.
 const MAX_BLOCK: usize = 256;
@@ -41,10 +45,10 @@ const COLUMNS: usize = 64;
 
 /// Replaces products whose weights nobody has packed yet.
 pub(super) fn run(graph: &mut Graph, pass: &Pass) -> Result<()> {
-    replace(graph, pass, MIN_ELEMENTS)
+    replace(graph, pass, MIN_ELEMENTS, MIN_WHOLE_BYTES)
 }
 
-fn replace(graph: &mut Graph, pass: &Pass, min_elements: usize) -> Result<()> {
+fn replace(graph: &mut Graph, pass: &Pass, min_elements: usize, min_whole_bytes: usize) -> Result<()> {
     // Elsewhere the weights would stay beside what they become.
     if !pass.packs || !graph.nodes.iter().any(is_dequantizing) {
         return Ok(());
@@ -55,13 +59,14 @@ fn replace(graph: &mut Graph, pass: &Pass, min_elements: usize) -> Result<()> {
         let Some((linear, trans)) = product(graph, &producers, i) else { continue };
         let Some(weights) = Weights::new(graph, &producers, &graph.nodes[linear], trans) else { continue };
         let format = weights.format;
-        if format.k * format.n < min_elements {
+        let least = if weights.whole_bytes { min_whole_bytes } else { min_elements };
+        if format.k * format.n < least {
             continue;
         }
         let node = &graph.nodes[i];
         let (x, w, bias) = (node.inputs[0], node.inputs[1], node.inputs.get(2).copied().flatten());
         let is_row = |t: &Tensor| matches!(*t.dims(), [n] | [1, n] if n == format.n);
-        if !bias.is_none_or(|id| stored(graph, &producers, id).is_some_and(|t| is_row(t))) {
+        if !bias.is_none_or(|id| stored_at(graph, &producers, id).is_some_and(|t| is_row(t))) {
             continue;
         }
         let operands = match made.get(&(linear, trans)) {
@@ -130,7 +135,7 @@ fn product(graph: &Graph, producers: &[Option<usize>], i: usize) -> Option<(usiz
 }
 
 /// A constant, which may be cast to `float32`.
-fn stored<'a>(graph: &'a Graph, producers: &[Option<usize>], id: ValueId) -> Option<&'a Arc<Tensor>> {
+fn stored_at<'a>(graph: &'a Graph, producers: &[Option<usize>], id: ValueId) -> Option<&'a Arc<Tensor>> {
     let cast = producers[id.index()].map(|i| &graph.nodes[i]);
     let id = match cast {
         Some(node) => node.op.get::<Cast>().filter(|c| c.to == DType::F32).and(node.inputs[0])?,
@@ -149,6 +154,8 @@ struct Weights {
     /// The same in scales and zero points, where rows are blocks of `block`.
     scale_strides: [usize; 2],
     block: usize,
+    /// Bytes that are not in blocks.
+    whole_bytes: bool,
     format: Format,
 }
 
@@ -156,16 +163,23 @@ impl Weights {
     /// Operands of a DequantizeLinear, if a product with its result, or with the transpose of that, can be a MatMulNBits.
     fn new(graph: &Graph, producers: &[Option<usize>], node: &Node, trans: bool) -> Option<Weights> {
         let linear = node.op.get::<Linear>().filter(|l| l.output.is_none_or(DType::is_float))?;
-        let stored = |at: usize| stored(graph, producers, node.inputs.get(at).copied().flatten()?);
-        let (codes, scale, zeros) = (stored(0)?, stored(1)?, stored(2));
-        let &[rows, cols] = codes.dims() else { return None };
+        let stored = |at: usize| stored_at(graph, producers, node.inputs.get(at).copied().flatten()?);
+        // onnxruntime's quantiser leaves the transpose of weights that others read too before them.
+        let codes = node.inputs.first().copied().flatten()?;
+        let turned = producers[codes.index()].map(|i| &graph.nodes[i]).filter(|n| {
+            n.op.get::<Transpose>().is_some_and(|t| t.permutation(2).is_ok_and(|p| p.as_slice() == [1, 0]))
+        });
+        let codes = stored_at(graph, producers, turned.map_or(Some(codes), |n| n.inputs.first().copied().flatten())?)?;
+        let (scale, zeros) = (stored(1)?, stored(2));
+        let &[first, second] = codes.dims() else { return None };
+        let (rows, cols) = if turned.is_some() { (second, first) } else { (first, second) };
         let (k, n) = if trans { (cols, rows) } else { (rows, cols) };
         let bits = codes.dtype().bits();
         let fits = match codes.dtype() {
-            DType::U4 | DType::I4 => true,
-            DType::U8 | DType::I8 => linear.block > 0,
+            DType::U4 | DType::I4 | DType::U8 | DType::I8 => true,
             _ => false,
         };
+        let whole_bytes = bits == 8 && linear.block == 0;
         if !fits || k == 0 || (zeros.is_none() && node.operands().count() > 2) {
             return None;
         }
@@ -190,8 +204,18 @@ impl Weights {
         }
         let format = Format { bits, block: shared.max(16), k, n };
         format.bytes()?;
-        let strides = if trans { [1, k] } else { [n, 1] };
-        Some(Weights { codes: codes.clone(), zeros: zeros.cloned(), scales, strides, scale_strides, block, format })
+        let (down, right) = if turned.is_some() { (1, rows) } else { (cols, 1) };
+        let strides = if trans { [right, down] } else { [down, right] };
+        Some(Weights {
+            codes: codes.clone(),
+            zeros: zeros.cloned(),
+            scales,
+            strides,
+            scale_strides,
+            block,
+            whole_bytes,
+            format,
+        })
     }
 
     /// Operands 1 to 3 of a MatMulNBits.
@@ -287,7 +311,7 @@ mod tests {
     }
 
     fn small(graph: &mut Graph, pass: &Pass) -> Result<()> {
-        replace(graph, pass, 1)
+        replace(graph, pass, 1, 1)
     }
 
     /// Products of an input with what a form stands for: by MatMul, behind a transpose, by Gemm with a bias.
@@ -318,15 +342,33 @@ mod tests {
                 let mut forms: Vec<Form> = [([96, 9], 16), ([96, 7], 32), ([40, 5], 16), ([96, 9], 48), ([40, 3], 512)]
                     .map(|(size, block)| Form::blocks(dtype, size, trans, block))
                     .into();
-                if dtype.bits() == 4 {
-                    forms.extend([[64, 9], [768, 5], [41, 3]].map(|size| Form::columns(dtype, size, trans)));
-                    forms.push(Form { scale_dims: vec![], ..Form::columns(dtype, [64, 9], trans) });
-                }
+                forms.extend([[64, 9], [768, 5], [41, 3]].map(|size| Form::columns(dtype, size, trans)));
+                forms.push(Form { scale_dims: vec![], ..Form::columns(dtype, [64, 9], trans) });
                 for (form, with_zeros) in forms.iter().flat_map(|f| [(f, false), (f, true)]) {
                     for net in products(form, trans, with_zeros) {
                         assert_eq!(net.passed(small), [NBITS], "{dtype} {:?} block {}", form.dims, form.block);
                     }
                 }
+            }
+        }
+    }
+
+    /// As onnxruntime quantises the words of GPT-2, which embed the tokens and give the logits.
+    #[test]
+    fn weights_that_are_turned_before_they_become_real() {
+        for dtype in [DType::I8, DType::U8] {
+            for one_scale in [true, false] {
+                let mut n = Net::new(21);
+                let x = n.input("x", &[2, 40]);
+                let w = codes(&mut n, dtype, &[7, 40], 3);
+                let w = n.op_with("Transpose", &[w], &[("perm", ints(&[1, 0]))]);
+                let scales = noise(7, 4).iter().map(|v| v.abs() + 0.1).collect::<Vec<_>>();
+                let scale = if one_scale { n.scalar(0.1) } else { n.constant(&[7], &scales) };
+                let w = n.op_with("DequantizeLinear", &[w, scale], &[("axis", int(1))]);
+                let y = n.op("MatMul", &[x, w]);
+                n.output(y);
+                assert_eq!(n.passed(small), [NBITS]);
+                assert_eq!(n.passed(|graph, pass| replace(graph, pass, usize::MAX, usize::MAX)).len(), 3);
             }
         }
     }
@@ -372,8 +414,7 @@ mod tests {
         let size = [32, 6];
         let along_columns = Form { axis: 1, scale_dims: vec![32, 1], ..Form::blocks(DType::I4, size, false, 16) };
         let along_k = Form { axis: 0, scale_dims: vec![32], ..Form::columns(DType::I4, size, false) };
-        let bytes = Form::columns(DType::I8, size, false);
-        for form in [Form::blocks(DType::I4, size, false, 8), along_columns, along_k, bytes] {
+        for form in [Form::blocks(DType::I4, size, false, 8), along_columns, along_k] {
             let [matmul, gemm] = products(&form, false, false);
             assert_eq!(matmul.passed(small), ["DequantizeLinear", "MatMul"]);
             assert_eq!(gemm.passed(small), ["DequantizeLinear", "Gemm"]);
