@@ -37,6 +37,7 @@ RECIPES = (
     "minilm_l6_int8",
     "distilbert_base_int8",
     "distilgpt2",
+    "distilgpt2_int8",
 )
 
 

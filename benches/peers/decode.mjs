@@ -10,6 +10,7 @@ import { DECODER } from "./workloads.mjs";
 
 const { values: options } = parseArgs({
   options: {
+    models: { type: "string", default: DECODER.names.join() },
     threads: { type: "string", default: "1,2" },
     past: { type: "string", default: "16,256,768" },
     rounds: { type: "string", default: "7" },
@@ -20,48 +21,46 @@ const { values: options } = parseArgs({
 });
 const RUNTIMES = ["weblane", "weblane-copies", "onnxruntime-web"];
 
-const model = locate(DECODER.name);
-if (!model) throw new Error(`${DECODER.name} is not built`);
 const pasts = options.past.split(",").map(Number);
 const server = await serveBench();
 const browser = await launchPuppeteer("chromium");
 const results = [];
-for (const threads of options.threads.split(",").map(Number)) {
-  const page = await openPage(browser, server.url);
-  const config = {
-    runtimes: RUNTIMES,
-    url: model.url,
-    caches: DECODER.caches,
-    pasts,
-    threads,
-    rounds: Number(options.rounds),
-    count: Number(options.words),
-    pause: Number(options.pause),
-  };
-  const measured = await page.evaluate((c) => window.harness.measureDecoder(c), config);
-  await page.close();
-  for (const past of pasts) {
-    const times = (k) => measured.times[past].map((turn) => turn[k]);
-    const row = { model: DECODER.name, threads, past, rounds: times(0).length };
-    RUNTIMES.forEach((runtime, k) => {
-      const ratios = times(k).map((ms, i) => ms / times(0)[i]);
-      row[runtime] = {
-        ms: round(median(times(k))),
-        ...(k > 0 && {
-          ratio: round(median(ratios)),
-          ratio_quartiles: [0.25, 0.75].map((q) => round(quantile(ratios, q))),
-          difference: round(measured.difference[past][k]),
-        }),
-      };
-    });
-    results.push(row);
-    const cells = RUNTIMES.map((runtime) => {
-      const { ms, ratio, ratio_quartiles: spread } = row[runtime];
-      return `${runtime} ${ms} ms${ratio === undefined ? "" : `: ${ratio} (${spread.join(" .. ")})`}`;
-    });
-    console.log(
-      `${DECODER.name} after ${String(past).padStart(4)} tokens, ${threads}t  ${cells.join(" | ")}`,
-    );
+for (const name of options.models.split(",")) {
+  for (const threads of options.threads.split(",").map(Number)) {
+    const page = await openPage(browser, server.url);
+    const config = {
+      runtimes: RUNTIMES,
+      url: locate(name).url,
+      caches: DECODER.caches,
+      pasts,
+      threads,
+      rounds: Number(options.rounds),
+      count: Number(options.words),
+      pause: Number(options.pause),
+    };
+    const measured = await page.evaluate((c) => window.harness.measureDecoder(c), config);
+    await page.close();
+    for (const past of pasts) {
+      const times = (k) => measured.times[past].map((turn) => turn[k]);
+      const row = { model: name, threads, past, rounds: times(0).length };
+      RUNTIMES.forEach((runtime, k) => {
+        const ratios = times(k).map((ms, i) => ms / times(0)[i]);
+        row[runtime] = {
+          ms: round(median(times(k))),
+          ...(k > 0 && {
+            ratio: round(median(ratios)),
+            ratio_quartiles: [0.25, 0.75].map((q) => round(quantile(ratios, q))),
+            difference: round(measured.difference[past][k]),
+          }),
+        };
+      });
+      results.push(row);
+      const cells = RUNTIMES.map((runtime) => {
+        const { ms, ratio, ratio_quartiles: spread } = row[runtime];
+        return `${runtime} ${ms} ms${ratio === undefined ? "" : `: ${ratio} (${spread.join(" .. ")})`}`;
+      });
+      console.log(`${name} after ${String(past).padStart(4)} tokens, ${threads}t  ${cells.join(" | ")}`);
+    }
   }
 }
 const version = await browser.version();

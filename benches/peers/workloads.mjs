@@ -42,9 +42,9 @@ export const WORKLOADS = [
   ...QUANTIZED.map((float) => ({ ...FLOAT.find(({ name }) => name === float), name: float + INT8, float })),
 ];
 
-/** The decoder of `decode.mjs`, and its caches: their names, and sizes of which the third one grows. */
+/** The decoder of `decode.mjs`, in floats and quantised, and its caches: their names, and sizes of which the third one grows. */
 export const DECODER = {
-  name: "distilgpt2",
+  names: ["distilgpt2", "distilgpt2_int8"],
   caches: {
     names: Array.from({ length: 6 }, (_, n) =>
       ["key", "value"].map((part) => `past_key_values.${n}.${part}`),

@@ -75,6 +75,7 @@ fn results_are_taken_without_a_copy_and_inputs_are_let_go() {
     let kept = session.keep(3).unwrap();
     assert_eq!(kept.bytes().as_ptr(), at);
     assert!(Arc::strong_count(&sum) > 1, "outputs may lie in inputs");
+    assert!(Arc::ptr_eq(&session.keep(2).unwrap(), &x), "an output that is an input");
     session.end();
     assert_eq!(Arc::strong_count(&sum), 1);
     assert!(session.output(3).is_err(), "the run is over");
@@ -82,6 +83,21 @@ fn results_are_taken_without_a_copy_and_inputs_are_let_go() {
     drop(kept);
     run(&mut session, &sum, &x);
     assert_eq!(session.output(3).unwrap().bytes().as_ptr(), at);
+}
+
+#[test]
+fn copies_of_inputs_that_are_kept_are_not_written_again() {
+    let mut session = session(Optimize::All);
+    let mut run = |x: f32| {
+        let x = tensor(&[x]);
+        session.begin(&[("sum", x.view()), ("x", x.view())]).unwrap();
+        session.advance(|_, _| false).unwrap();
+        let kept = session.keep(2).unwrap();
+        session.end();
+        kept
+    };
+    let kept = [1.0, 2.0, 3.0].map(&mut run);
+    assert_eq!(kept.each_ref().map(|t| elements(t)[0]), [1.0, 2.0, 3.0]);
 }
 
 #[test]

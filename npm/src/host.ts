@@ -300,15 +300,14 @@ export class Host {
       };
       try {
         const slot = this.#slot(session);
-        return await this.#run(slot, { ...request, begun }, context, (wasm, totalMs) => ({
-          outputs: [
-            ...slot.outputs.map((output) => takeOutput(wasm.memory, output)),
-            ...keep.map((name) => keepOutput(slot.wasm, name)),
-          ],
-          returned: lent,
-          nodes: request.profile ? [...slot.wasm.timings()] : [],
-          totalMs,
-        }));
+        return await this.#run(slot, { ...request, begun }, context, (wasm, totalMs) => {
+          const here = slot.outputs.map((output) => takeOutput(wasm.memory, output));
+          const kept = keep.map((name) => keepOutput(slot.wasm, name));
+          // One of them may be an input: that is not the place for the next one.
+          if (kept.length > 0) slot.given = undefined;
+          const nodes = request.profile ? [...slot.wasm.timings()] : [];
+          return { outputs: [...here, ...kept], returned: lent, nodes, totalMs };
+        });
       } finally {
         begun();
       }

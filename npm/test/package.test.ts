@@ -225,6 +225,11 @@ describe.skipIf(!built)("the built package", () => {
     expect(await elements(first.same)).toEqual(new Set([2]));
     expect(await elements(first.again)).toEqual(new Set([1]));
 
+    // One that is an input outlasts the next one of the same shape.
+    const passed = await session.run({ sum: x(), x: x().fill(5) }, { keep: ["again"] });
+    await session.run({ sum: x(), x: x().fill(6) });
+    expect(await elements(passed.again)).toEqual(new Set([5]));
+
     // As often as one likes, in the memory of a few.
     let sum: Weblane.Tensor = first.next ?? new Tensor(x());
     let memory = 0;

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Models with an architecture of their own and seeded weights.
-const WORKLOADS: [&str; 14] = [
+const WORKLOADS: [&str; 15] = [
     "mobilenet_v2",
     "efficientnet_lite0",
     "resnet50",
@@ -22,6 +22,7 @@ const WORKLOADS: [&str; 14] = [
     "minilm_l6_int8",
     "distilbert_base_int8",
     "distilgpt2",
+    "distilgpt2_int8",
 ];
 /// Where the small models of onnxruntime's own operators are, with their goldens.
 const CONTRIB: &str = "target/contrib";

@@ -175,10 +175,7 @@ impl Weights {
         let (rows, cols) = if turned.is_some() { (second, first) } else { (first, second) };
         let (k, n) = if trans { (cols, rows) } else { (rows, cols) };
         let bits = codes.dtype().bits();
-        let fits = match codes.dtype() {
-            DType::U4 | DType::I4 | DType::U8 | DType::I8 => true,
-            _ => false,
-        };
+        let fits = matches!(codes.dtype(), DType::U4 | DType::I4 | DType::U8 | DType::I8);
         let whole_bytes = bits == 8 && linear.block == 0;
         if !fits || k == 0 || (zeros.is_none() && node.operands().count() > 2) {
             return None;
