@@ -16,6 +16,14 @@
 //!     output(acc)                                         output.rs
 //! ```
 //!
+//! Where four products of unsigned and signed bytes at a time are exact ([`Form::U8S8`]), tiles of widths 3 and 5 take four
+//! rows of taps at once, bytes of the same channel beside each other:
+//!
+//! ```text
+//!                 for fours of rows of taps                       those that are missing are zero points of zero weights
+//!                     acc += dot([x_r, x_r+1, x_r+2, x_r+3], [w_r, w_r+1, w_r+2, w_r+3])
+//! ```
+//!
 //! One product of pairs does two taps, so that it costs half of what one of floats does. That is for widths 3 and 5 with
 //! strides 1 and 2, away from the sides; other pixels and kernels have a list of places, two for each product, and load
 //! each input for each tap. Pairs of inputs side by side begin at even places, so that a pixel at an odd one meets them with
@@ -41,7 +49,7 @@ use crate::conv::{ConvInput, ConvParams, volume};
 use crate::error::Result;
 use crate::gemm::Aligned;
 use crate::par::{Cx, DisjointMut};
-use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::simd::{Dot, DotKernel, Isa, Kernel, Simd, dispatch, dispatch_dot, dot_available};
 use core::ops::Range;
 
 /// The weights of a depthwise convolution.
@@ -53,6 +61,8 @@ pub(super) struct QDepthwise {
     /// partner of an odd row. Then, for an odd number of rows, the last of them twice as `[kw / 2 + 1][channels]`, pairs of
     /// its own: from its first weight on, and behind a zero.
     weights: Aligned,
+    /// `[fours of rows][kw][channels]` of four bytes each, for unsigned inputs, if all weights are such bytes.
+    quads: Option<Aligned>,
     /// Their sum for each channel.
     sums: Vec<i32>,
     /// Inputs of a group and its outputs, if they have to be spread.
@@ -95,7 +105,7 @@ impl QDepthwise {
     }
 
     /// Packs `weights` laid out `[channels, inputs, taps]`; lengths were checked.
-    pub(super) fn new(isa: Isa, params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
+    pub(super) fn new(isa: Isa, form: Form, params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
         let ConvParams { in_channels, out_channels, groups, kernel: [kd, kh, kw], .. } = *params;
         let (inputs, outputs) = (in_channels / groups, out_channels / groups);
         let isa = isa.narrowed(out_channels / 2);
@@ -132,11 +142,29 @@ impl QDepthwise {
             }
         }
         let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
-        Ok(Self { isa, weights: packed, sums, spread })
+        let byte = |c: usize, tap: usize| i8::try_from(centred(c, tap)).ok();
+        let is_bytes = || (0..channels).all(|c| (0..taps).all(|tap| byte(c, tap).is_some()));
+        let quads = if form == Form::U8S8 && has_quads(isa) && matches!((taps / kw, kw), (3, 3) | (_, 5)) && is_bytes()
+        {
+            let fours = (taps / kw).div_ceil(4);
+            let mut quads = Aligned::zeros(fours * kw * channels)?;
+            let lanes = bytemuck::cast_slice_mut::<f32, [i8; 4]>(quads.as_mut_slice());
+            for (four, row) in lanes.chunks_exact_mut(channels).enumerate() {
+                let first = four / kw * 4 * kw + four % kw;
+                for (c, lane) in row.iter_mut().enumerate() {
+                    *lane = [0, 1, 2, 3].map(|r| byte(c, first + r * kw).unwrap_or(0));
+                }
+            }
+            Some(quads)
+        } else {
+            None
+        };
+        Ok(Self { isa, weights: packed, quads, sums, spread })
     }
 
     pub(super) fn bytes(&self) -> usize {
-        size_of_val(self.weights.as_slice()) + size_of_val(&self.sums[..])
+        let quads = self.quads.as_ref().map_or(0, |quads| size_of_val(quads.as_slice()));
+        size_of_val(self.weights.as_slice()) + quads + size_of_val(&self.sums[..])
     }
 
     /// # Errors
@@ -200,6 +228,7 @@ impl QDepthwise {
                 x: if self.spread.is_some() { spread.as_ptr() } else { x.as_ptr() },
                 signed: matches!(x, Bytes::I8(_)),
                 weights: bytemuck::cast_slice(self.weights.as_slice()),
+                quads: self.quads.as_ref().map(|quads| bytemuck::cast_slice(quads.as_slice())),
                 first,
                 zeros,
                 params,
@@ -250,6 +279,7 @@ struct Image<'a> {
     x: *const u8,
     signed: bool,
     weights: &'a [i32],
+    quads: Option<&'a [i32]>,
     /// What sums begin with.
     first: &'a [i32],
     /// A pixel of padding.
@@ -300,7 +330,9 @@ impl Image<'_> {
         let position =
             |d: usize, out: usize, tap: usize| (out * strides[d] + tap * dilations[d]) as isize - self.pads[d] as isize;
         let inside = |position: isize, size: usize| position >= 0 && position < size as isize;
-        let rows = &mut rows[..kd * kh * self.planes];
+        let count_of_rows = kd * kh * self.planes;
+        // Those behind are padding, and stay it.
+        let (rows, fours) = (rows, count_of_rows.next_multiple_of(4));
         // An odd row is paired with zero points, whose weights are zero.
         let taps = &mut taps[..self.taps];
         let mut column = columns.start;
@@ -308,8 +340,8 @@ impl Image<'_> {
             let interior = self.interior.contains(&column);
             let count = if interior { self.interior.end.min(columns.end) - column } else { 1 };
             // Rows of taps; those outside of the image are zero points however far one goes.
-            rows.fill(self.padding());
-            for (line, rows) in rows.chunks_exact_mut(self.planes).enumerate() {
+            rows[..count_of_rows].fill(self.padding());
+            for (line, rows) in rows[..count_of_rows].chunks_exact_mut(self.planes).enumerate() {
                 let (iz, iy) = (position(0, z, line / kh), position(1, y, line % kh));
                 if inside(iz, id) && inside(iy, ih) {
                     let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
@@ -324,11 +356,15 @@ impl Image<'_> {
             let sums = &mut sums[(column - columns.start) * channels..][..count * channels];
             // Two pixels at once.
             let tiled = if interior && dilations[2] == 1 { count / 2 * 2 } else { 0 };
-            let tiled = if tiled > 0 && self.tiles(isa, rows, &mut sums[..tiled * channels]) { tiled } else { 0 };
+            let tile = |sums: &mut [i32]| match self.quads {
+                Some(weights) if !self.signed => self.quad_tiles(isa, weights, &rows[..fours], sums),
+                _ => self.tiles(isa, &rows[..count_of_rows], sums),
+            };
+            let tiled = if tiled > 0 && tile(&mut sums[..tiled * channels]) { tiled } else { 0 };
             if tiled < count {
                 let step = strides[2] * channels;
                 taps.fill(self.padding());
-                for (row, first) in rows.iter().enumerate().filter(|(_, row)| row.step > 0) {
+                for (row, first) in rows[..count_of_rows].iter().enumerate().filter(|(_, row)| row.step > 0) {
                     for kx in 0..kw {
                         if inside(position(2, column + tiled, kx), iw) {
                             let x = first.x.wrapping_add(tiled * step + kx * dilations[2] * channels);
@@ -366,6 +402,31 @@ impl Image<'_> {
             (3, 2) => tiles!(3, 2),
             (5, 1) => tiles!(5, 1),
             (5, 2) => tiles!(5, 2),
+            _ => return false,
+        }
+        true
+    }
+}
+
+/// Whether there are products of bytes for them. Natively there are vectors so long that the other tiles are as good.
+fn has_quads(isa: Isa) -> bool {
+    cfg!(test) || (cfg!(target_arch = "wasm32") && dot_available(isa, Form::U8S8))
+}
+
+impl Image<'_> {
+    /// [`tiles`](Self::tiles) of unsigned bytes, by fours of rows; those that are missing are padding.
+    fn quad_tiles(&self, isa: Isa, weights: &[i32], rows: &[Tap], sums: &mut [i32]) -> bool {
+        let image = self;
+        macro_rules! tiles {
+            ($kw:literal, $stride:literal, $three:literal) => {
+                dispatch_dot(isa, Form::U8S8, QuadTiles::<$kw, $stride, $three> { image, weights, rows, sums })
+            };
+        }
+        match (self.params.kernel[2], self.params.strides[2]) {
+            (3, 1) => tiles!(3, 1, true),
+            (3, 2) => tiles!(3, 2, true),
+            (5, 1) => tiles!(5, 1, false),
+            (5, 2) => tiles!(5, 2, false),
             _ => return false,
         }
         true
@@ -449,6 +510,78 @@ impl<const KW: usize, const STRIDE: usize, const SIGNED: bool> Kernel for Tiles<
                             }
                             x = x.wrapping_add(2 * row.step);
                         }
+                    }
+                    for (t, acc) in acc.iter().enumerate() {
+                        s.store_i32_ptr(sums.add(t * channels + c), acc[0]);
+                        s.store_i32_ptr(sums.add(t * channels + c + lanes), acc[1]);
+                    }
+                }
+                if c + width == channels {
+                    break;
+                }
+                c = (c + width).min(channels - width);
+            }
+        }
+    }
+}
+
+/// [`Tiles`] of unsigned bytes by products of four rows at once, of which the last is padding if there are `THREE` in all. The
+/// same contract.
+struct QuadTiles<'a, const KW: usize, const STRIDE: usize, const THREE: bool> {
+    image: &'a Image<'a>,
+    /// `[fours of rows][KW][channels]`.
+    weights: &'a [i32],
+    /// Fours.
+    rows: &'a [Tap],
+    /// An even number of rows of all channels.
+    sums: &'a mut [i32],
+}
+
+impl<const KW: usize, const STRIDE: usize, const THREE: bool> DotKernel for QuadTiles<'_, KW, STRIDE, THREE> {
+    type Output = ();
+
+    // Not inlined on wasm: optimising compilers choke on huge functions.
+    #[cfg_attr(target_arch = "wasm32", inline(never))]
+    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
+    fn run<D: Dot>(self, d: D) {
+        let Self { image, weights, rows, sums } = self;
+        let s = d.simd();
+        let (channels, lanes) = (image.first.len(), <D::S as Simd>::LANES);
+        let width = 2 * lanes;
+        for (tile, sums) in sums.chunks_exact_mut(2 * channels).enumerate() {
+            let sums = sums.as_mut_ptr();
+            let mut c = 0;
+            loop {
+                // SAFETY: the contract of the type; c + width <= channels, and weights have KW rows for each four rows.
+                unsafe {
+                    let first = image.first.as_ptr().add(c);
+                    let mut acc = [[s.load_i32_ptr(first), s.load_i32_ptr(first.add(lanes))]; 2];
+                    let mut w = weights.as_ptr().add(c);
+                    for four in rows.as_chunks::<4>().0 {
+                        let x = four.map(|row| row.x.wrapping_add(tile * 2 * STRIDE * row.step + c));
+                        let steps = four.map(|row| row.step);
+                        let at = |j: usize| {
+                            let [p, q, r, t] = x;
+                            let [a, b, c, d] = steps;
+                            let places = [p.wrapping_add(j * a), q.wrapping_add(j * b), r.wrapping_add(j * c)];
+                            s.quad_bytes([
+                                places[0],
+                                places[1],
+                                places[2],
+                                t.wrapping_add(if THREE { 0 } else { j * d }),
+                            ])
+                        };
+                        unrolled!(kw in 0..KW, {
+                            let w = w.add(kw * channels);
+                            let weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(lanes))];
+                            // The compiler sees inputs that are the same for both pixels.
+                            for (t, acc) in acc.iter_mut().enumerate() {
+                                let x = at(t * STRIDE + kw);
+                                acc[0] = d.dot(acc[0], x[0], weights[0]);
+                                acc[1] = d.dot(acc[1], x[1], weights[1]);
+                            }
+                        });
+                        w = w.add(KW * channels);
                     }
                     for (t, acc) in acc.iter().enumerate() {
                         s.store_i32_ptr(sums.add(t * channels + c), acc[0]);

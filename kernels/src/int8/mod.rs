@@ -439,7 +439,7 @@ impl QConv {
             }
         }
         if QDepthwise::supports(isa, form, &params) {
-            let weights = Weights::Depthwise(QDepthwise::new(isa, &params, weights, zero)?);
+            let weights = Weights::Depthwise(QDepthwise::new(isa, form, &params, weights, zero)?);
             return Ok(Self { isa, params, weights });
         }
         let mut packed: Vec<PackedQ> = Vec::with_capacity(groups);

@@ -347,6 +347,19 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `2 * LANES` bytes at both must be readable.
     unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [Self::I32; 2];
+    /// `2 LANES` bytes from each of four places: a lane holds a byte of each, that of the first one lowest.
+    ///
+    /// # Safety
+    /// `2 * LANES` bytes at all of them must be readable.
+    #[inline(always)]
+    unsafe fn quad_bytes(self, [a, b, c, d]: [*const u8; 4]) -> [Self::I32; 2] {
+        [0, Self::LANES].map(|i| {
+            // SAFETY: the caller's contract.
+            let [a, b, c, d] = [a, b, c, d].map(|p| unsafe { self.load_bytes::<false>(p.add(i)) });
+            let low = self.or_i32(a, self.shl_i32::<8>(b));
+            self.or_i32(low, self.or_i32(self.shl_i32::<16>(c), self.shl_i32::<24>(d)))
+        })
+    }
 
     /// Sum of all lanes, in a tree whose shape depends on `LANES` only.
     fn reduce_add(self, a: Self::F32) -> f32;

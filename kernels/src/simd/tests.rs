@@ -268,6 +268,12 @@ impl Kernel for Shorts {
                 assert_eq!([shorts(low), shorts(high)].concat(), pairs(false), "{name} pair_bytes");
                 let [low, high] = s.pair_bytes::<true>(p, q);
                 assert_eq!([shorts(low), shorts(high)].concat(), pairs(true), "{name} pair_bytes, signed");
+                let places = [p, q, p.add(11), q.add(7)];
+                let quads: Vec<i32> = (0..2 * n)
+                    .map(|i| i32::from_le_bytes([at, at + 50, at + 11, at + 57].map(|place| bytes[place + i])))
+                    .collect();
+                let [low, high] = s.quad_bytes(places);
+                assert_eq!([get(low), get(high)].concat(), quads, "{name} quad_bytes");
                 let mut out = [99u8; 40];
                 s.store_bytes::<false>(out.as_mut_ptr(), [s.load_bytes::<false>(p), s.load_bytes::<false>(p.add(n))]);
                 assert!(

@@ -129,6 +129,14 @@ macro_rules! implement {
                     [i16x8_extend_low_u8x16(x), i16x8_extend_high_u8x16(x)]
                 }
             }
+            #[inline(always)]
+            unsafe fn quad_bytes(self, places: [*const u8; 4]) -> [v128; 2] {
+                // SAFETY: the caller's contract; wasm loads need no alignment.
+                let [a, b, c, d] = places.map(|p| unsafe { v128_load64_zero(p.cast()) });
+                let ab = i8x16_shuffle::<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(a, b);
+                let cd = i8x16_shuffle::<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(c, d);
+                [i16x8_shuffle::<0, 8, 1, 9, 2, 10, 3, 11>(ab, cd), i16x8_shuffle::<4, 12, 5, 13, 6, 14, 7, 15>(ab, cd)]
+            }
             wrap! {
                 splat(x: f32) -> v128 = f32x4_splat(x);
                 add(a: v128, b: v128) -> v128 = f32x4_add(a, b);
