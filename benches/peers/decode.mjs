@@ -26,11 +26,13 @@ const server = await serveBench();
 const browser = await launchPuppeteer("chromium");
 const results = [];
 for (const name of options.models.split(",")) {
+  const model = locate(name);
+  if (!model) throw new Error(`${name} is not built`);
   for (const threads of options.threads.split(",").map(Number)) {
     const page = await openPage(browser, server.url);
     const config = {
       runtimes: RUNTIMES,
-      url: locate(name).url,
+      url: model.url,
       caches: DECODER.caches,
       pasts,
       threads,

@@ -122,6 +122,19 @@ mod tests {
         assert_eq!(n.passed(run), ["Shape", "Gather", "Expand", "Shape", "Gather", "Expand", "Concat"]);
     }
 
+    /// What a model calls a size is no promise of what it is the sum of.
+    #[test]
+    fn names_that_look_like_sums_are_not_trusted() {
+        let mut n = Net::new(14);
+        let [past, new] = ["past", "new"].map(|name| n.symbolic(name, &[name]));
+        let mask = n.symbolic("mask", &["new + past"]);
+        let [past, new, mask] = [past, new, mask].map(|x| n.op("Shape", &[x]));
+        let total = n.op("Add", &[past, new]);
+        let y = n.op_with("Concat", &[total, mask], &[("axis", int(0))]);
+        n.output(y);
+        assert_eq!(n.passed(run), ["Shape", "Shape", "Shape", "Add", "Concat"]);
+    }
+
     #[test]
     fn tensors_of_operators_are_compared_by_their_elements() {
         let mut n = Net::new(14);

@@ -64,7 +64,7 @@ impl Memo {
         }
         for (i, value) in graph.values.iter().enumerate() {
             let fact = match (given[i], &value.constant) {
-                (Some(fact), _) => named(fact.clone(), ValueId(i as u32)),
+                (Some(fact), _) => named(opaque(fact.clone()), ValueId(i as u32)),
                 (None, Some(t)) => Fact::constant(t.clone()),
                 (None, None) => continue,
             };
@@ -112,6 +112,19 @@ fn is_same(a: &Fact, b: &Fact) -> bool {
         _ => false,
     };
     content && a.dtype == b.dtype && a.shape == b.shape
+}
+
+/// Names of a model that look like sums or cuts of sizes are names and no more: a run is not held to what they say, and
+/// exporters write `past_sequence_length + 1` where a first run gives a mask of another length.
+fn opaque(mut fact: Fact) -> Fact {
+    for dim in fact.shape.iter_mut().flatten() {
+        if let Dim::Symbol(name) = dim
+            && (name.contains(" + ") || name.starts_with("min("))
+        {
+            *dim = Dim::Symbol(format!("({name})").into());
+        }
+    }
+    fact
 }
 
 /// Names for the sizes of a value that have none. No model has such names: a size in a model is a name or nothing.

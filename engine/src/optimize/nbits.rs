@@ -33,7 +33,7 @@ use weblane_kernels::nbits::Format;
 /// to 4 (64-byte ones). For 128 rows there is little difference at any size.
 const MIN_ELEMENTS: usize = 1 << 18;
 
-/// Whole bytes without blocks become real below so many: 16 MB of real weights, which no cache holds.
+/// Whole bytes without blocks become real below so many, which are 16 MB of real weights.
 const MIN_WHOLE_BYTES: usize = 1 << 22;
 
 /// The longest block that is made where the model has longer ones or none: scales are small beside it, and the sums of

@@ -108,7 +108,10 @@ impl QDepthwise {
     pub(super) fn new(isa: Isa, form: Form, params: &ConvParams, weights: Bytes<'_>, zero: &[i32]) -> Result<Self> {
         let ConvParams { in_channels, out_channels, groups, kernel: [kd, kh, kw], .. } = *params;
         let (inputs, outputs) = (in_channels / groups, out_channels / groups);
-        let isa = isa.narrowed(out_channels / 2);
+        let narrowed = isa.narrowed(out_channels / 2);
+        // The form is one of `isa`; shorter vectors may not have it.
+        let is_u8s8 = form == Form::U8S8 && (narrowed == isa || dot_available(narrowed, form));
+        let isa = narrowed;
         let channels = out_channels.max(2 * isa.lanes());
         let plain = channels == in_channels && channels == out_channels;
         let spread = (!plain || inputs > 1).then_some([inputs, outputs]);
@@ -144,8 +147,7 @@ impl QDepthwise {
         let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
         let byte = |c: usize, tap: usize| i8::try_from(centred(c, tap)).ok();
         let is_bytes = || (0..channels).all(|c| (0..taps).all(|tap| byte(c, tap).is_some()));
-        let quads = if form == Form::U8S8 && has_quads(isa) && matches!((taps / kw, kw), (3, 3) | (_, 5)) && is_bytes()
-        {
+        let quads = if is_u8s8 && matches!((taps / kw, kw), (3, 3) | (_, 5)) && is_bytes() {
             let fours = (taps / kw).div_ceil(4);
             let mut quads = Aligned::zeros(fours * kw * channels)?;
             let lanes = bytemuck::cast_slice_mut::<f32, [i8; 4]>(quads.as_mut_slice());
@@ -406,11 +408,6 @@ impl Image<'_> {
         }
         true
     }
-}
-
-/// Whether there are products of bytes for them. Natively there are vectors so long that the other tiles are as good.
-fn has_quads(isa: Isa) -> bool {
-    cfg!(test) || (cfg!(target_arch = "wasm32") && dot_available(isa, Form::U8S8))
 }
 
 impl Image<'_> {
