@@ -44,6 +44,8 @@ export interface WireFeeds {
   readonly transfer: readonly ArrayBuffer[];
   /** Those of them that are copies of the caller's data. */
   readonly lent: readonly ArrayBuffer[];
+  /** What is in the engine and stays there; each is used until the run has ended. */
+  readonly kept: readonly Kept[];
 }
 
 /**
@@ -78,12 +80,13 @@ export function encodeFeeds(
   }
   const transfer = new Set<ArrayBuffer>();
   const lent: ArrayBuffer[] = [];
-  const given: Kept[] = [];
+  const given = new Map<Kept, { kept: number; last: boolean }>();
   const inputs = infos.map((info): WireTensor => {
     const { type, dims, data } = resolveFeed(info, feeds[info.name] as Feed);
     if (data instanceof Kept) {
-      given.push(data);
-      return { name: info.name, type, dims, data: { kept: idOf(data, info, client), last: move } };
+      const ref = given.get(data) ?? { kept: idOf(data, info, client), last: false };
+      given.set(data, ref);
+      return { name: info.name, type, dims, data: ref };
     }
     if (type === "string") return { name: info.name, type, dims, data: [...(data as readonly string[])] };
     const elements = data as TypedArray;
@@ -105,8 +108,14 @@ export function encodeFeeds(
     }
     return { name: info.name, type, dims, data: bytes };
   });
-  if (move) for (const kept of given) kept.handOver();
-  return { inputs, transfer: [...transfer], lent };
+  const kept: Kept[] = [];
+  for (const [tensor, ref] of given) {
+    ref.last = move && tensor.handOver();
+    if (ref.last) continue;
+    tensor.use();
+    kept.push(tensor);
+  }
+  return { inputs, transfer: [...transfer], lent, kept };
 }
 
 function idOf(kept: Kept, { name }: ValueInfo, client: Client | undefined): number {

@@ -15,6 +15,8 @@ export class Kept {
   readonly #client: Client;
   readonly #id: number;
   #released = false;
+  /** Runs that were asked for and have not ended: the engine holds it for them. */
+  #users = 0;
 
   constructor(client: Client, id: number) {
     this.#client = client;
@@ -38,14 +40,31 @@ export class Kept {
     return this.#client.call("read", { kept: this.#id });
   }
 
-  /** Lets go of it. */
+  /** Lets go of it, once the runs that take it have ended. */
   release(): void {
-    if (this.handOver()) release(this.#client, this.#id);
+    if (this.#released) return;
+    this.#released = true;
+    forgotten.unregister(this);
+    if (this.#users === 0) release(this.#client, this.#id);
   }
 
-  /** The engine lets go of it by itself; false when it was let go before. */
+  /** A run will take it, which may wait for others: until `done` the engine keeps it, whatever becomes of the tensor. */
+  use(): void {
+    this.#users++;
+  }
+
+  /** That run has ended. */
+  done(): void {
+    this.#users--;
+    if (this.#users === 0 && this.#released) release(this.#client, this.#id);
+  }
+
+  /** The run that takes it is the last; true when the engine lets go of it by itself. */
   handOver(): boolean {
-    if (this.#released) return false;
+    if (this.#released || this.#users > 0) {
+      this.release();
+      return false;
+    }
     this.#released = true;
     forgotten.unregister(this);
     return true;

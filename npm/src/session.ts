@@ -261,6 +261,7 @@ export class Session {
       return reply;
     } finally {
       this.#running--;
+      for (const kept of wire.kept) kept.done();
     }
   }
 

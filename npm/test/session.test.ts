@@ -97,6 +97,19 @@ describe("outputs that stay in the engine", () => {
     expect(engine.log.filter((line) => line === "release 1").length).toBe(1);
   });
 
+  test("stay for the runs that were asked for before", async () => {
+    const engine = new FakeEngine();
+    const session = await load(engine);
+    const { y } = await session.run(feeds(), { keep: ["y"] });
+    const runs = [session.run(feeds()), session.run({ x: y as Tensor, n: [1] })];
+    runs.push(session.run({ x: y as Tensor, n: [1] }, { transfer: true }));
+    y?.dispose();
+    expect(y?.location).toBe("none");
+    const results = await Promise.all(runs);
+    expect(results.map((result) => result.y?.data)).toEqual([x(), x(), x()]);
+    await vi.waitFor(() => expect(engine.log.filter((line) => line === "release 1").length).toBe(1));
+  });
+
   test("are freed by a run that takes them for the last time, even if it fails", async () => {
     const engine = new FakeEngine();
     const session = await load(engine);
