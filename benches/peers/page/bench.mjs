@@ -1,5 +1,6 @@
 /** The page's half of the benches in this directory. Holds no runtime until one is asked for. */
 import { measureDecoder } from "./decode.mjs";
+import { median } from "./median.mjs";
 import { fillInputs, importRuntime, load } from "./runtimes.mjs";
 
 /** Largest difference of the first floating-point output, relative to its largest value: both must compute the same. */
@@ -28,12 +29,6 @@ async function burst({ run }, ms) {
     times.push(performance.now() - start);
   } while (performance.now() < end);
   return times;
-}
-
-function median(times) {
-  const sorted = times.toSorted((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
 /**

@@ -1,40 +1,28 @@
 /**
  * The page's half of `decode.mjs`: a decoder that gives a word after the other, each from the caches of all words before.
  */
-import { importRuntime } from "./runtimes.mjs";
-
-/** Numbers in -0.5..0.5, the same for every runtime. */
-function noise(length, seed) {
-  const data = new Float32Array(length);
-  let state = seed;
-  for (let i = 0; i < length; i++) {
-    state = (Math.imul(state, 1103515245) + 12345) >>> 0;
-    data[i] = (state >>> 8) / 2 ** 24 - 0.5;
-  }
-  return data;
-}
+import { median } from "./median.mjs";
+import { fillInputs, importRuntime } from "./runtimes.mjs";
 
 const present = (name) => name.replace("past_key_values", "present");
 
-/** A session as a function from inputs to outputs, and how its tensors are made. Outputs named `kept` go into the next run only. */
+/** How weblane runs with these options, which the names of the caches to come give. */
+const weblane =
+  (options) =>
+  async ({ Session, Tensor }, url, threads, kept) => {
+    const session = await Session.load(url, { threads });
+    return {
+      tensor: (type, data, dims) => new Tensor(type, data, dims),
+      run: (feeds) => session.run(feeds, options(kept)),
+      close: () => session.dispose(),
+    };
+  };
+
+/** A session as a function from inputs to outputs, and how its tensors are made. */
 const SESSIONS = {
-  async weblane({ Session, Tensor }, url, threads, kept) {
-    const session = await Session.load(url, { threads });
-    return {
-      tensor: (type, data, dims) => new Tensor(type, data, dims),
-      run: (feeds) => session.run(feeds, { keep: kept, transfer: true }),
-      close: () => session.dispose(),
-    };
-  },
-  /** Without the option `keep`: caches come to the page and go back. */
-  async "weblane-copies"({ Session, Tensor }, url, threads) {
-    const session = await Session.load(url, { threads });
-    return {
-      tensor: (type, data, dims) => new Tensor(type, data, dims),
-      run: (feeds) => session.run(feeds),
-      close: () => session.dispose(),
-    };
-  },
+  weblane: weblane((kept) => ({ keep: kept, transfer: true })),
+  /** Caches come to the page and go back. */
+  "weblane-copies": weblane(() => ({})),
   async "onnxruntime-web"(ort, url, threads) {
     ort.env.wasm.wasmPaths = "/ort/";
     ort.env.wasm.numThreads = threads;
@@ -52,11 +40,14 @@ const CODE = { "weblane-copies": "weblane" };
 /** Gives `words` words after `past` tokens; the time of each, and the last logits. */
 async function words({ tensor, run }, { names, dims }, past, count) {
   const [batch, heads, , size] = dims;
+  const begin = names.map((name) => ({
+    name,
+    type: "float32",
+    dims: [batch, heads, past, size],
+    kind: "uniform",
+  }));
   let caches = Object.fromEntries(
-    names.map((name, i) => {
-      const shape = [batch, heads, past, size];
-      return [name, tensor("float32", noise(batch * heads * past * size, i + 1), shape)];
-    }),
+    fillInputs(begin).map(({ name, type, dims, data }) => [name, tensor(type, data, dims)]),
   );
   const times = [];
   let logits;
@@ -74,12 +65,6 @@ async function words({ tensor, run }, { names, dims }, past, count) {
   }
   for (const cache of Object.values(caches)) cache.dispose();
   return { times, logits };
-}
-
-function median(times) {
-  const sorted = times.toSorted((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
 /**
