@@ -353,12 +353,21 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `2 * LANES` bytes at all of them must be readable.
     #[inline(always)]
     unsafe fn quad_bytes(self, [a, b, c, d]: [*const u8; 4]) -> [Self::I32; 2] {
-        [0, Self::LANES].map(|i| {
+        let mut quads = [self.splat_i32(0); 2];
+        for (half, quad) in quads.iter_mut().enumerate() {
+            let i = half * Self::LANES;
             // SAFETY: the caller's contract.
-            let [a, b, c, d] = [a, b, c, d].map(|p| unsafe { self.load_bytes::<false>(p.add(i)) });
-            let low = self.or_i32(a, self.shl_i32::<8>(b));
-            self.or_i32(low, self.or_i32(self.shl_i32::<16>(c), self.shl_i32::<24>(d)))
-        })
+            unsafe {
+                let low = self
+                    .or_i32(self.load_bytes::<false>(a.add(i)), self.shl_i32::<8>(self.load_bytes::<false>(b.add(i))));
+                let high = self.or_i32(
+                    self.shl_i32::<16>(self.load_bytes::<false>(c.add(i))),
+                    self.shl_i32::<24>(self.load_bytes::<false>(d.add(i))),
+                );
+                *quad = self.or_i32(low, high);
+            }
+        }
+        quads
     }
 
     /// Sum of all lanes, in a tree whose shape depends on `LANES` only.
