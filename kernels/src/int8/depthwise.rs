@@ -3,33 +3,25 @@
 //!
 //! ```text
 //! for rows of the output                                  in parallel
-//!     for runs of pixels whose taps lie alike             a tap outside of the image reads a pixel of zero points
-//!         for 2 pixels at once
-//!             for 2 vectors of channels
-//!                 acc = bias - x_zero * sum of the weights
-//!                 for pairs of rows of taps (r, r + 1)
-//!                     for the inputs x of these rows, each loaded once
-//!                         acc += dot([x_r, x_r+1], [w_r, w_r+1])   bytes side by side, widened to pairs of i16
-//!                 for the row that is left of an odd number
-//!                     for pairs of its inputs
-//!                         acc += dot([x[j], x[j+1]], weights that meet them)
-//!     output(acc)                                         output.rs
+//!     for runs of pixels
+//!         for 2 or 4 vectors of channels
+//!             for bundles of 2 or 4 rows of taps          those that are missing are zero points of zero weights
+//!                 for columns of the image under the run  outside of it zero points: a run knows no sides
+//!                     lanes[column] = [x_r, x_r+1] as i16, or [x_r, x_r+1, x_r+2, x_r+3]
+//!                 for pixels of the run                   2 vectors at once
+//!                     acc = bias - x_zero * sum of the weights, or what the bundle before left
+//!                     for columns under the pixel
+//!                         acc += dot(lanes[column], [w_r, w_r+1, ...])
+//!             output(acc)                                 in registers if it quantises and adds nothing; output.rs
 //! ```
 //!
-//! Where four products of unsigned and signed bytes at a time are exact ([`Form::U8S8`]) and vectors short, as in a browser, tiles of widths 3 and 5 take four
-//! rows of taps at once, bytes of the same channel beside each other:
+//! Rows of the same channel lie side by side in a lane, so that one product does two taps, and costs half of what one of
+//! floats does. Bundles are of four where four products of bytes at a time are exact ([`Form::U8S8`], [`Form::S8S8`]), weights are
+//! such bytes and vectors short, as in a browser; inputs of the other sign are moved by 128. Columns are joined once for all
+//! pixels that read them. Weights of kernels of widths 3 and 5 stay in registers.
 //!
-//! ```text
-//!                 for fours of rows of taps                       those that are missing are zero points of zero weights
-//!                     acc += dot([x_r, x_r+1, x_r+2, x_r+3], [w_r, w_r+1, w_r+2, w_r+3])
-//! ```
-//!
-//! One product of pairs does two taps, so that it costs half of what one of floats does. That is for widths 3 and 5 with
-//! strides 1 and 2, away from the sides; other pixels and kernels have a list of places, two for each product, and load
-//! each input for each tap. Pairs of inputs side by side begin at even places, so that a pixel at an odd one meets them with
-//! its weights moved by one: `(w0, w1), (w2, 0)` or `(0, w0), (w1, w2)`. Channels that do not fill the last vectors are
-//! computed with vectors that end with them and overlap the ones before; where there are too few for that, the vectors are
-//! those of a weaker instruction set.
+//! Channels that do not fill the last vectors are computed with vectors that end with them and overlap the ones before;
+//! where there are too few for that, the vectors are those of a weaker instruction set.
 //!
 //! Groups of a few channels, as products, would be matrices of a few columns, of which a tile has room for many, and each
 //! would gather patches of its own. They are spread first, as those of floats are ([`crate::conv`]), with planes instead of
@@ -43,13 +35,13 @@
 //!
 //! Where all outputs are less than two of the shortest vectors, pixels of the planes have channels more, of zero weights.
 
-use super::output::Sink;
+use super::output::{Columns, Quantized, Sink};
 use super::{Bytes, Form};
 use crate::conv::{ConvInput, ConvParams, volume};
 use crate::error::Result;
 use crate::gemm::Aligned;
 use crate::par::{Cx, DisjointMut};
-use crate::simd::{Dot, DotKernel, Isa, Kernel, Simd, dispatch, dispatch_dot, dot_available};
+use crate::simd::{Dot, DotKernel, Isa, Simd, dispatch_dot, dot_available};
 use core::ops::Range;
 
 /// The weights of a depthwise convolution.
@@ -57,19 +49,18 @@ use core::ops::Range;
 pub(super) struct QDepthwise {
     /// The one whose vectors the channels fill.
     isa: Isa,
-    /// `[pairs of rows][kw][channels]` of `[kd, kh, inputs]` rows, two `i16` each, less their zero points; zeros for the
-    /// partner of an odd row. Then, for an odd number of rows, the last of them twice as `[kw / 2 + 1][channels]`, pairs of
-    /// its own: from its first weight on, and behind a zero.
+    /// Of bytes, or [`Form::Wide`].
+    form: Form,
+    /// `[bundles of rows][kw][channels]` of `[kd, kh, inputs]` rows, two `i16` or four bytes each, less their zero points; zeros
+    /// for rows that are missing in the last bundle.
     weights: Aligned,
-    /// `[fours of rows][kw][channels]` of four bytes each, for unsigned inputs, if all weights are such bytes.
-    quads: Option<Aligned>,
     /// Their sum for each channel.
     sums: Vec<i32>,
     /// Inputs of a group and its outputs, if they have to be spread.
     spread: Option<[usize; 2]>,
 }
 
-/// Most taps with those of the partner of an odd row; of other kernels each group is a product of its own.
+/// Most taps with those that are missing in the last bundle; of other kernels each group is a product of its own.
 const MAX_TAPS: usize = 100;
 /// Lanes of the longest vectors that four rows are joined in. Longer ones take more than shuffles for it: natively MobileNetV2 took
 /// 1.05 and EfficientNet-Lite0 1.11 of the time with AVX2, 0.98 and 1.03 with AVX-512 (medians of three, Zen 5).
@@ -80,21 +71,26 @@ const TASK_COST: u64 = 1 << 16;
 const MAX_TASKS: u64 = 64;
 /// Sums that are kept before they go to the output; 16 KiB.
 const CHUNK_SUMS: usize = 4096;
+/// Columns that are joined at once: with four rows of lines of the cache they stay in its first level.
+const COLUMNS: usize = 128;
 
 /// Most inputs of a group: each is a plane.
 const MAX_INPUTS: usize = 8;
 /// Most outputs of a group, the factor by which inputs grow.
 const MAX_OUTPUTS: usize = 8;
 
-/// Taps of an even number of rows.
+/// Most rows of a bundle.
+const MAX_BUNDLE: usize = 4;
+
+/// Taps of whole bundles.
 fn padded_taps([kd, kh, kw]: [usize; 3], inputs: usize) -> Option<usize> {
-    kd.checked_mul(kh)?.checked_mul(inputs)?.checked_next_multiple_of(2)?.checked_mul(kw)
+    kd.checked_mul(kh)?.checked_mul(inputs)?.checked_next_multiple_of(MAX_BUNDLE)?.checked_mul(kw)
 }
 
 impl QDepthwise {
     /// Whether a convolution can run here, and should.
     pub(super) fn supports(isa: Isa, form: Form, params: &ConvParams) -> bool {
-        let ConvParams { in_channels, out_channels, groups, kernel, strides, .. } = *params;
+        let ConvParams { in_channels, out_channels, groups, kernel, strides, dilations } = *params;
         let (inputs, outputs) = (in_channels / groups, out_channels / groups);
         // Products gather runs of inputs that fill vectors fast. Where runs of 8 do not, spreading them pays if every copy is
         // read several times: 1.4 to 2.4 times as fast, but 0.75 to 1.06 with strides of 2, and 0.3 to
@@ -105,6 +101,7 @@ impl QDepthwise {
             && (1..=few.min(form.group() * isa.lanes() - 1)).contains(&inputs)
             && outputs <= MAX_OUTPUTS
             && padded_taps(kernel, inputs).is_some_and(|taps| taps <= MAX_TAPS)
+            && (kernel[2] - 1).checked_mul(dilations[2]).is_some_and(|reach| reach < COLUMNS)
     }
 
     /// Packs `weights` laid out `[channels, inputs, taps]`; lengths were checked.
@@ -113,17 +110,15 @@ impl QDepthwise {
         let (inputs, outputs) = (in_channels / groups, out_channels / groups);
         let narrowed = isa.narrowed(out_channels / 2);
         // The form is one of `isa`; shorter vectors may not have it.
-        let joins_fours = form == Form::U8S8
+        let joins_fours = matches!(form, Form::U8S8 | Form::S8S8)
             && narrowed.lanes() <= MAX_FOURS_LANES
+            && out_channels >= 4 * narrowed.lanes()
             && (narrowed == isa || dot_available(narrowed, form));
         let isa = narrowed;
         let channels = out_channels.max(2 * isa.lanes());
         let plain = channels == in_channels && channels == out_channels;
         let spread = (!plain || inputs > 1).then_some([inputs, outputs]);
         let taps = kd * kh * inputs * kw;
-        let (pairs, side_by_side) = (taps.div_ceil(2 * kw) * kw, kw / 2 + 1);
-        let odd = taps / kw % 2 == 1;
-        let mut packed = Aligned::zeros((pairs + if odd { 2 * side_by_side } else { 0 }) * channels)?;
         let centred = |c: usize, tap: usize| {
             if tap >= taps || c >= out_channels {
                 return 0;
@@ -131,47 +126,28 @@ impl QDepthwise {
             let (line, input, x) = (tap / kw / inputs, tap / kw % inputs, tap % kw);
             weights.get(((c * inputs + input) * kd * kh + line) * kw + x) - zero[if zero.len() == 1 { 0 } else { c }]
         };
-        let (rows, last) = bytemuck::cast_slice_mut::<f32, i32>(packed.as_mut_slice()).split_at_mut(pairs * channels);
-        for (pair, row) in rows.chunks_exact_mut(channels).enumerate() {
-            let first = pair / kw * 2 * kw + pair % kw;
-            for (c, x) in row.iter_mut().enumerate() {
-                *x = bytemuck::cast([first, first + kw].map(|tap| centred(c, tap) as i16));
-            }
-        }
-        for (pair, row) in last.chunks_exact_mut(channels).enumerate() {
-            let shift = pair / side_by_side;
-            let place = 2 * (pair % side_by_side);
-            let weight = |c: usize, place: usize| match place.checked_sub(shift) {
-                Some(tap) if tap < kw => centred(c, taps - kw + tap) as i16,
-                _ => 0,
-            };
-            for (c, x) in row.iter_mut().enumerate() {
-                *x = bytemuck::cast([weight(c, place), weight(c, place + 1)]);
+        let is_byte = |x: i32| i8::try_from(x).is_ok();
+        let bytes = joins_fours && (0..channels).all(|c| (0..taps).all(|tap| is_byte(centred(c, tap))));
+        let form = if bytes { form } else { Form::Wide };
+        let bundle = form.group();
+        let mut packed = Aligned::zeros((taps / kw).div_ceil(bundle) * kw * channels)?;
+        let lanes = bytemuck::cast_slice_mut::<f32, [u8; 4]>(packed.as_mut_slice());
+        for (row, lanes) in lanes.chunks_exact_mut(channels).enumerate() {
+            let first = row / kw * bundle * kw + row % kw;
+            for (c, lane) in lanes.iter_mut().enumerate() {
+                *lane = if bytes {
+                    [0, 1, 2, 3].map(|r| centred(c, first + r * kw) as u8)
+                } else {
+                    bytemuck::cast([0, 1].map(|r| centred(c, first + r * kw) as i16))
+                };
             }
         }
         let sums = (0..channels).map(|c| (0..taps).map(|tap| centred(c, tap)).sum()).collect();
-        let byte = |c: usize, tap: usize| i8::try_from(centred(c, tap)).ok();
-        let is_bytes = || (0..channels).all(|c| (0..taps).all(|tap| byte(c, tap).is_some()));
-        let quads = if joins_fours && matches!((taps / kw, kw), (3, 3) | (_, 5)) && is_bytes() {
-            let fours = (taps / kw).div_ceil(4);
-            let mut quads = Aligned::zeros(fours * kw * channels)?;
-            let lanes = bytemuck::cast_slice_mut::<f32, [i8; 4]>(quads.as_mut_slice());
-            for (four, row) in lanes.chunks_exact_mut(channels).enumerate() {
-                let first = four / kw * 4 * kw + four % kw;
-                for (c, lane) in row.iter_mut().enumerate() {
-                    *lane = [0, 1, 2, 3].map(|r| byte(c, first + r * kw).unwrap_or(0));
-                }
-            }
-            Some(quads)
-        } else {
-            None
-        };
-        Ok(Self { isa, weights: packed, quads, sums, spread })
+        Ok(Self { isa, form, weights: packed, sums, spread })
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let quads = self.quads.as_ref().map_or(0, |quads| size_of_val(quads.as_slice()));
-        size_of_val(self.weights.as_slice()) + quads + size_of_val(&self.sums[..])
+        size_of_val(self.weights.as_slice()) + size_of_val(&self.sums[..])
     }
 
     /// # Errors
@@ -198,7 +174,22 @@ impl QDepthwise {
         let taps = params.kernel.iter().product::<usize>() * inputs;
         let cost = ((rows * ow) as u64).saturating_mul((channels * taps) as u64);
         let tasks = (cost / TASK_COST).clamp(1, MAX_TASKS.min(rows as u64)) as usize;
-        let chunk = (CHUNK_SUMS / channels).next_multiple_of(2).max(2).min(ow);
+        // What inputs are moved by to have the sign of the form.
+        let shift = match (self.form, x) {
+            (Form::U8S8, Bytes::I8(_)) => 128,
+            (Form::S8S8, Bytes::U8(_)) => -128,
+            _ => 0,
+        };
+        let width = vectors(self.form) * self.isa.lanes();
+        // All columns, and all of an output that they fill.
+        let quantized = sink.quantized().filter(|_| channels == params.out_channels);
+        let [.., stride] = params.strides;
+        let reach = (params.kernel[2] - 1) * params.dilations[2];
+        let mut chunk = ((COLUMNS - 1 - reach) / stride + 1).min(ow);
+        if quantized.is_none() {
+            chunk = chunk.min((CHUNK_SUMS / channels).max(2));
+        }
+        let ld = if quantized.is_some() { width } else { channels };
         let lines = input.batch * id * ih;
         let plane = volume(&[lines, iw, channels])?;
         let spread_len = if self.spread.is_some() { volume(&[plane, inputs])?.div_ceil(4) } else { 0 };
@@ -208,7 +199,7 @@ impl QDepthwise {
             let first: &mut [i32] = bytemuck::cast_slice_mut(first);
             for (c, first) in first.iter_mut().enumerate() {
                 let bias = bias.and_then(|bias| bias.get(c)).copied().unwrap_or(0);
-                *first = bias.wrapping_sub(x_zero * self.sums[c]);
+                *first = bias.wrapping_sub((x_zero + shift) * self.sums[c]);
             }
             let zeros: &mut [u8] = bytemuck::cast_slice_mut(zeros);
             zeros.fill(x_zero as u8);
@@ -234,30 +225,29 @@ impl QDepthwise {
             let image = Image {
                 x: if self.spread.is_some() { spread.as_ptr() } else { x.as_ptr() },
                 signed: matches!(x, Bytes::I8(_)),
+                flip: if shift == 0 { 0 } else { 0x80 },
+                form: self.form,
                 weights: bytemuck::cast_slice(self.weights.as_slice()),
-                quads: self.quads.as_ref().map(|quads| bytemuck::cast_slice(quads.as_slice())),
                 first,
                 zeros,
                 params,
                 spatial: input.spatial,
                 out_spatial,
                 pads: input.pads_begin,
-                interior: params.interior(input, ow),
                 planes: inputs,
                 plane,
-                taps: taps.div_ceil(2 * params.kernel[2]) * 2 * params.kernel[2],
             };
-            cx.for_each_scratch(tasks, cost, chunk * channels, &|task, sums| {
-                let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
-                let mut places = [[image.padding(); MAX_TAPS]; 2];
+            cx.for_each_scratch(tasks, cost, chunk * ld + COLUMNS * width, &|task, scratch| {
+                let (sums, lanes) = bytemuck::cast_slice_mut(scratch).split_at_mut(chunk * ld);
                 for row in crate::gemm::part(rows, tasks, task) {
                     for first in (0..ow).step_by(chunk) {
                         let columns = first..(first + chunk).min(ow);
-                        image.pixels(self.isa, row, columns.clone(), sums, &mut places);
-                        // SAFETY: the caller's contract; tasks have different rows.
-                        unsafe {
-                            let pixels = row * ow + columns.start..row * ow + columns.end;
-                            sink.finish(self.isa, sums.as_ptr(), channels, pixels, 0..params.out_channels);
+                        let pixels = row * ow + columns.start..row * ow + columns.end;
+                        let to = quantized.map(|quantized| (quantized, pixels.start));
+                        image.pixels(self.isa, row, columns, lanes, sums, to);
+                        if quantized.is_none() {
+                            // SAFETY: the caller's contract; tasks have different rows.
+                            unsafe { sink.finish(self.isa, sums.as_ptr(), channels, pixels, 0..params.out_channels) };
                         }
                     }
                 }
@@ -265,6 +255,11 @@ impl QDepthwise {
         });
         Ok(())
     }
+}
+
+/// Vectors of channels that are joined at once: 16 bytes of short vectors, or half of that if they are widened.
+const fn vectors(form: Form) -> usize {
+    if form.group() == 4 { 4 } else { 2 }
 }
 
 /// Every `step`th byte `times` times, at most [`MAX_OUTPUTS`]; behind the last one is room, or it may be written to.
@@ -285,8 +280,10 @@ fn repeat(from: &[u8], step: usize, to: &mut [u8], times: usize) {
 struct Image<'a> {
     x: *const u8,
     signed: bool,
+    /// Exclusive or that moves bytes.
+    flip: u8,
+    form: Form,
     weights: &'a [i32],
-    quads: Option<&'a [i32]>,
     /// What sums begin with.
     first: &'a [i32],
     /// A pixel of padding.
@@ -295,18 +292,15 @@ struct Image<'a> {
     spatial: [usize; 3],
     out_spatial: [usize; 3],
     pads: [usize; 3],
-    interior: Range<usize>,
     /// Of the input, and the bytes of each.
     planes: usize,
     plane: usize,
-    /// With those of the partner of an odd row.
-    taps: usize,
 }
 
 // SAFETY: the pointer is of a slice that lives as long as the image, and is only read.
 unsafe impl Sync for Image<'_> {}
 
-/// Where a tap of a pixel is, and how far it is to that of the next pixel.
+/// Where the first of a row of taps is, and how far it is to the next column.
 #[derive(Clone, Copy)]
 struct Tap {
     x: *const u8,
@@ -314,355 +308,234 @@ struct Tap {
 }
 
 impl Image<'_> {
-    /// A tap, or a row of them, outside of the image.
+    /// A row of taps outside of the image.
     fn padding(&self) -> Tap {
         Tap { x: self.zeros.as_ptr(), step: 0 }
     }
 
-    /// Sums of some pixels of one row of the output, `[pixels, channels]`. `rows` and `taps` are room for them.
+    /// Position in the padded image less its padding, of a tap of an element of the output. It cannot overflow: the padded
+    /// image was checked to be half an address space at most.
+    fn position(&self, d: usize, out: usize, tap: usize) -> isize {
+        (out * self.params.strides[d] + tap * self.params.dilations[d]) as isize - self.pads[d] as isize
+    }
+
+    /// Where the rows of taps of a pixel begin; those outside of the image are zero points however far one goes.
+    fn rows_of(&self, row: usize, column: usize, rows: &mut [Tap]) {
+        let [_, kh, _] = self.params.kernel;
+        let channels = self.first.len();
+        let [id, ih, iw] = self.spatial;
+        let [od, oh, _] = self.out_spatial;
+        let (b, z, y) = (row / oh / od, row / oh % od, row % oh);
+        rows.fill(self.padding());
+        for (line, rows) in rows.chunks_exact_mut(self.planes).enumerate() {
+            let (iz, iy) = (self.position(0, z, line / kh), self.position(1, y, line % kh));
+            if inside(iz, id) && inside(iy, ih) {
+                let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
+                // May lie before the line, where no tap of it is read.
+                let first = line as isize + self.position(2, column, 0);
+                let x = self.x.wrapping_offset(first.wrapping_mul(channels as isize));
+                for (i, row) in rows.iter_mut().enumerate() {
+                    *row = Tap { x: x.wrapping_add(i * self.plane), step: channels };
+                }
+            }
+        }
+    }
+
+    /// Number of rows of taps.
+    fn count_of_rows(&self) -> usize {
+        self.params.kernel[0] * self.params.kernel[1] * self.planes
+    }
+
+    /// Sums of some pixels of one row of the output, `[pixels, channels]`. `to` is an output for which they need not be kept, and
+    /// the first pixel in it; then `sums` is room for them.
     fn pixels(
         &self,
         isa: Isa,
         row: usize,
         columns: Range<usize>,
+        lanes: &mut [i32],
         sums: &mut [i32],
-        [rows, taps]: &mut [[Tap; MAX_TAPS]; 2],
+        to: Option<(&Quantized<'_>, usize)>,
     ) {
-        let ConvParams { kernel: [kd, kh, kw], strides, dilations, .. } = *self.params;
-        let channels = self.first.len();
-        let [id, ih, iw] = self.spatial;
-        let [od, oh, _] = self.out_spatial;
-        let (b, z, y) = (row / oh / od, row / oh % od, row % oh);
-        // Positions in the padded image cannot overflow: it was checked to be half an address space at most.
-        let position =
-            |d: usize, out: usize, tap: usize| (out * strides[d] + tap * dilations[d]) as isize - self.pads[d] as isize;
-        let inside = |position: isize, size: usize| position >= 0 && position < size as isize;
-        let count_of_rows = kd * kh * self.planes;
-        // Those behind are padding, and stay it.
-        let (rows, fours) = (rows, count_of_rows.next_multiple_of(4));
-        // An odd row is paired with zero points, whose weights are zero.
-        let taps = &mut taps[..self.taps];
-        let mut column = columns.start;
-        while column < columns.end {
-            let interior = self.interior.contains(&column);
-            let count = if interior { self.interior.end.min(columns.end) - column } else { 1 };
-            // Rows of taps; those outside of the image are zero points however far one goes.
-            rows[..count_of_rows].fill(self.padding());
-            for (line, rows) in rows[..count_of_rows].chunks_exact_mut(self.planes).enumerate() {
-                let (iz, iy) = (position(0, z, line / kh), position(1, y, line % kh));
-                if inside(iz, id) && inside(iy, ih) {
-                    let line = ((b * id + iz as usize) * ih + iy as usize) * iw;
-                    // May lie before the line, where no tap of it is read.
-                    let first = line as isize + position(2, column, 0);
-                    let x = self.x.wrapping_offset(first.wrapping_mul(channels as isize));
-                    for (i, row) in rows.iter_mut().enumerate() {
-                        *row = Tap { x: x.wrapping_add(i * self.plane), step: channels };
-                    }
-                }
-            }
-            let sums = &mut sums[(column - columns.start) * channels..][..count * channels];
-            // Two pixels at once.
-            let tiled = if interior && dilations[2] == 1 { count / 2 * 2 } else { 0 };
-            let tile = |sums: &mut [i32]| match self.quads {
-                Some(weights) if !self.signed => self.quad_tiles(isa, weights, &rows[..fours], sums),
-                _ => self.tiles(isa, &rows[..count_of_rows], sums),
+        let ConvParams { kernel: [_, _, kw], strides, dilations, .. } = *self.params;
+        let count = self.count_of_rows();
+        // Those behind are padding.
+        let mut rows = [self.padding(); MAX_TAPS];
+        self.rows_of(row, columns.start, &mut rows[..count]);
+        let rows = &rows[..count.next_multiple_of(self.form.group())];
+        let first = self.position(2, columns.start, 0);
+        let len = (columns.len() - 1) * strides[2] + (kw - 1) * dilations[2] + 1;
+        // Which of the columns lie inside the line.
+        let end = (self.spatial[2] as isize - first).clamp(0, len as isize) as usize;
+        let inside = (-first).clamp(0, end as isize) as usize..end;
+        let (image, pixels) = (self, columns.len());
+        assert!(lanes.len() >= vectors(self.form) * isa.lanes() * len);
+        macro_rules! pixels {
+            ($kw:literal) => {
+                dispatch_dot(isa, self.form, Pixels::<$kw> { image, rows, len, inside, lanes, pixels, sums, to })
             };
-            let tiled = if tiled > 0 && tile(&mut sums[..tiled * channels]) { tiled } else { 0 };
-            if tiled < count {
-                let step = strides[2] * channels;
-                taps.fill(self.padding());
-                for (row, first) in rows[..count_of_rows].iter().enumerate().filter(|(_, row)| row.step > 0) {
-                    for kx in 0..kw {
-                        if inside(position(2, column + tiled, kx), iw) {
-                            let x = first.x.wrapping_add(tiled * step + kx * dilations[2] * channels);
-                            taps[(row / 2 * kw + kx) * 2 + row % 2] = Tap { x, step };
-                        }
-                    }
-                }
-                let (count, sums) = (count - tiled, &mut sums[tiled * channels..]);
-                if self.signed {
-                    dispatch(isa, Pixels::<true> { image: self, taps: &mut *taps, count, sums });
-                } else {
-                    dispatch(isa, Pixels::<false> { image: self, taps: &mut *taps, count, sums });
-                }
-            }
-            column += count;
+        }
+        match kw {
+            3 if dilations[2] == 1 => pixels!(3),
+            5 if dilations[2] == 1 => pixels!(5),
+            _ => pixels!(0),
         }
     }
 }
 
-impl Image<'_> {
-    /// Sums of an even number of pixels whose taps all lie inside the line, unless no tile is for this kernel.
-    fn tiles(&self, isa: Isa, rows: &[Tap], sums: &mut [i32]) -> bool {
-        let image = self;
-        macro_rules! tiles {
-            ($kw:literal, $stride:literal) => {
-                if self.signed {
-                    dispatch(isa, Tiles::<$kw, $stride, true> { image, rows, sums })
-                } else {
-                    dispatch(isa, Tiles::<$kw, $stride, false> { image, rows, sums })
-                }
-            };
-        }
-        match (self.params.kernel[2], self.params.strides[2]) {
-            (3, 1) => tiles!(3, 1),
-            (3, 2) => tiles!(3, 2),
-            (5, 1) => tiles!(5, 1),
-            (5, 2) => tiles!(5, 2),
-            _ => return false,
-        }
-        true
-    }
+fn inside(position: isize, size: usize) -> bool {
+    position >= 0 && position < size as isize
 }
 
-impl Image<'_> {
-    /// [`tiles`](Self::tiles) of unsigned bytes, by fours of rows; those that are missing are padding.
-    fn quad_tiles(&self, isa: Isa, weights: &[i32], rows: &[Tap], sums: &mut [i32]) -> bool {
-        let image = self;
-        macro_rules! tiles {
-            ($kw:literal, $stride:literal, $three:literal) => {
-                dispatch_dot(isa, Form::U8S8, QuadTiles::<$kw, $stride, $three> { image, weights, rows, sums })
-            };
-        }
-        match (self.params.kernel[2], self.params.strides[2]) {
-            (3, 1) => tiles!(3, 1, true),
-            (3, 2) => tiles!(3, 2, true),
-            (5, 1) => tiles!(5, 1, false),
-            (5, 2) => tiles!(5, 2, false),
-            _ => return false,
-        }
-        true
-    }
-}
-
-/// An expression for each `i` below `n`, which is at most 5, written out: a loop that LLVM does not unroll keeps vectors in
-/// memory.
-macro_rules! unrolled {
-    ($i:ident in 0..$n:expr, $body:expr) => {
-        unrolled!(@ $i, $n, $body, 0 1 2 3 4)
-    };
-    (@ $i:ident, $n:expr, $body:expr, $($value:literal)*) => {{
-        $(if $value < $n {
-            let $i = $value;
-            $body
-        })*
-    }};
-}
-
-/// Pixels side by side, two at once, for a known width of the kernel and stride. Whoever makes one promises that all
-/// their taps can be read: `rows` says where the first of each row is, and how far it is to the next in it.
-struct Tiles<'a, const KW: usize, const STRIDE: usize, const SIGNED: bool> {
+/// Pixels side by side. Whoever makes one promises that taps of columns `inside` can be read, that there is room for the sums,
+/// and that the output has the pixels and nobody else uses them.
+struct Pixels<'a, const KW: usize> {
     image: &'a Image<'a>,
+    /// Where their first columns are; whole bundles.
     rows: &'a [Tap],
-    /// An even number of rows of all channels.
+    /// Columns under the pixels.
+    len: usize,
+    /// Those of them that are in the image.
+    inside: Range<usize>,
+    /// Room for [`vectors`] for each.
+    lanes: &'a mut [i32],
+    pixels: usize,
+    /// `[pixels, channels]`, or [`vectors`] for each pixel if there is an output.
     sums: &'a mut [i32],
+    to: Option<(&'a Quantized<'a>, usize)>,
 }
 
-impl<const KW: usize, const STRIDE: usize, const SIGNED: bool> Kernel for Tiles<'_, KW, STRIDE, SIGNED> {
-    type Output = ();
-
-    // Not inlined on wasm: optimising compilers choke on huge functions.
-    #[cfg_attr(target_arch = "wasm32", inline(never))]
-    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-    fn run<S: Simd>(self, s: S) {
-        let Self { image, rows, sums } = self;
-        let channels = image.first.len();
-        let (width, lanes) = (2 * S::LANES, S::LANES);
-        let (pairs, odd) = rows.as_chunks::<2>();
-        for (tile, sums) in sums.chunks_exact_mut(2 * channels).enumerate() {
-            let sums = sums.as_mut_ptr();
-            let mut c = 0;
-            loop {
-                // SAFETY: the contract of the type; c + width <= channels, and weights have KW rows for each pair of rows.
-                unsafe {
-                    let first = image.first.as_ptr().add(c);
-                    let mut acc = [[s.load_i32_ptr(first), s.load_i32_ptr(first.add(lanes))]; 2];
-                    let mut w = image.weights.as_ptr().add(c);
-                    for [upper, lower] in pairs {
-                        let x = upper.x.wrapping_add(tile * 2 * STRIDE * upper.step + c);
-                        let y = lower.x.wrapping_add(tile * 2 * STRIDE * lower.step + c);
-                        unrolled!(kw in 0..KW, {
-                            let w = w.add(kw * channels);
-                            let weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(lanes))];
-                            // The compiler sees inputs that are the same for both pixels.
-                            for (t, acc) in acc.iter_mut().enumerate() {
-                                let j = t * STRIDE + kw;
-                                let x = s.pair_bytes::<SIGNED>(x.wrapping_add(j * upper.step), y.wrapping_add(j * lower.step));
-                                acc[0] = s.add_i32(acc[0], s.dot_i16(x[0], weights[0]));
-                                acc[1] = s.add_i32(acc[1], s.dot_i16(x[1], weights[1]));
-                            }
-                        });
-                        w = w.add(KW * channels);
-                    }
-                    for row in odd {
-                        // Behind the pairs of an odd row and the one that it has not.
-                        let w = w.add(KW * channels);
-                        let mut x = row.x.wrapping_add(tile * 2 * STRIDE * row.step + c);
-                        for p in 0..(STRIDE + KW).div_ceil(2) {
-                            // The last input may have no neighbour; then its weight is zero.
-                            let next = if 2 * p + 1 < STRIDE + KW { x.wrapping_add(row.step) } else { x };
-                            let pair = s.pair_bytes::<SIGNED>(x, next);
-                            for (t, acc) in acc.iter_mut().enumerate() {
-                                let (shift, before) = (t * STRIDE % 2, t * STRIDE / 2);
-                                if p >= before && p - before <= KW / 2 {
-                                    let w = w.add((shift * (KW / 2 + 1) + p - before) * channels);
-                                    acc[0] = s.add_i32(acc[0], s.dot_i16(pair[0], s.load_i32_ptr(w)));
-                                    acc[1] = s.add_i32(acc[1], s.dot_i16(pair[1], s.load_i32_ptr(w.add(lanes))));
-                                }
-                            }
-                            x = x.wrapping_add(2 * row.step);
-                        }
-                    }
-                    for (t, acc) in acc.iter().enumerate() {
-                        s.store_i32_ptr(sums.add(t * channels + c), acc[0]);
-                        s.store_i32_ptr(sums.add(t * channels + c + lanes), acc[1]);
-                    }
-                }
-                if c + width == channels {
-                    break;
-                }
-                c = (c + width).min(channels - width);
-            }
-        }
-    }
-}
-
-/// [`Tiles`] of unsigned bytes by products of four rows at once, of which the last is padding if there are `THREE` in all. The
-/// same contract.
-struct QuadTiles<'a, const KW: usize, const STRIDE: usize, const THREE: bool> {
-    image: &'a Image<'a>,
-    /// `[fours of rows][KW][channels]`.
-    weights: &'a [i32],
-    /// Fours.
-    rows: &'a [Tap],
-    /// An even number of rows of all channels.
-    sums: &'a mut [i32],
-}
-
-impl<const KW: usize, const STRIDE: usize, const THREE: bool> DotKernel for QuadTiles<'_, KW, STRIDE, THREE> {
+/// For a kernel of width `KW` without dilation, or of any if that is 0.
+impl<const KW: usize> DotKernel for Pixels<'_, KW> {
     type Output = ();
 
     // Not inlined on wasm: optimising compilers choke on huge functions.
     #[cfg_attr(target_arch = "wasm32", inline(never))]
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<D: Dot>(self, d: D) {
-        let Self { image, weights, rows, sums } = self;
+        // Constant: what no weights are packed for leaves no code.
+        if const { matches!(D::FORM, Form::Split) } {
+            unreachable!("no bundles of rows for {:?}", D::FORM);
+        }
+        let Self { image, rows, len, inside, lanes, pixels, sums, to } = self;
         let s = d.simd();
-        let (channels, lanes) = (image.first.len(), <D::S as Simd>::LANES);
-        let width = 2 * lanes;
-        for (tile, sums) in sums.chunks_exact_mut(2 * channels).enumerate() {
-            let sums = sums.as_mut_ptr();
-            let mut c = 0;
-            loop {
-                // SAFETY: the contract of the type; c + width <= channels, and weights have KW rows for each four rows.
-                unsafe {
-                    let first = image.first.as_ptr().add(c);
-                    let mut acc = [[s.load_i32_ptr(first), s.load_i32_ptr(first.add(lanes))]; 2];
-                    let mut w = weights.as_ptr().add(c);
-                    for four in rows.as_chunks::<4>().0 {
-                        let [p, q, r, u] = four;
-                        // A macro: a closure would not be compiled for the instruction set.
-                        macro_rules! place {
-                            ($row:ident, $j:expr) => {
-                                $row.x.wrapping_add((tile * 2 * STRIDE + $j) * $row.step + c)
-                            };
-                        }
-                        unrolled!(kw in 0..KW, {
-                            let w = w.add(kw * channels);
-                            let weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(lanes))];
-                            // The compiler sees inputs that are the same for both pixels.
-                            for (t, acc) in acc.iter_mut().enumerate() {
-                                let j = t * STRIDE + kw;
-                                // Known to stay where it is, padding is read once.
-                                let last = if THREE { u.x.wrapping_add(c) } else { place!(u, j) };
-                                let x = s.quad_bytes([place!(p, j), place!(q, j), place!(r, j), last]);
-                                acc[0] = d.dot(acc[0], x[0], weights[0]);
-                                acc[1] = d.dot(acc[1], x[1], weights[1]);
-                            }
-                        });
-                        w = w.add(KW * channels);
-                    }
-                    for (t, acc) in acc.iter().enumerate() {
-                        s.store_i32_ptr(sums.add(t * channels + c), acc[0]);
-                        s.store_i32_ptr(sums.add(t * channels + c + lanes), acc[1]);
-                    }
-                }
-                if c + width == channels {
-                    break;
-                }
-                c = (c + width).min(channels - width);
+        let (channels, vector) = (image.first.len(), <D::S as Simd>::LANES);
+        let width = const { vectors(D::FORM) } * vector;
+        let ConvParams { kernel: [_, _, kw], strides, dilations, .. } = *image.params;
+        let (kw, next) = if KW == 0 { (kw, dilations[2] * width) } else { (KW, width) };
+        let stride = strides[2] * width;
+        let lanes = lanes.as_mut_ptr();
+        let flip = s.splat_i32(i32::from_ne_bytes([image.flip; 4]));
+        let zero = image.zeros[0];
+        let padding = if const { D::FORM.group() == 4 } {
+            s.splat_i32(i32::from_ne_bytes([zero ^ image.flip; 4]))
+        } else {
+            s.splat_i16(if image.signed { (zero as i8).into() } else { zero.into() })
+        };
+        // Sides are the same for all channels.
+        for column in (0..inside.start).chain(inside.end..len) {
+            for part in (0..width).step_by(vector) {
+                // SAFETY: the contract of the type.
+                unsafe { s.store_i32_ptr(lanes.add(column * width + part), padding) };
             }
         }
-    }
-}
-
-/// Pixels side by side whose taps all lie inside the image or are zero points. Whoever makes one promises that.
-struct Pixels<'a, const SIGNED: bool> {
-    image: &'a Image<'a>,
-    taps: &'a mut [Tap],
-    count: usize,
-    /// `count` rows of all channels.
-    sums: &'a mut [i32],
-}
-
-impl<const SIGNED: bool> Kernel for Pixels<'_, SIGNED> {
-    type Output = ();
-
-    // Not inlined on wasm: optimising compilers choke on huge functions.
-    #[cfg_attr(target_arch = "wasm32", inline(never))]
-    #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
-    fn run<S: Simd>(self, s: S) {
-        let Self { image, taps, count, sums } = self;
-        let channels = image.first.len();
-        let mut p = 0;
-        while p < count {
-            let columns = if p + 2 <= count { 2 } else { 1 };
-            let sums = &mut sums[p * channels..][..columns * channels];
-            // SAFETY: the contract of the type.
-            unsafe {
-                let sums = sums.as_mut_ptr();
-                if columns == 2 {
-                    pixels::<S, SIGNED, 2>(s, image, taps, sums);
-                } else {
-                    pixels::<S, SIGNED, 1>(s, image, taps, sums);
-                }
-            }
-            for tap in taps.iter_mut() {
-                tap.x = tap.x.wrapping_add(columns * tap.step);
-            }
-            p += columns;
-        }
-    }
-}
-
-/// `T` pixels.
-///
-/// # Safety
-/// There are two vectors of channels at least; for all of them taps are readable and `T` rows of sums writable.
-#[inline(always)]
-unsafe fn pixels<S: Simd, const SIGNED: bool, const T: usize>(s: S, image: &Image<'_>, taps: &[Tap], sums: *mut i32) {
-    let channels = image.first.len();
-    let width = 2 * S::LANES;
-    let mut c = 0;
-    // SAFETY: promised by the caller; c + width <= channels, and weights have a row for each pair of taps.
-    unsafe {
+        let mut c = 0;
         loop {
-            let first = image.first.as_ptr().add(c);
-            let mut acc = [[s.load_i32_ptr(first), s.load_i32_ptr(first.add(S::LANES))]; T];
-            let mut w = image.weights.as_ptr().add(c);
-            for pair in taps.chunks_exact(2) {
-                let weights = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(S::LANES))];
-                for (t, acc) in acc.iter_mut().enumerate() {
-                    let x = s
-                        .pair_bytes::<SIGNED>(pair[0].x.add(t * pair[0].step + c), pair[1].x.add(t * pair[1].step + c));
-                    acc[0] = s.add_i32(acc[0], s.dot_i16(x[0], weights[0]));
-                    acc[1] = s.add_i32(acc[1], s.dot_i16(x[1], weights[1]));
+            let bundles = rows.chunks_exact(const { D::FORM.group() });
+            let last = bundles.len() - 1;
+            for (bundle, rows) in bundles.enumerate() {
+                // A macro: a closure would not be compiled for the instruction set.
+                macro_rules! columns {
+                    (|$places:ident| $vectors:expr) => {{
+                        // Of two rows the others are not read.
+                        let mut $places = [0, 1, 2, 3].map(|r| {
+                            let row = rows[r % rows.len()];
+                            row.x.wrapping_add(inside.start * row.step + c)
+                        });
+                        let mut to = lanes.wrapping_add(inside.start * width);
+                        for _ in inside.clone() {
+                            // SAFETY: the contract of the type; c + width <= channels.
+                            unsafe {
+                                for (part, x) in $vectors.into_iter().enumerate() {
+                                    s.store_i32_ptr(to.add(part * vector), x);
+                                }
+                            }
+                            to = to.wrapping_add(width);
+                            for (place, row) in $places.iter_mut().zip(rows) {
+                                *place = place.wrapping_add(row.step);
+                            }
+                        }
+                    }};
                 }
-                w = w.add(channels);
-            }
-            for (t, acc) in acc.iter().enumerate() {
-                s.store_i32_ptr(sums.add(t * channels + c), acc[0]);
-                s.store_i32_ptr(sums.add(t * channels + c + S::LANES), acc[1]);
+                if const { D::FORM.group() == 4 } {
+                    columns!(|places| {
+                        let x = s.quad_bytes(places);
+                        [s.xor_i32(x[0], flip), s.xor_i32(x[1], flip), s.xor_i32(x[2], flip), s.xor_i32(x[3], flip)]
+                    });
+                } else if image.signed {
+                    columns!(|places| s.pair_bytes::<true>(places[0], places[1]));
+                } else {
+                    columns!(|places| s.pair_bytes::<false>(places[0], places[1]));
+                }
+                for part in (0..width).step_by(2 * vector) {
+                    // SAFETY: the contract of the type; weights have `kw` rows for each bundle.
+                    unsafe {
+                        let w = image.weights.as_ptr().add(bundle * kw * channels + c + part);
+                        let mut weights = [[padding; 2]; KW];
+                        unrolled!(k in 0..KW, {
+                            let w = w.add(k * channels);
+                            weights[k] = [s.load_i32_ptr(w), s.load_i32_ptr(w.add(vector))];
+                        });
+                        let (sums, ld) = match to {
+                            Some(_) => (sums.as_mut_ptr().add(part), width),
+                            None => (sums.as_mut_ptr().add(c + part), channels),
+                        };
+                        // The same again and again, or those of each pixel.
+                        let first = image.first.as_ptr().add(c + part);
+                        let (mut from, step) = if bundle == 0 { (first, 0) } else { (sums.cast_const(), ld) };
+                        let mut x = lanes.add(part).cast_const();
+                        macro_rules! sums {
+                            () => {{
+                                let mut acc = [s.load_i32_ptr(from), s.load_i32_ptr(from.add(vector))];
+                                from = from.add(step);
+                                unrolled!(k in 0..KW, {
+                                    let x = x.add(k * width);
+                                    acc[0] = d.dot(acc[0], s.load_i32_ptr(x), weights[k][0]);
+                                    acc[1] = d.dot(acc[1], s.load_i32_ptr(x.add(vector)), weights[k][1]);
+                                });
+                                if KW == 0 {
+                                    let (mut x, mut w) = (x, w);
+                                    for _ in 0..kw {
+                                        acc[0] = d.dot(acc[0], s.load_i32_ptr(x), s.load_i32_ptr(w));
+                                        acc[1] = d.dot(acc[1], s.load_i32_ptr(x.add(vector)), s.load_i32_ptr(w.add(vector)));
+                                        x = x.wrapping_add(next);
+                                        w = w.wrapping_add(channels);
+                                    }
+                                }
+                                x = x.wrapping_add(stride);
+                                acc
+                            }};
+                        }
+                        match to {
+                            Some((to, row)) if bundle == last => {
+                                let columns = Columns::new(s, to, c + part);
+                                let mut y = to.at(row, c + part);
+                                for _ in 0..pixels {
+                                    let acc = sums!();
+                                    columns.store(s, y, acc);
+                                    y = y.wrapping_add(to.row_len());
+                                }
+                            }
+                            _ => {
+                                for pixel in 0..pixels {
+                                    let acc = sums!();
+                                    s.store_i32_ptr(sums.add(pixel * ld), acc[0]);
+                                    s.store_i32_ptr(sums.add(pixel * ld + vector), acc[1]);
+                                }
+                            }
+                        }
+                    }
+                }
             }
             if c + width == channels {
                 break;

@@ -61,6 +61,15 @@ impl Lhs<'_> {
         }
     }
 
+    /// Row `row` and the groups from one row to the next, if a form of bytes can read the rows of `k` elements where they are.
+    pub(super) fn in_place(&self, form: Form, row: usize, k: usize) -> Option<(*const i32, usize)> {
+        let Self::Matrix(a) = self else { return None };
+        let bytes = matches!(form, Form::U8S8 | Form::S8S8) && self.shift(form) == 0;
+        let first = a.data.as_ptr().wrapping_add(row * a.row_stride).cast::<i32>();
+        let groups = a.col_stride == 1 && [k, a.row_stride].iter().all(|n| n.is_multiple_of(4)) && first.is_aligned();
+        (bytes && groups).then_some((first, a.row_stride / 4))
+    }
+
     /// Writes `k` elements of each of some rows to `dst`, `ld` groups of the form (32 bits) apart.
     pub(super) fn gather(
         &self,
@@ -180,6 +189,17 @@ impl Convert {
         }
     }
 
+    /// 16 neighbours, not of the form of pairs: for runs that are shorter, behind which something else is written later.
+    ///
+    /// # Safety
+    /// 16 bytes must be readable and writable, and not overlap.
+    #[inline(always)]
+    unsafe fn sixteen(self, src: *const u8, dst: *mut u8) {
+        let flip = u128::from_ne_bytes([self.flip; 16]);
+        // SAFETY: promised by the caller.
+        unsafe { dst.cast::<u128>().write_unaligned(src.cast::<u128>().read_unaligned() ^ flip) };
+    }
+
     /// `len` elements of padding, whose value is the zero point.
     ///
     /// # Safety
@@ -262,6 +282,9 @@ impl Gather<'_> {
                 *start = ((line / kh * dz * ih + line % kh * dy) * iw + tap * dx) * p.channels;
             }
         }
+        let len = taps * p.depth;
+        // Short runs, of a first layer say, are copied with what follows them.
+        let short = !convert.wide && len <= 16;
         let reach = [0, 1, 2].map(|d| (p.kernel[d] - 1) * p.dilations[d]);
         let first = self.rows.start;
         let mut at = [first / ow / oh / od, first / ow / oh % od, first / ow % oh, first % ow];
@@ -270,10 +293,20 @@ impl Gather<'_> {
             let inside = (0..3).all(|d| corner[d] < p.spatial[d] && reach[d] < p.spatial[d] - corner[d]);
             if few && inside {
                 let start = (((at[0] * id + corner[0]) * ih + corner[1]) * iw + corner[2]) * p.channels + p.first;
-                let len = taps * p.depth;
-                // SAFETY: all taps lie inside the image, the lengths of all runs of a row add up to k.
+                // SAFETY: all taps lie inside the image, the lengths of all runs of a row add up to k, which is at most ld.
                 unsafe {
                     let (src, mut dst) = (x.add(start), dst.add(i * ld));
+                    // 16 bytes from the last run on are in the image, and a row behind this one is still to be written.
+                    if short && start + starts[count - 1] + 16 <= p.x.len() && i + 1 < self.rows.len() && ld >= 16 {
+                        for start in &starts[..count] {
+                            convert.sixteen(src.add(*start), dst);
+                            dst = dst.add(len);
+                        }
+                        // The end of the last group counts in sums of rows.
+                        dst.write_bytes(0, (count * len).next_multiple_of(4) - count * len);
+                        step(&mut at, [od, oh, ow]);
+                        continue;
+                    }
                     for start in &starts[..count] {
                         convert.run(s, src.add(*start), dst, len);
                         dst = dst.add(len * size);

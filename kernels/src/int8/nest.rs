@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for (ic, jc) in blocks of the output            in parallel
-//!     gather A[ic..] into rows, all of k          stays in L2; interleaved where it pays
+//!     gather A[ic..] into rows, all of k          stays in L2; interleaved where it pays; not if tiles can read A itself
 //!     start = bias, less what A's zero point adds
 //!     for groups of panels of the block           their sums stay in L1
 //!         for pc in 0..k step kc
@@ -17,7 +17,7 @@
 //! since a group of four bytes per element is a quarter of it; sums never leave the cache, so that an output sees each once.
 
 use super::gather::Lhs;
-use super::output::Sink;
+use super::output::{Quantized, Sink};
 use super::pack::{Pieces, Sequence};
 use super::tile::Strip;
 use super::{Form, PackedQ, table};
@@ -143,14 +143,16 @@ struct Sweep<'a> {
     /// First sum.
     sums: *mut i32,
     ld: usize,
+    /// Where the sums of whole panels go instead, and the first row and column in it.
+    to: Option<(&'a Quantized<'a>, usize, usize)>,
 }
 
 impl Sweep<'_> {
     /// # Safety
     /// A has the rows of the strips, `lda` of at least `groups` each, and so have the sums, `ld` of at least the width of
-    /// the panels each, which nobody else uses.
+    /// the panels each, and the output, which nobody else uses.
     unsafe fn run(&self, isa: Isa) {
-        let Self { form, groups, n, lda, interleaved, ld, .. } = *self;
+        let Self { form, groups, n, lda, interleaved, ld, to, .. } = *self;
         let (mr, nr) = (table::tile(isa, form).mr, table::panel_width(isa, form));
         let kc = if self.pieces.is_some() { groups } else { table::tile(isa, form).kc };
         let mut pc = 0;
@@ -164,6 +166,7 @@ impl Sweep<'_> {
                     None => (&self.b[panel * nr * groups + pc * width..][..depth * width], Sequence::default()),
                 };
                 let column = (panel - self.panels.start) * nr;
+                let to = to.filter(|_| pc + depth == groups && (panel + 1) * nr <= n);
                 let start = if pc == 0 { self.start[column..][..width].as_ptr() } else { core::ptr::null() };
                 for Tall { first, row, tiles, height } in self.strips {
                     if tiles == 0 {
@@ -187,6 +190,7 @@ impl Sweep<'_> {
                         sums: self.sums.wrapping_add(row * ld + column),
                         ld,
                         start,
+                        to: to.map(|(to, first_row, first_column)| (to, first_row + row, first_column + column)),
                         sequence,
                     };
                     // SAFETY: the caller's contract.
@@ -223,7 +227,8 @@ pub(super) unsafe fn multiply(
     let strips = grid.strips(0..tiles);
     let interleaved = false;
     let panels = 0..panels;
-    let sweep = Sweep { form, strips, a, lda, interleaved, b, pieces: None, groups, n, panels, start: zeros, sums, ld };
+    let (pieces, to) = (None, None);
+    let sweep = Sweep { form, strips, a, lda, interleaved, b, pieces, groups, n, panels, start: zeros, sums, ld, to };
     // SAFETY: the caller's contract.
     unsafe { sweep.run(isa) };
 }
@@ -336,7 +341,10 @@ impl Block<'_> {
                 *start = start.wrapping_sub(a_zero.wrapping_mul(*column));
             }
         }
-        for first in self.tiles.clone().step_by(self.gather_tiles) {
+        let in_place = lhs.in_place(form, rows.start, k).filter(|_| zeros.is_none() && b.order().is_none());
+        let gathered_tiles =
+            if self.interleaved || in_place.is_none() { self.tiles.clone() } else { self.tiles.end..self.tiles.end };
+        for first in gathered_tiles.step_by(self.gather_tiles) {
             let tiles = first..(first + self.gather_tiles).min(self.tiles.end);
             let some = grid.row(tiles.start)..grid.row(tiles.end);
             let to = if self.interleaved { &mut *gathered } else { &mut *a };
@@ -344,7 +352,9 @@ impl Block<'_> {
                 // Elements that are added up must be zero if they are not there.
                 to.chunks_mut(lda).take(some.len()).for_each(|row| row[groups - 1] = 0);
             }
-            lhs.gather(isa, form, a_zero, some.clone(), k, to, lda);
+            if in_place.is_none() {
+                lhs.gather(isa, form, a_zero, some.clone(), k, to, lda);
+            }
             if let Some(order) = b.order() {
                 dispatch(isa, Permute { order, rows: &mut to[..some.len() * lda], lda });
             }
@@ -360,21 +370,31 @@ impl Block<'_> {
                 None => some.start - rows.start,
             };
             let to = bytemuck::cast_slice_mut(&mut a[before * groups..]);
-            let from = gathered.as_ptr().cast();
-            // SAFETY: the rows were gathered, into memory of their own.
+            let (from, lda) = match in_place {
+                Some((first, lda)) => (first.wrapping_add((some.start - rows.start) * lda).cast(), lda),
+                None => (gathered.as_ptr().cast(), lda),
+            };
+            // SAFETY: the rows are there or were gathered, into memory of their own.
             unsafe { interleave_tiles(tiles, |tile| grid.row(tile), from, lda, groups, to, self.stride) };
         }
         let strips = grid.strips(self.tiles.clone());
+        let (a, lda) = match in_place {
+            _ if self.interleaved => (a.as_ptr(), groups),
+            Some(place) => place,
+            None => (a.as_ptr(), lda),
+        };
         let ld = together * nr;
         assert!(sums.len() >= rows.len() * ld);
+        let quantizes = zeros.is_none() && table::tile(isa, form).quantizes(grid.height);
+        let quantized = sink.quantized().filter(|_| quantizes);
         for first in self.panels.clone().step_by(together) {
             let panels = first..(first + together).min(self.panels.end);
             let cols = panels.start * nr..(panels.end * nr).min(n);
             let sweep = Sweep {
                 form,
                 strips,
-                a: a.as_ptr(),
-                lda: if self.interleaved { groups } else { lda },
+                a,
+                lda,
                 interleaved: self.interleaved,
                 b: b.data(),
                 pieces: b.pieces(),
@@ -384,15 +404,19 @@ impl Block<'_> {
                 start: &start[cols.start - first_column..],
                 sums: sums.as_mut_ptr(),
                 ld,
+                to: quantized.map(|to| (to, rows.start, column + cols.start)),
             };
-            // SAFETY: A has the rows of the block, `lda` of at least `groups` each, and so have the sums, `ld` each.
+            // SAFETY: A has the rows of the block, `lda` of at least `groups` each, and so have the sums, `ld` each; the output
+            // is the caller's contract.
             unsafe { sweep.run(isa) };
             if let Some(zeros) = zeros {
                 let row_sums = &row_sums[..rows.len()];
                 dispatch(isa, TakeBack { zeros: &zeros[cols.clone()], sums, ld, row_sums });
             }
+            let done = if quantized.is_some() { cols.len() / nr * nr } else { 0 };
+            let (sums, left) = (sums.as_ptr().wrapping_add(done), column + cols.start + done..column + cols.end);
             // SAFETY: the caller's contract.
-            unsafe { sink.finish(isa, sums.as_ptr(), ld, rows.clone(), column + cols.start..column + cols.end) };
+            unsafe { sink.finish(isa, sums, ld, rows.clone(), left) };
         }
     }
 }

@@ -13,7 +13,7 @@
 //! `2^22`: where no sum can be larger and the bounds are those of the type of the result, which packing to bytes
 //! saturates to, nothing is clamped. Nothing here may fuse a product with a sum: the same bits everywhere.
 
-use super::{Addend, Bytes, BytesMut, Output, Requantize};
+use super::{Addend, Bytes, BytesMut, Output, Requantize, largest_factor};
 use crate::epilogue::Activation;
 use crate::gemm::Activate;
 use crate::simd::{Isa, Kernel, Simd, dispatch, opaque};
@@ -28,20 +28,20 @@ pub(super) struct Sink<'a> {
 
 enum Kind<'a> {
     Sums(*mut i32),
-    Real {
-        scale: &'a [f32],
-        bias: Option<&'a [f32]>,
-        residual: Option<&'a [f32]>,
-        activation: Activation,
-        y: *mut f32,
-    },
-    Quantized {
-        requantize: Requantize<'a>,
-        signed: bool,
-        /// Packing to bytes clamps.
-        packs: bool,
-        y: *mut u8,
-    },
+    Real { scale: &'a [f32], bias: Option<&'a [f32]>, residual: Option<&'a [f32]>, activation: Activation, y: *mut f32 },
+    Quantized(Quantized<'a>),
+}
+
+/// An output of quantised numbers.
+pub(super) struct Quantized<'a> {
+    requantize: Requantize<'a>,
+    /// Signed bytes are stored as unsigned ones, 128 larger, whose highest bit is turned: an exclusive or with this.
+    flip: u8,
+    /// Packing to bytes clamps.
+    packs: bool,
+    y: *mut u8,
+    /// Elements of a row.
+    n: usize,
 }
 
 /// The largest sum of `k` products of bytes less their zero points, and a bias; none is of more than 32 bits.
@@ -55,14 +55,19 @@ const EXACT: f32 = 4e6;
 
 // SAFETY: tasks write disjoint parts, which `finish` demands.
 unsafe impl Sync for Sink<'_> {}
+// SAFETY: the same, which `Columns::store` demands.
+unsafe impl Sync for Quantized<'_> {}
 
 impl<'a> Sink<'a> {
     /// For sums with rows of `n`, none larger than `largest`.
     pub(super) fn new(n: usize, output: Output<'a>, largest: f32) -> Self {
-        let packs = |q: &Requantize<'_>, [lo, hi]: [i32; 2]| {
-            q.add.is_none()
-                && [q.lo, q.hi] == [lo, hi]
-                && q.multiplier.iter().all(|multiplier| multiplier.abs() * largest <= EXACT)
+        let packs = |q: &Requantize<'_>, bounds: [i32; 2]| match q.add {
+            None => [q.lo, q.hi] == bounds && largest_factor(q.multiplier) * largest <= EXACT,
+            // Bytes less their zero points, whatever they are.
+            Some(add) => {
+                let largest = (add.first.abs() + add.second.abs()) * 512.0;
+                [add.lo, add.hi] == bounds && add.offset == 0.0 && largest <= EXACT
+            }
         };
         let kind = match output {
             Output::Sums(y) => Kind::Sums(y.as_mut_ptr()),
@@ -71,14 +76,22 @@ impl<'a> Sink<'a> {
             }
             Output::Quantized { requantize, y: BytesMut::U8(y) } => {
                 let packs = packs(&requantize, [0, 255]);
-                Kind::Quantized { requantize, signed: false, packs, y: y.as_mut_ptr() }
+                Kind::Quantized(Quantized { requantize, flip: 0, packs, y: y.as_mut_ptr(), n })
             }
             Output::Quantized { requantize, y: BytesMut::I8(y) } => {
                 let packs = packs(&requantize, [-128, 127]);
-                Kind::Quantized { requantize, signed: true, packs, y: y.as_mut_ptr().cast() }
+                Kind::Quantized(Quantized { requantize, flip: 0x80, packs, y: y.as_mut_ptr().cast(), n })
             }
         };
         Self { n, kind }
+    }
+
+    /// Set if sums can become bytes while they are in registers: nothing is added to them then.
+    pub(super) fn quantized(&self) -> Option<&Quantized<'a>> {
+        match &self.kind {
+            Kind::Quantized(quantized) if quantized.requantize.add.is_none() => Some(quantized),
+            _ => None,
+        }
     }
 
     /// Writes the part `rows` x `cols` of the output from `sums`, whose rows are `ld` apart.
@@ -94,7 +107,7 @@ impl<'a> Sink<'a> {
         let part = Part { sink: self, sums, ld, rows: rows.clone(), cols: cols.clone() };
         match &self.kind {
             Kind::Sums(_) => dispatch(isa, Store(part)),
-            Kind::Quantized { .. } => dispatch(isa, Quantize(part)),
+            Kind::Quantized(_) => dispatch(isa, Quantize(part)),
             Kind::Real { activation, y, .. } => {
                 dispatch(isa, Convert(part));
                 if *activation != Activation::Identity {
@@ -327,19 +340,15 @@ impl Kernel for Quantize<'_> {
     #[cfg_attr(target_arch = "wasm32", inline(never))]
     #[cfg_attr(not(target_arch = "wasm32"), inline(always))]
     fn run<S: Simd>(self, s: S) {
-        let Kind::Quantized { requantize, signed, packs, .. } = &self.0.sink.kind else {
-            unreachable!("not an output of quantised numbers")
-        };
+        let Kind::Quantized(to) = &self.0.sink.kind else { unreachable!("not an output of quantised numbers") };
         // Constant in the loops: what they branch over takes as long as what they compute.
         // SAFETY: the contract of the type.
         unsafe {
-            match (requantize.add.is_some(), signed, packs) {
-                (false, false, false) => self.part::<S, false, false, false>(s),
-                (false, false, true) => self.part::<S, false, false, true>(s),
-                (false, true, false) => self.part::<S, false, true, false>(s),
-                (false, true, true) => self.part::<S, false, true, true>(s),
-                (true, false, _) => self.part::<S, true, false, false>(s),
-                (true, true, _) => self.part::<S, true, true, false>(s),
+            match (to.requantize.add.is_some(), to.packs) {
+                (false, false) => self.part::<S, false, false>(s, to),
+                (false, true) => self.part::<S, false, true>(s, to),
+                (true, false) => self.part::<S, true, false>(s, to),
+                (true, true) => self.part::<S, true, true>(s, to),
             }
         }
     }
@@ -347,80 +356,191 @@ impl Kernel for Quantize<'_> {
 
 impl Quantize<'_> {
     /// # Safety
-    /// The contract of the type; the parameters are what the sink says.
+    /// The contract of the type; the parameters are what `to` says.
     #[inline(always)]
-    unsafe fn part<S: Simd, const ADD: bool, const SIGNED: bool, const PACKS: bool>(&self, s: S) {
-        let sink = self.0.sink;
-        let Kind::Quantized { requantize: q, y, .. } = &sink.kind else {
-            unreachable!("not an output of quantised numbers")
-        };
+    unsafe fn part<S: Simd, const ADD: bool, const PACKS: bool>(&self, s: S, to: &Quantized<'_>) {
         for u in self.0.units(s) {
             // SAFETY: the caller's contract.
             unsafe {
                 if u.cols == 2 * S::LANES {
-                    quantize::<S, ADD, SIGNED, PACKS>(s, q, &u, 2 * S::LANES, *y);
+                    quantize::<S, ADD, PACKS>(s, to, &u, 2 * S::LANES);
                 } else {
-                    quantize::<S, ADD, SIGNED, PACKS>(s, q, &u, u.cols, *y);
+                    quantize::<S, ADD, PACKS>(s, to, &u, u.cols);
                 }
             }
         }
+    }
+}
+
+/// What quantises sums of two vectors of columns that are still in registers.
+pub(super) struct Columns<'a, S: Simd> {
+    multiplier: [S::F32; 2],
+    round: S::F32,
+    back: S::I32,
+    to: &'a Quantized<'a>,
+}
+
+impl<'a, S: Simd> Columns<'a, S> {
+    /// For the columns from `j` on.
+    ///
+    /// # Safety
+    /// Two vectors of columns must be there.
+    #[inline(always)]
+    pub(super) unsafe fn new(s: S, to: &'a Quantized<'a>, j: usize) -> Self {
+        // SAFETY: promised by the caller.
+        let multiplier = unsafe { per_column(s, to.requantize.multiplier, j, 2 * S::LANES) };
+        let back = s.splat_i32(to.back(to.requantize.zero));
+        Self { multiplier, round: round(s), back, to }
+    }
+
+    /// Writes a row of them.
+    ///
+    /// # Safety
+    /// `y` is where the row begins in the output, and nobody else uses these columns of it.
+    #[inline(always)]
+    pub(super) unsafe fn store(&self, s: S, y: *mut u8, sums: [S::I32; 2]) {
+        let [m0, m1] = self.multiplier;
+        let mut x = [s.mul(s.to_f32(sums[0]), m0), s.mul(s.to_f32(sums[1]), m1)];
+        if !self.to.packs {
+            let q = &self.to.requantize;
+            let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
+            x = [s.at_most(s.at_least(x[0], lo), hi), s.at_most(s.at_least(x[1], lo), hi)];
+        }
+        let x = [s.add(x[0], self.round), s.add(x[1], self.round)];
+        let x = [s.sub_i32(s.bits(x[0]), self.back), s.sub_i32(s.bits(x[1]), self.back)];
+        // SAFETY: promised by the caller.
+        unsafe { s.store_flipped(y, x, self.to.flip) };
+    }
+}
+
+impl Quantized<'_> {
+    /// Where an element is.
+    ///
+    /// # Safety
+    /// The output has it.
+    #[inline(always)]
+    pub(super) unsafe fn at(&self, row: usize, column: usize) -> *mut u8 {
+        self.y.wrapping_add(row * self.n + column)
+    }
+
+    /// What the bits of a rounded sum are too large for a byte to be stored.
+    #[inline(always)]
+    fn back(&self, zero: i32) -> i32 {
+        ROUND.to_bits() as i32 - zero - i32::from(self.flip)
+    }
+
+    /// Elements of a row.
+    #[inline(always)]
+    pub(super) fn row_len(&self) -> usize {
+        self.n
     }
 }
 
 /// `cols` columns of some rows.
 ///
 /// # Safety
-/// The unit lies inside the output `y`; the parameters are what `q` and the type of `y` say.
+/// The unit lies inside the output; the parameters are what `to` says.
 #[inline(always)]
-unsafe fn quantize<S: Simd, const ADD: bool, const SIGNED: bool, const PACKS: bool>(
-    s: S,
-    q: &Requantize<'_>,
-    u: &Unit,
-    cols: usize,
-    y: *mut u8,
-) {
+unsafe fn quantize<S: Simd, const ADD: bool, const PACKS: bool>(s: S, to: &Quantized<'_>, u: &Unit, cols: usize) {
+    let q = &to.requantize;
     let round = self::round(s);
     let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
-    let back = s.splat_i32(ROUND.to_bits() as i32 - q.zero);
+    let back = s.splat_i32(to.back(q.zero));
     // SAFETY: promised by the caller.
     unsafe {
         let multiplier = per_column(s, q.multiplier, u.j, cols);
-        for i in 0..u.rows {
-            let v = sums(s, u.sums.add(i * u.ld));
-            let mut x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
-            for x in &mut x {
-                if !PACKS {
-                    *x = s.at_most(s.at_least(*x, lo), hi);
+        // A macro: a closure would not be compiled for the instruction set.
+        macro_rules! rows {
+            (|$x:ident, $at:ident| $bytes:expr) => {
+                for i in 0..u.rows {
+                    let v = sums(s, u.sums.add(i * u.ld));
+                    let mut $x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
+                    if ADD || !PACKS {
+                        $x = [s.at_most(s.at_least($x[0], lo), hi), s.at_most(s.at_least($x[1], lo), hi)];
+                    }
+                    $x = [s.add($x[0], round), s.add($x[1], round)];
+                    let $at = u.at + i * u.n;
+                    let (y, bytes) = (to.y.add($at), $bytes);
+                    let mut buffer = [0u8; 32];
+                    let whole = cols == 2 * S::LANES;
+                    s.store_flipped(if whole { y } else { buffer.as_mut_ptr() }, bytes, to.flip);
+                    if !whole {
+                        buffer.as_ptr().copy_to_nonoverlapping(y, cols);
+                    }
                 }
-                *x = s.add(*x, round);
-            }
-            let at = u.at + i * u.n;
-            let v = match &q.add {
-                Some(add) if ADD => {
-                    let other = load_bytes(s, &add.other, at, cols);
-                    add_other(s, add, [s.sub(x[0], round), s.sub(x[1], round)], other)
-                }
-                _ => [s.sub_i32(s.bits(x[0]), back), s.sub_i32(s.bits(x[1]), back)],
             };
-            store_bytes(s, y.add(at), v, cols, SIGNED);
+        }
+        if !ADD {
+            rows!(|x, at| [s.sub_i32(s.bits(x[0]), back), s.sub_i32(s.bits(x[1]), back)]);
+        } else if let Some(add) = &q.add {
+            let added = Added::new(s, add, to.back(add.zero));
+            rows!(|x, at| added.to::<PACKS>(s, [s.sub(x[0], round), s.sub(x[1], round)], at, cols));
         }
     }
 }
 
 /// `clamp(round(x * first + (other - other_zero) * second + offset) + zero)` for x a number less its zero point.
-#[inline(always)]
-fn add_other<S: Simd>(s: S, add: &Addend<'_>, x: [S::F32; 2], other: [S::I32; 2]) -> [S::I32; 2] {
-    let round = self::round(s);
-    let (lo, hi) = (s.splat((add.lo - add.zero) as f32), s.splat((add.hi - add.zero) as f32));
-    let back = s.splat_i32(ROUND.to_bits() as i32 - add.zero);
-    let mut y = other;
-    for (y, x) in y.iter_mut().zip(x) {
-        let other = s.to_f32(s.sub_i32(*y, s.splat_i32(add.other_zero)));
-        let sum = s.add(s.mul(x, s.splat(add.first)), s.mul(other, s.splat(add.second)));
-        let sum = s.add(sum, s.splat(add.offset));
-        *y = s.sub_i32(s.bits(s.add(s.at_most(s.at_least(sum, lo), hi), round)), back);
+struct Added<S: Simd> {
+    other: *const u8,
+    flip: u8,
+    other_zero: S::F32,
+    reals: S::I32,
+    first: S::F32,
+    second: S::F32,
+    offset: S::F32,
+    lo: S::F32,
+    hi: S::F32,
+    round: S::F32,
+    back: S::I32,
+}
+
+impl<S: Simd> Added<S> {
+    #[inline(always)]
+    fn new(s: S, add: &Addend<'_>, back: i32) -> Self {
+        let (shift, flip) = match add.other {
+            Bytes::U8(_) => (0, 0),
+            Bytes::I8(_) => (128, 0x80),
+        };
+        Self {
+            other: add.other.as_ptr(),
+            flip,
+            other_zero: s.splat((add.other_zero + shift) as f32),
+            reals: s.reals(),
+            first: s.splat(add.first),
+            second: s.splat(add.second),
+            offset: s.splat(add.offset),
+            lo: s.splat((add.lo - add.zero) as f32),
+            hi: s.splat((add.hi - add.zero) as f32),
+            round: round(s),
+            back: s.splat_i32(back),
+        }
     }
-    y
+
+    /// Adds `cols` elements from `at` on. Packing to bytes clamps, and there is no offset, if it `PACKS`.
+    ///
+    /// # Safety
+    /// They must be readable.
+    #[inline(always)]
+    unsafe fn to<const PACKS: bool>(&self, s: S, x: [S::F32; 2], at: usize, cols: usize) -> [S::I32; 2] {
+        let mut buffer = [0u8; 32];
+        // SAFETY: promised by the caller.
+        let mut y = unsafe {
+            let mut p = self.other.add(at);
+            if cols != 2 * S::LANES {
+                p.copy_to_nonoverlapping(buffer.as_mut_ptr(), cols);
+                p = buffer.as_ptr();
+            }
+            s.load_reals(p, self.flip, self.other_zero, self.reals)
+        };
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = s.add(s.mul(x, self.first), s.mul(*y, self.second));
+            if !PACKS {
+                *y = s.at_most(s.at_least(s.add(*y, self.offset), self.lo), self.hi);
+            }
+            *y = s.add(*y, self.round);
+        }
+        [s.sub_i32(s.bits(y[0]), self.back), s.sub_i32(s.bits(y[1]), self.back)]
+    }
 }
 
 /// Two vectors of bytes, of which only the first `cols` are there.

@@ -18,10 +18,11 @@
 //!         acc[i] += dot(splat(a[i][p]), row of p)
 //! ```
 //!
-//! The sums go to a buffer that stays in the first-level cache, whose rows are whole vectors: a tile knows no edges and no
-//! outputs, see `output.rs`.
+//! The sums go to a buffer that stays in the first-level cache, whose rows are whole vectors, for `output.rs`: a tile knows no
+//! edges. Only where all its columns are bytes of an output to which nothing is added are they quantised in registers.
 
 use super::Form;
+use super::output::{Columns, Quantized};
 use super::pack::Sequence;
 use super::table::{self, MAX_MR, MAX_NRV};
 use crate::simd::{Dot, DotKernel, Isa, Simd, dispatch_dot, opaque};
@@ -55,6 +56,9 @@ pub(super) struct Strip<'a> {
     pub(super) ld: usize,
     /// What sums begin with in the first pass over k, as wide as the tile; null in others, which add to what is there.
     pub(super) start: *const i32,
+    /// Where sums go instead of the buffer if this is the last pass, and the first tile's row and column in it; none for tiles
+    /// that do not quantise.
+    pub(super) to: Option<(&'a Quantized<'a>, usize, usize)>,
     /// Of [`Form::Split`]: which groups the rows of the panel are, instead of `k` from `before` on.
     pub(super) sequence: Sequence<'a>,
 }
@@ -64,8 +68,8 @@ impl Strip<'_> {
     ///
     /// # Safety
     /// A: `tiles * height` rows of `before + k`, and of what the sequence asks for; B: `k` rows of `vectors`, or as many as the
-    /// sequence has; start: one row or null; sums: `tiles * height` rows of `vectors`, which nobody else uses. The table has a tile of `height` and
-    /// `vectors`, and the form is available.
+    /// sequence has; start: one row or null; sums and the output: `tiles * height` rows of `vectors`, which nobody else uses. The
+    /// table has a tile of `height` and `vectors`, and the form is available.
     pub(super) unsafe fn run(self, isa: Isa, form: Form) {
         macro_rules! heights {
             ($nv:literal: $($h:literal)*) => {
@@ -140,6 +144,14 @@ unsafe fn strip<D: Dot, const H: usize, const NV: usize, const INTERLEAVED: bool
                     step(d, &mut acc, core::array::from_fn(|i| a.add(i * lda + p)), b);
                     b = b.add(NV * lanes);
                 }
+            }
+            if const { NV == 2 && table::tile(D::S::ISA, D::FORM).quantizes(H) }
+                && let Some((to, row, column)) = strip.to
+            {
+                let columns = Columns::new(s, to, column);
+                let y = to.at(row + tile * H, column);
+                unrolled!(i in 0..H, columns.store(s, y.add(i * to.row_len()), [acc[i][0], acc[i][NV - 1]]));
+                continue;
             }
             for (i, row) in acc.iter().enumerate() {
                 for (v, x) in row.iter().enumerate() {

@@ -337,25 +337,59 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p..p+LANES` must be readable.
     unsafe fn load_bytes<const SIGNED: bool>(self, p: *const u8) -> Self::I32;
+    /// What [`load_reals`](Self::load_reals) wants to have in a register.
+    #[inline(always)]
+    fn reals(self) -> Self::I32 {
+        self.splat_i32(0)
+    }
+    /// `2 LANES` bytes, after an exclusive or with `flip` unsigned, less `zero`, an integer of at most `2^22`. With 128 and a
+    /// zero that is 128 larger these are signed bytes. `constants` are [`reals`](Self::reals).
+    ///
+    /// # Safety
+    /// `p..p+2*LANES` must be readable.
+    #[inline(always)]
+    unsafe fn load_reals(self, p: *const u8, flip: u8, zero: Self::F32, constants: Self::I32) -> [Self::F32; 2] {
+        let _ = constants;
+        // SAFETY: the caller's contract.
+        let x = unsafe { [self.load_bytes::<false>(p), self.load_bytes::<false>(p.add(Self::LANES))] };
+        let flip = self.splat_i32(flip.into());
+        // Not `map`: a closure would not be compiled for the instruction set.
+        [self.sub(self.to_f32(self.xor_i32(x[0], flip)), zero), self.sub(self.to_f32(self.xor_i32(x[1], flip)), zero)]
+    }
     /// Writes `2 LANES` numbers as bytes, clamped to `-128..=127` if signed, else to `0..=255`.
     ///
     /// # Safety
     /// `p..p+2*LANES` must be writable.
     unsafe fn store_bytes<const SIGNED: bool>(self, p: *mut u8, v: [Self::I32; 2]);
+    /// `store_bytes::<false>`, and then an exclusive or of each byte with `flip`. With 128 and elements that are 128 too large
+    /// these are signed bytes: for a sign that is known late, which LLVM would make ten instructions of.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn store_flipped(self, p: *mut u8, v: [Self::I32; 2], flip: u8) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            self.store_bytes::<false>(p, v);
+            if flip != 0 {
+                core::slice::from_raw_parts_mut(p, 2 * Self::LANES).iter_mut().for_each(|byte| *byte ^= flip);
+            }
+        }
+    }
     /// `2 LANES` bytes from each of two places as pairs of `i16`: a lane holds a byte of `a` below one of `b`.
     ///
     /// # Safety
     /// `2 * LANES` bytes at both must be readable.
     unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [Self::I32; 2];
-    /// `2 LANES` bytes from each of four places: a lane holds a byte of each, that of the first one lowest.
+    /// `4 LANES` bytes from each of four places: a lane holds a byte of each, that of the first one lowest.
     ///
     /// # Safety
-    /// `2 * LANES` bytes at all of them must be readable.
+    /// `4 * LANES` bytes at all of them must be readable.
     #[inline(always)]
-    unsafe fn quad_bytes(self, [a, b, c, d]: [*const u8; 4]) -> [Self::I32; 2] {
-        let mut quads = [self.splat_i32(0); 2];
-        for (half, quad) in quads.iter_mut().enumerate() {
-            let i = half * Self::LANES;
+    unsafe fn quad_bytes(self, [a, b, c, d]: [*const u8; 4]) -> [Self::I32; 4] {
+        let mut quads = [self.splat_i32(0); 4];
+        for (part, quad) in quads.iter_mut().enumerate() {
+            let i = part * Self::LANES;
             // SAFETY: the caller's contract.
             unsafe {
                 let low = self

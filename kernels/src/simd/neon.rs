@@ -129,6 +129,21 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn quad_bytes(self, places: [*const u8; 4]) -> [int32x4_t; 4] {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let [a, b, c, d] = places.map(|p| vld1q_u8(p));
+            let ab = [vzip1q_u8(a, b), vzip2q_u8(a, b)].map(|x| vreinterpretq_u16_u8(x));
+            let cd = [vzip1q_u8(c, d), vzip2q_u8(c, d)].map(|x| vreinterpretq_u16_u8(x));
+            [
+                vreinterpretq_s32_u16(vzip1q_u16(ab[0], cd[0])),
+                vreinterpretq_s32_u16(vzip2q_u16(ab[0], cd[0])),
+                vreinterpretq_s32_u16(vzip1q_u16(ab[1], cd[1])),
+                vreinterpretq_s32_u16(vzip2q_u16(ab[1], cd[1])),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [int32x4_t; 2] {
         // SAFETY: the caller's contract.
         unsafe {

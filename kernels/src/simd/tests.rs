@@ -269,11 +269,10 @@ impl Kernel for Shorts {
                 let [low, high] = s.pair_bytes::<true>(p, q);
                 assert_eq!([shorts(low), shorts(high)].concat(), pairs(true), "{name} pair_bytes, signed");
                 let places = [p, q, p.add(11), q.add(7)];
-                let quads: Vec<i32> = (0..2 * n)
+                let quads: Vec<i32> = (0..4 * n)
                     .map(|i| i32::from_le_bytes([at, at + 50, at + 11, at + 57].map(|place| bytes[place + i])))
                     .collect();
-                let [low, high] = s.quad_bytes(places);
-                assert_eq!([get(low), get(high)].concat(), quads, "{name} quad_bytes");
+                assert_eq!(s.quad_bytes(places).map(get).concat(), quads, "{name} quad_bytes");
                 let mut out = [99u8; 40];
                 s.store_bytes::<false>(out.as_mut_ptr(), [s.load_bytes::<false>(p), s.load_bytes::<false>(p.add(n))]);
                 assert!(
@@ -282,6 +281,18 @@ impl Kernel for Shorts {
                 );
                 s.store_bytes::<true>(out.as_mut_ptr(), [s.load_bytes::<true>(q), s.load_bytes::<true>(q.add(n))]);
                 assert!(out[..2 * n] == bytes[at + 50..at + 50 + 2 * n], "{name} store_bytes, signed");
+
+                for (flip, zero) in [(0, 7.0), (0x80, 128.0 - 9.0)] {
+                    let reals: Vec<f32> = (0..2 * n).map(|i| f32::from(bytes[at + i] ^ flip) - zero).collect();
+                    let mut got = [0.0; 32];
+                    for (half, x) in s.load_reals(p, flip, s.splat(zero), s.reals()).into_iter().enumerate() {
+                        s.store(&mut got[half * n..], x);
+                    }
+                    assert_eq!(got[..2 * n], reals, "{name} load_reals");
+                }
+                s.store_flipped(out.as_mut_ptr(), [s.load_bytes::<false>(p), s.load_bytes::<false>(p.add(n))], 0x80);
+                let flipped = (0..2 * n).all(|i| out[i] == bytes[at + i] ^ 0x80);
+                assert!(flipped && out[2 * n..] == [99; 40][2 * n..], "{name} store_flipped");
 
                 for x in [i32::MIN, -40_000, -129, -128, -1, 0, 127, 128, 255, 256, 40_000, i32::MAX] {
                     s.store_bytes::<false>(out.as_mut_ptr(), [s.splat_i32(x); 2]);

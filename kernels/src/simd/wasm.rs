@@ -1,6 +1,6 @@
 //! WebAssembly SIMD128, plain and relaxed. A module holds one of them: an engine rejects opcodes it does not know.
 
-use super::{Isa, Simd};
+use super::{Isa, Simd, opaque};
 use core::arch::wasm32::*;
 
 macro_rules! implement {
@@ -119,6 +119,31 @@ macro_rules! implement {
                 unsafe { v128_store64_lane::<0>(x, p.cast()) }
             }
             #[inline(always)]
+            fn reals(self) -> v128 {
+                // The highest 16 bits of the numbers from 2^23 on, of which the lowest 16 bits are an integer that is added. Not
+                // as a constant: V8 would make it anew for each vector; and LLVM, which saw that its lanes are the same, would
+                // interleave with one of them, for which V8 has no instruction.
+                opaque(&u16x8_splat(0x4b00))
+            }
+            #[inline(always)]
+            unsafe fn load_reals(self, p: *const u8, flip: u8, zero: v128, high: v128) -> [v128; 2] {
+                // SAFETY: the caller's contract; wasm loads need no alignment.
+                let x = v128_xor(unsafe { i16x8_load_extend_u8x8(p) }, u16x8_splat(flip.into()));
+                // Numbers from 2^23 on: nothing to widen or to convert.
+                let zero = f32x4_add(zero, f32x4_splat(8_388_608.0));
+                [
+                    f32x4_sub(i16x8_shuffle::<0, 8, 1, 9, 2, 10, 3, 11>(x, high), zero),
+                    f32x4_sub(i16x8_shuffle::<4, 12, 5, 13, 6, 14, 7, 15>(x, high), zero),
+                ]
+            }
+            #[inline(always)]
+            unsafe fn store_flipped(self, p: *mut u8, v: [v128; 2], flip: u8) {
+                let x = i16x8_narrow_i32x4(v[0], v[1]);
+                let x = v128_xor(u8x16_narrow_i16x8(x, x), u8x16_splat(flip));
+                // SAFETY: the caller's contract; wasm stores need no alignment.
+                unsafe { v128_store64_lane::<0>(x, p.cast()) }
+            }
+            #[inline(always)]
             unsafe fn pair_bytes<const SIGNED: bool>(self, a: *const u8, b: *const u8) -> [v128; 2] {
                 // SAFETY: the caller's contract; wasm loads need no alignment.
                 let (a, b) = unsafe { (v128_load64_zero(a.cast()), v128_load64_zero(b.cast())) };
@@ -130,12 +155,15 @@ macro_rules! implement {
                 }
             }
             #[inline(always)]
-            unsafe fn quad_bytes(self, places: [*const u8; 4]) -> [v128; 2] {
+            unsafe fn quad_bytes(self, places: [*const u8; 4]) -> [v128; 4] {
                 // SAFETY: the caller's contract; wasm loads need no alignment.
-                let [a, b, c, d] = places.map(|p| unsafe { v128_load64_zero(p.cast()) });
-                let ab = i8x16_shuffle::<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(a, b);
-                let cd = i8x16_shuffle::<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(c, d);
-                [i16x8_shuffle::<0, 8, 1, 9, 2, 10, 3, 11>(ab, cd), i16x8_shuffle::<4, 12, 5, 13, 6, 14, 7, 15>(ab, cd)]
+                let [a, b, c, d] = places.map(|p| unsafe { v128_load(p.cast()) });
+                let low = |a, b| i8x16_shuffle::<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(a, b);
+                let high = |a, b| i8x16_shuffle::<8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>(a, b);
+                let low_pairs = |a, b| i16x8_shuffle::<0, 8, 1, 9, 2, 10, 3, 11>(a, b);
+                let high_pairs = |a, b| i16x8_shuffle::<4, 12, 5, 13, 6, 14, 7, 15>(a, b);
+                let (ab, cd) = ([low(a, b), high(a, b)], [low(c, d), high(c, d)]);
+                [low_pairs(ab[0], cd[0]), high_pairs(ab[0], cd[0]), low_pairs(ab[1], cd[1]), high_pairs(ab[1], cd[1])]
             }
             wrap! {
                 splat(x: f32) -> v128 = f32x4_splat(x);
