@@ -60,7 +60,8 @@ pub(super) struct QDepthwise {
     spread: Option<[usize; 2]>,
 }
 
-/// Most taps with those that are missing in the last bundle; of other kernels each group is a product of its own.
+/// Most taps with those that are missing in a last bundle of two; of other kernels each group is a product of its own. As many
+/// rows are whole bundles of four.
 const MAX_TAPS: usize = 100;
 /// Lanes of the longest vectors that four rows are joined in. Longer ones take more than shuffles for it: natively MobileNetV2 took
 /// 1.05 and EfficientNet-Lite0 1.11 of the time with AVX2, 0.98 and 1.03 with AVX-512 (medians of three, Zen 5).
@@ -79,12 +80,9 @@ const MAX_INPUTS: usize = 8;
 /// Most outputs of a group, the factor by which inputs grow.
 const MAX_OUTPUTS: usize = 8;
 
-/// Most rows of a bundle.
-const MAX_BUNDLE: usize = 4;
-
-/// Taps of whole bundles.
+/// Taps of whole bundles of two rows.
 fn padded_taps([kd, kh, kw]: [usize; 3], inputs: usize) -> Option<usize> {
-    kd.checked_mul(kh)?.checked_mul(inputs)?.checked_next_multiple_of(MAX_BUNDLE)?.checked_mul(kw)
+    kd.checked_mul(kh)?.checked_mul(inputs)?.checked_next_multiple_of(2)?.checked_mul(kw)
 }
 
 impl QDepthwise {
@@ -422,8 +420,9 @@ impl<const KW: usize> DotKernel for Pixels<'_, KW> {
         let (channels, vector) = (image.first.len(), <D::S as Simd>::LANES);
         let width = const { vectors(D::FORM) } * vector;
         let ConvParams { kernel: [_, _, kw], strides, dilations, .. } = *image.params;
-        let (kw, next) = if KW == 0 { (kw, dilations[2] * width) } else { (KW, width) };
-        let stride = strides[2] * width;
+        // Both may be anything where there is one tap, or one pixel, and no next.
+        let (kw, next) = if KW == 0 { (kw, dilations[2].wrapping_mul(width)) } else { (KW, width) };
+        let stride = strides[2].wrapping_mul(width);
         let lanes = lanes.as_mut_ptr();
         let flip = s.splat_i32(i32::from_ne_bytes([image.flip; 4]));
         let zero = image.zeros[0];

@@ -13,7 +13,7 @@
 //!         output(sums)                            output.rs
 //! ```
 //!
-//! Departures from the nest for floats ([`crate::gemm`]): A is always gathered, since it has to be widened, and whole,
+//! Departures from the nest for floats ([`crate::gemm`]): A is gathered unless tiles can read its bytes where they are, and whole,
 //! since a group of four bytes per element is a quarter of it; sums never leave the cache, so that an output sees each once.
 
 use super::gather::Lhs;
@@ -149,8 +149,8 @@ struct Sweep<'a> {
 
 impl Sweep<'_> {
     /// # Safety
-    /// A has the rows of the strips, `lda` of at least `groups` each, and so have the sums, `ld` of at least the width of
-    /// the panels each, and the output, which nobody else uses.
+    /// A has the rows of the strips, `lda` apart, of `groups` each, and so have the sums, `ld` of at least the width of the
+    /// panels each, and the output, which nobody else uses.
     unsafe fn run(&self, isa: Isa) {
         let Self { form, groups, n, lda, interleaved, ld, to, .. } = *self;
         let (mr, nr) = (table::tile(isa, form).mr, table::panel_width(isa, form));
@@ -406,8 +406,8 @@ impl Block<'_> {
                 ld,
                 to: quantized.map(|to| (to, rows.start, column + cols.start)),
             };
-            // SAFETY: A has the rows of the block, `lda` of at least `groups` each, and so have the sums, `ld` each; the output
-            // is the caller's contract.
+            // SAFETY: A has the rows of the block, `lda` apart, of `groups` each, and so have the sums, `ld` each; the output is
+            // the caller's contract.
             unsafe { sweep.run(isa) };
             if let Some(zeros) = zeros {
                 let row_sums = &row_sums[..rows.len()];

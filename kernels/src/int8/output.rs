@@ -1,4 +1,5 @@
-//! What becomes of sums: a sweep over a few rows of them that are still in the first-level cache.
+//! What becomes of sums: a sweep over a few rows of them that are still in the first-level cache, or, where they become bytes
+//! and nothing is added, what their kernel does while they are in registers ([`Columns`]).
 //!
 //! ```text
 //! for 2 vectors of columns
@@ -11,7 +12,7 @@
 //! Clamping comes before rounding, which gives the same since the bounds are integers; then adding `1.5 * 2^23`, whose
 //! neighbours are 1 apart, rounds half to even and leaves the integer in the low bits. That is so for all numbers up to
 //! `2^22`: where no sum can be larger and the bounds are those of the type of the result, which packing to bytes
-//! saturates to, nothing is clamped. Nothing here may fuse a product with a sum: the same bits everywhere.
+//! saturates to, nothing is clamped; of a number that another is added to, the sum is what may be left. Nothing here may fuse a product with a sum: the same bits everywhere.
 
 use super::{Addend, Bytes, BytesMut, Output, Requantize, largest_factor};
 use crate::epilogue::Activation;

@@ -333,6 +333,14 @@ fn convolutions_match_the_oracle() {
         (conv(16, 16, 16, [1, 3, 3], [1, 2, 2], one), [1, 7, 6], [0, 1, 1]),
         (conv(27, 27, 27, [1, 3, 3], one, one), [1, 6, 6], [0, 1, 1]),
         (conv(1, 4, 1, [1, 1, 7], one, one), [1, 1, 3], [0, 0, 6]),
+        // Rows of more columns than are joined at once, strides over more; wide kernels, and one without a reach.
+        (conv(16, 16, 16, [1, 3, 3], [1, 1, 2], one), [1, 3, 300], [0, 1, 1]),
+        (conv(24, 24, 24, [1, 3, 5], one, one), [1, 2, 140], [0, 1, 2]),
+        (conv(16, 16, 16, [1, 1, 3], [1, 1, 200], one), [1, 1, 500], [0, 0, 1]),
+        (conv(20, 20, 20, [1, 1, 31], one, one), [1, 1, 40], [0, 0, 15]),
+        (conv(9, 9, 9, [1, 9, 9], one, one), [1, 10, 10], [0, 4, 4]),
+        (conv(16, 16, 16, [1, 2, 1], one, [1, 1, usize::MAX]), [1, 5, 4], [0, 1, 0]),
+        (conv(6, 6, 6, [1, 1, 3], one, [1, 1, 64]), [1, 1, 140], [0, 0, 64]),
         // Also by Winograd's algorithm.
         (conv(16, 17, 1, [1, 3, 3], one, one), [2, 5, 11], [0, 1, 1]),
         (conv(35, 32, 1, [1, 3, 3], one, one), [1, 8, 9], [0, 1, 1]),
