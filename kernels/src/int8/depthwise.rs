@@ -63,8 +63,7 @@ pub(super) struct QDepthwise {
 /// Most taps with those that are missing in a last bundle of two; of other kernels each group is a product of its own. As many
 /// rows are whole bundles of four.
 const MAX_TAPS: usize = 100;
-/// Lanes of the longest vectors that four rows are joined in. Longer ones take more than shuffles for it: natively MobileNetV2 took
-/// 1.05 and EfficientNet-Lite0 1.11 of the time with AVX2, 0.98 and 1.03 with AVX-512 (medians of three, Zen 5).
+/// Lanes of the longest vectors that four rows are joined in: longer ones take more than shuffles for it.
 const MAX_FOURS_LANES: usize = 4;
 /// Multiplications that a task should have at least.
 const TASK_COST: u64 = 1 << 16;

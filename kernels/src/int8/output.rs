@@ -400,27 +400,19 @@ impl<'a, S: Simd> Columns<'a, S> {
     /// `y` is where the row begins in the output, and nobody else uses these columns of it.
     #[inline(always)]
     pub(super) unsafe fn store(&self, s: S, y: *mut u8, sums: [S::I32; 2]) {
-        let [m0, m1] = self.multiplier;
-        let mut x = [s.mul(s.to_f32(sums[0]), m0), s.mul(s.to_f32(sums[1]), m1)];
+        let mut x = scaled(s, sums, self.multiplier);
         if !self.to.packs {
-            let q = &self.to.requantize;
-            let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
-            x = [s.at_most(s.at_least(x[0], lo), hi), s.at_most(s.at_least(x[1], lo), hi)];
+            x = clamped(s, x, bounds(s, &self.to.requantize));
         }
-        let x = [s.add(x[0], self.round), s.add(x[1], self.round)];
-        let x = [s.sub_i32(s.bits(x[0]), self.back), s.sub_i32(s.bits(x[1]), self.back)];
         // SAFETY: promised by the caller.
-        unsafe { s.store_flipped(y, x, self.to.flip) };
+        unsafe { s.store_flipped(y, rounded(s, x, self.round, self.back), self.to.flip) };
     }
 }
 
 impl Quantized<'_> {
     /// Where an element is.
-    ///
-    /// # Safety
-    /// The output has it.
     #[inline(always)]
-    pub(super) unsafe fn at(&self, row: usize, column: usize) -> *mut u8 {
+    pub(super) fn at(&self, row: usize, column: usize) -> *mut u8 {
         self.y.wrapping_add(row * self.n + column)
     }
 
@@ -437,6 +429,27 @@ impl Quantized<'_> {
     }
 }
 
+/// The steps of the module's formula, for two vectors.
+#[inline(always)]
+fn scaled<S: Simd>(s: S, sums: [S::I32; 2], multiplier: [S::F32; 2]) -> [S::F32; 2] {
+    [s.mul(s.to_f32(sums[0]), multiplier[0]), s.mul(s.to_f32(sums[1]), multiplier[1])]
+}
+
+#[inline(always)]
+fn bounds<S: Simd>(s: S, q: &Requantize<'_>) -> [S::F32; 2] {
+    [s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32)]
+}
+
+#[inline(always)]
+fn clamped<S: Simd>(s: S, x: [S::F32; 2], [lo, hi]: [S::F32; 2]) -> [S::F32; 2] {
+    [s.at_most(s.at_least(x[0], lo), hi), s.at_most(s.at_least(x[1], lo), hi)]
+}
+
+#[inline(always)]
+fn rounded<S: Simd>(s: S, x: [S::F32; 2], round: S::F32, back: S::I32) -> [S::I32; 2] {
+    [s.sub_i32(s.bits(s.add(x[0], round)), back), s.sub_i32(s.bits(s.add(x[1], round)), back)]
+}
+
 /// `cols` columns of some rows.
 ///
 /// # Safety
@@ -445,7 +458,7 @@ impl Quantized<'_> {
 unsafe fn quantize<S: Simd, const ADD: bool, const PACKS: bool>(s: S, to: &Quantized<'_>, u: &Unit, cols: usize) {
     let q = &to.requantize;
     let round = self::round(s);
-    let (lo, hi) = (s.splat((q.lo - q.zero) as f32), s.splat((q.hi - q.zero) as f32));
+    let bounds = bounds(s, q);
     let back = s.splat_i32(to.back(q.zero));
     // SAFETY: promised by the caller.
     unsafe {
@@ -454,12 +467,10 @@ unsafe fn quantize<S: Simd, const ADD: bool, const PACKS: bool>(s: S, to: &Quant
         macro_rules! rows {
             (|$x:ident, $at:ident| $bytes:expr) => {
                 for i in 0..u.rows {
-                    let v = sums(s, u.sums.add(i * u.ld));
-                    let mut $x = [s.mul(s.to_f32(v[0]), multiplier[0]), s.mul(s.to_f32(v[1]), multiplier[1])];
+                    let mut $x = scaled(s, sums(s, u.sums.add(i * u.ld)), multiplier);
                     if ADD || !PACKS {
-                        $x = [s.at_most(s.at_least($x[0], lo), hi), s.at_most(s.at_least($x[1], lo), hi)];
+                        $x = clamped(s, $x, bounds);
                     }
-                    $x = [s.add($x[0], round), s.add($x[1], round)];
                     let $at = u.at + i * u.n;
                     let (y, bytes) = (to.y.add($at), $bytes);
                     let mut buffer = [0u8; 32];
@@ -472,10 +483,13 @@ unsafe fn quantize<S: Simd, const ADD: bool, const PACKS: bool>(s: S, to: &Quant
             };
         }
         if !ADD {
-            rows!(|x, at| [s.sub_i32(s.bits(x[0]), back), s.sub_i32(s.bits(x[1]), back)]);
+            rows!(|x, at| rounded(s, x, round, back));
         } else if let Some(add) = &q.add {
             let added = Added::new(s, add, to.back(add.zero));
-            rows!(|x, at| added.to::<PACKS>(s, [s.sub(x[0], round), s.sub(x[1], round)], at, cols));
+            rows!(|x, at| {
+                let x = [s.sub(s.add(x[0], round), round), s.sub(s.add(x[1], round), round)];
+                added.to::<PACKS>(s, x, at, cols)
+            });
         }
     }
 }
@@ -489,8 +503,7 @@ struct Added<S: Simd> {
     first: S::F32,
     second: S::F32,
     offset: S::F32,
-    lo: S::F32,
-    hi: S::F32,
+    bounds: [S::F32; 2],
     round: S::F32,
     back: S::I32,
 }
@@ -510,8 +523,7 @@ impl<S: Simd> Added<S> {
             first: s.splat(add.first),
             second: s.splat(add.second),
             offset: s.splat(add.offset),
-            lo: s.splat((add.lo - add.zero) as f32),
-            hi: s.splat((add.hi - add.zero) as f32),
+            bounds: [s.splat((add.lo - add.zero) as f32), s.splat((add.hi - add.zero) as f32)],
             round: round(s),
             back: s.splat_i32(back),
         }
@@ -535,12 +547,11 @@ impl<S: Simd> Added<S> {
         };
         for (y, x) in y.iter_mut().zip(x) {
             *y = s.add(s.mul(x, self.first), s.mul(*y, self.second));
-            if !PACKS {
-                *y = s.at_most(s.at_least(s.add(*y, self.offset), self.lo), self.hi);
-            }
-            *y = s.add(*y, self.round);
         }
-        [s.sub_i32(s.bits(y[0]), self.back), s.sub_i32(s.bits(y[1]), self.back)]
+        if !PACKS {
+            y = clamped(s, [s.add(y[0], self.offset), s.add(y[1], self.offset)], self.bounds);
+        }
+        rounded(s, y, self.round, self.back)
     }
 }
 
