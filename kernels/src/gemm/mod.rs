@@ -571,7 +571,7 @@ pub(crate) fn run<'a, A: Lhs>(
                         };
                         let to = bytemuck::cast_slice_mut(&mut a_scratch[(first_row - rows.start) * depth..]);
                         // SAFETY: A has these rows and columns, and the scratch memory is not a part of it.
-                        unsafe { interleave_tiles(some, |tile| grid.row(tile), a.cast(), lda, depth, to, None) };
+                        unsafe { interleave_tiles(some, &|tile| grid.row(tile), a.cast(), lda, depth, to, None) };
                     }
                     (a_scratch.as_ptr(), depth)
                 }
@@ -656,7 +656,7 @@ impl Block<'_> {
                 Some(to) if interleaved => {
                     let words = bytemuck::cast_slice_mut(to);
                     // SAFETY: A has these rows and columns, and the scratch memory is not a part of it.
-                    unsafe { interleave_tiles(0..tiles, |tile| grid.row(tile), from.cast(), lda, depth, words, None) };
+                    unsafe { interleave_tiles(0..tiles, &|tile| grid.row(tile), from.cast(), lda, depth, words, None) };
                     (to.as_ptr(), depth)
                 }
                 _ => (from, lda),

@@ -10,6 +10,7 @@
 //! The element after an odd row is read by the tile and meets a zero of B.
 
 use super::{Bytes, Form};
+use crate::simd::interleave::{MAX_HEIGHT, interleave};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use core::ops::Range;
 
@@ -70,6 +71,14 @@ impl Lhs<'_> {
         (bytes && groups).then_some((first, a.row_stride / 4))
     }
 
+    /// Windows, if a form of bytes can read their taps where they are: channels come in whole groups.
+    pub(super) fn taps(&self, form: Form) -> Option<&Patches<'_>> {
+        let Self::Patches(p) = self else { return None };
+        let bytes = form != Form::Wide && self.shift(form) == 0;
+        let groups = [p.channels, p.first, p.depth].iter().all(|n| n.is_multiple_of(4)) && p.depth >= MIN_DEPTH;
+        (bytes && groups && p.x.as_ptr().cast::<i32>().is_aligned()).then_some(p)
+    }
+
     /// Writes `k` elements of each of some rows to `dst`, `ld` groups of the form (32 bits) apart.
     pub(super) fn gather(
         &self,
@@ -84,6 +93,66 @@ impl Lhs<'_> {
         assert!(k.div_ceil(form.group()) <= ld && dst.len() >= rows.len() * ld);
         let convert = Convert::new(form, &self.data(), zero);
         dispatch(isa, Gather { lhs: self, convert, rows, k, dst: dst.as_mut_ptr().cast(), ld: 4 * ld });
+    }
+}
+
+/// Fewest channels for which taps are read where they are.
+const MIN_DEPTH: usize = 16;
+
+impl Patches<'_> {
+    /// Interleaves the rows of some tiles, of which `row` says the first, as [`interleave_tiles`] does, from where the
+    /// taps are: no row is gathered. Taps outside of the image are read from `padding`, which holds a zero point for each
+    /// channel of the group.
+    ///
+    /// [`interleave_tiles`]: crate::simd::interleave::interleave_tiles
+    ///
+    /// # Safety
+    /// The windows are those of [`Lhs::taps`], and have the rows; no part of `dst` is in the image or the padding.
+    #[inline(never)]
+    pub(super) unsafe fn interleave(
+        &self,
+        tiles: Range<usize>,
+        row: &dyn Fn(usize) -> usize,
+        padding: &[i32],
+        dst: &mut [u32],
+        stride: Option<usize>,
+    ) {
+        let x = self.x.as_ptr().wrapping_add(self.first);
+        let [id, ih, iw] = self.spatial;
+        let out @ [od, oh, ow] = self.out_spatial;
+        let [kd, kh, kw] = self.kernel;
+        let groups = self.depth / 4;
+        let padding = padding[..groups].as_ptr().cast();
+        let first = row(tiles.start);
+        let mut at = [first / ow / oh / od, first / ow / oh % od, first / ow % oh, first % ow];
+        let mut to = 0;
+        for tile in tiles {
+            let height = row(tile + 1) - row(tile);
+            let stride = stride.unwrap_or(height);
+            assert!(height <= stride);
+            // Image, and first tap, whose places left of the image and above it are huge numbers.
+            let mut corners = [(0, [0; 3]); MAX_HEIGHT];
+            for corner in &mut corners[..height] {
+                *corner = (at[0], [0, 1, 2].map(|d| (at[d + 1] * self.strides[d]).wrapping_sub(self.pads[d])));
+                step(&mut at, out);
+            }
+            let mut rows = [padding; MAX_HEIGHT];
+            for tap in 0..kd * kh * kw {
+                let tap = [tap / kw / kh, tap / kw % kh, tap % kw];
+                for (row, (image, corner)) in rows.iter_mut().zip(&corners[..height]) {
+                    let [d, h, w] = [0, 1, 2].map(|d| corner[d].wrapping_add(tap[d] * self.dilations[d]));
+                    *row = if d < id && h < ih && w < iw {
+                        x.wrapping_add((((image * id + d) * ih + h) * iw + w) * self.channels).cast()
+                    } else {
+                        padding
+                    };
+                }
+                let dst = &mut dst[to..][..stride * groups];
+                // SAFETY: a tap that lies inside the image has all channels; `dst` was just checked.
+                unsafe { interleave(&rows[..height], groups, dst.as_mut_ptr(), stride) };
+                to += stride * groups;
+            }
+        }
     }
 }
 

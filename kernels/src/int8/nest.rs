@@ -346,8 +346,15 @@ impl Block<'_> {
             }
         }
         let in_place = lhs.in_place(form, rows.start, k).filter(|_| zeros.is_none() && b.order().is_none());
-        let gathered_tiles =
-            if self.interleaved || in_place.is_none() { self.tiles.clone() } else { self.tiles.end..self.tiles.end };
+        let taps = lhs.taps(form).filter(|_| self.interleaved && zeros.is_none() && b.order().is_none());
+        if let Some(taps) = taps {
+            gathered.fill(i32::from_ne_bytes([a_zero as u8; 4]));
+            let to = bytemuck::cast_slice_mut(a);
+            // SAFETY: the rows are there, and `a` and the padding are memory of their own.
+            unsafe { taps.interleave(self.tiles.clone(), &|tile| grid.row(tile), gathered, to, self.stride) };
+        }
+        let ready = taps.is_some() || in_place.is_some() && !self.interleaved;
+        let gathered_tiles = if ready { self.tiles.end..self.tiles.end } else { self.tiles.clone() };
         for first in gathered_tiles.step_by(self.gather_tiles) {
             let tiles = first..(first + self.gather_tiles).min(self.tiles.end);
             let some = grid.row(tiles.start)..grid.row(tiles.end);
@@ -379,7 +386,7 @@ impl Block<'_> {
                 None => (gathered.as_ptr().cast(), lda),
             };
             // SAFETY: the rows are there or were gathered, into memory of their own.
-            unsafe { interleave_tiles(tiles, |tile| grid.row(tile), from, lda, groups, to, self.stride) };
+            unsafe { interleave_tiles(tiles, &|tile| grid.row(tile), from, lda, groups, to, self.stride) };
         }
         let strips = grid.strips(self.tiles.clone());
         let (a, lda) = match in_place {

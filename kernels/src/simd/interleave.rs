@@ -18,21 +18,40 @@ pub(crate) const GATHERED: usize = 4096;
 /// Columns that are transposed at once.
 const COLUMNS: usize = 4;
 
-/// Interleaves `height` rows of `k` elements of 32 bits, `ld` apart at `src`, into groups that are `stride` apart.
+/// Rows that can be interleaved at once; no tile is higher.
+pub(crate) const MAX_HEIGHT: usize = 12;
+
+/// Interleaves rows of `k` elements of 32 bits into groups that are `stride` apart.
 ///
 /// Rows are taken by fours, then by twos: transpositions in registers, as long as there are four columns.
 ///
 /// # Safety
-/// `src` has the rows, and `dst` is writable for `stride * k` elements that do not overlap them.
-unsafe fn interleave(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32, stride: usize) {
+/// The rows are readable, and `dst` is writable for `stride * k` elements that do not overlap them; a stride is no less than
+/// the number of rows.
+#[inline(never)]
+pub(crate) unsafe fn interleave(mut rows: &[*const u32], k: usize, mut dst: *mut u32, stride: usize) {
     // SAFETY: promised by the caller.
     unsafe {
-        // Strides of usual tiles, so that places in `dst` are constants of its addresses.
-        match stride {
-            4 => all_rows(src, ld, height, k, dst, 4),
-            5 => all_rows(src, ld, height, k, dst, 5),
-            6 => all_rows(src, ld, height, k, dst, 6),
-            stride => all_rows(src, ld, height, k, dst, stride),
+        while !rows.is_empty() {
+            let some = match rows.len() {
+                4.. => 4,
+                2.. => 2,
+                _ => 1,
+            };
+            let mut to = dst;
+            let mut p = 0;
+            while p + COLUMNS <= k {
+                match *rows {
+                    [a, b, c, d, ..] => four([a.add(p), b.add(p), c.add(p), d.add(p)], to, stride),
+                    [a, b, ..] => two([a.add(p), b.add(p)], to, stride),
+                    _ => elements(rows, p, to, stride, COLUMNS),
+                }
+                to = to.add(COLUMNS * stride);
+                p += COLUMNS;
+            }
+            elements(&rows[..some], p, to, stride, k - p);
+            rows = &rows[some..];
+            dst = dst.add(some);
         }
     }
 }
@@ -42,10 +61,10 @@ unsafe fn interleave(src: *const u32, ld: usize, height: usize, k: usize, dst: *
 ///
 /// # Safety
 /// `src` has the rows, `ld` apart, of `k` elements, and is no part of `dst`.
-#[inline(always)]
+#[inline(never)]
 pub(crate) unsafe fn interleave_tiles(
     tiles: core::ops::Range<usize>,
-    row: impl Fn(usize) -> usize,
+    row: &dyn Fn(usize) -> usize,
     src: *const u32,
     ld: usize,
     k: usize,
@@ -59,55 +78,26 @@ pub(crate) unsafe fn interleave_tiles(
         let stride = stride.unwrap_or(height);
         assert!(height <= stride);
         let dst = &mut dst[to..][..stride * k];
+        let mut rows = [src; MAX_HEIGHT];
+        for (i, row) in rows[..height].iter_mut().enumerate() {
+            *row = src.wrapping_add((first + i) * ld);
+        }
         // SAFETY: promised by the caller; `dst` was just checked.
-        unsafe { interleave(src.wrapping_add(first * ld), ld, height, k, dst.as_mut_ptr(), stride) };
+        unsafe { interleave(&rows[..height], k, dst.as_mut_ptr(), stride) };
         to += stride * k;
     }
 }
 
-/// See [`interleave`].
+/// `dst[p * stride + row] = rows[row][first + p]`.
 ///
 /// # Safety
-/// As there.
+/// Rows have the `columns`, `dst` the places.
 #[inline(always)]
-unsafe fn all_rows(src: *const u32, ld: usize, height: usize, k: usize, dst: *mut u32, stride: usize) {
-    // SAFETY: all rows and columns below are less than `height` and `k`, and heights than strides.
-    unsafe {
-        let mut row = 0;
-        while row < height {
-            let rows = match height - row {
-                4.. => 4,
-                2.. => 2,
-                rows => rows,
-            };
-            let (mut from, mut to) = (src.add(row * ld), dst.add(row));
-            let mut left = k;
-            while left >= COLUMNS {
-                match rows {
-                    4 => four(from, ld, to, stride),
-                    2 => two(from, ld, to, stride),
-                    _ => elements(from, ld, to, stride, 1, COLUMNS),
-                }
-                from = from.add(COLUMNS);
-                to = to.add(COLUMNS * stride);
-                left -= COLUMNS;
-            }
-            elements(from, ld, to, stride, rows, left);
-            row += rows;
-        }
-    }
-}
-
-/// `dst[p * stride + row] = src[row * ld + p]`.
-///
-/// # Safety
-/// `src` has `rows` rows of `columns`, `dst` the places.
-#[inline(always)]
-unsafe fn elements(src: *const u32, ld: usize, dst: *mut u32, stride: usize, rows: usize, columns: usize) {
+unsafe fn elements(rows: &[*const u32], first: usize, dst: *mut u32, stride: usize, columns: usize) {
     for p in 0..columns {
-        for row in 0..rows {
+        for (i, row) in rows.iter().enumerate() {
             // SAFETY: promised by the caller.
-            unsafe { *dst.add(p * stride + row) = *src.add(row * ld + p) };
+            unsafe { *dst.add(p * stride + i) = *row.add(first + p) };
         }
     }
 }
@@ -117,13 +107,13 @@ unsafe fn elements(src: *const u32, ld: usize, dst: *mut u32, stride: usize, row
 /// # Safety
 /// As [`elements`].
 #[inline(always)]
-unsafe fn four(src: *const u32, ld: usize, dst: *mut u32, stride: usize) {
+unsafe fn four(rows: [*const u32; 4], dst: *mut u32, stride: usize) {
     // SAFETY: promised by the caller.
     unsafe {
         #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
         {
             use core::arch::wasm32::{i32x4_shuffle, i64x2_shuffle, v128_load, v128_store};
-            let [a, b, c, d] = [0, 1, 2, 3].map(|row| v128_load(src.add(row * ld).cast()));
+            let [a, b, c, d] = rows.map(|row| v128_load(row.cast()));
             let (ab, cd) = (i32x4_shuffle::<0, 4, 1, 5>(a, b), i32x4_shuffle::<0, 4, 1, 5>(c, d));
             v128_store(dst.cast(), i64x2_shuffle::<0, 2>(ab, cd));
             v128_store(dst.add(stride).cast(), i64x2_shuffle::<1, 3>(ab, cd));
@@ -132,7 +122,7 @@ unsafe fn four(src: *const u32, ld: usize, dst: *mut u32, stride: usize) {
             v128_store(dst.add(3 * stride).cast(), i64x2_shuffle::<1, 3>(ab, cd));
         }
         #[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
-        elements(src, ld, dst, stride, 4, COLUMNS);
+        elements(&rows, 0, dst, stride, COLUMNS);
     }
 }
 
@@ -141,13 +131,13 @@ unsafe fn four(src: *const u32, ld: usize, dst: *mut u32, stride: usize) {
 /// # Safety
 /// As [`elements`].
 #[inline(always)]
-unsafe fn two(src: *const u32, ld: usize, dst: *mut u32, stride: usize) {
+unsafe fn two(rows: [*const u32; 2], dst: *mut u32, stride: usize) {
     // SAFETY: promised by the caller.
     unsafe {
         #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
         {
             use core::arch::wasm32::{i32x4_shuffle, v128_load, v128_store64_lane};
-            let [a, b] = [0, 1].map(|row| v128_load(src.add(row * ld).cast()));
+            let [a, b] = rows.map(|row| v128_load(row.cast()));
             let low = i32x4_shuffle::<0, 4, 1, 5>(a, b);
             v128_store64_lane::<0>(low, dst.cast());
             v128_store64_lane::<1>(low, dst.add(stride).cast());
@@ -156,7 +146,7 @@ unsafe fn two(src: *const u32, ld: usize, dst: *mut u32, stride: usize) {
             v128_store64_lane::<1>(high, dst.add(3 * stride).cast());
         }
         #[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
-        elements(src, ld, dst, stride, 2, COLUMNS);
+        elements(&rows, 0, dst, stride, COLUMNS);
     }
 }
 
@@ -171,8 +161,9 @@ mod tests {
                 let (ld, stride) = (k + 2, height + k % 3);
                 let src: Vec<u32> = (0..(height * ld) as u32).collect();
                 let mut dst = vec![u32::MAX; stride * k];
+                let rows: Vec<*const u32> = (0..height).map(|i| src[i * ld..].as_ptr()).collect();
                 // SAFETY: both have the elements.
-                unsafe { interleave(src.as_ptr(), ld, height, k, dst.as_mut_ptr(), stride) };
+                unsafe { interleave(&rows, k, dst.as_mut_ptr(), stride) };
                 for (i, x) in dst.into_iter().enumerate() {
                     let (p, row) = (i / stride, i % stride);
                     let want = if row < height { src[row * ld + p] } else { u32::MAX };
