@@ -280,6 +280,54 @@ fn weights_beyond_the_cache_give_the_same_sums() {
     });
 }
 
+/// Convolutions whose taps are interleaved where they lie, where tiles and forms read such.
+#[test]
+fn taps_that_are_read_in_place_give_the_same_sums() {
+    let mut r = Random(5);
+    let conv = |channels, out_channels, groups, kernel, strides, dilations| ConvParams {
+        in_channels: channels,
+        out_channels,
+        groups,
+        kernel,
+        strides,
+        dilations,
+    };
+    let one = [1; 3];
+    let cases = [
+        (conv(16, 128, 1, [1, 3, 3], one, one), [1, 7, 9], [0, 1, 1]),
+        (conv(20, 131, 1, [1, 3, 3], [1, 2, 2], one), [1, 9, 8], [0, 1, 1]),
+        (conv(40, 256, 2, [1, 3, 2], one, [1, 2, 3]), [1, 8, 9], [0, 2, 3]),
+        (conv(16, 130, 1, [2, 3, 3], [2, 1, 1], one), [4, 5, 6], [1, 1, 1]),
+        (conv(16, 128, 1, [1, 5, 5], one, one), [1, 2, 3], [0, 4, 4]),
+        // Windows that no tap of the image is in.
+        (conv(16, 128, 1, [1, 1, 2], one, one), [1, 1, 2], [0, 0, 7]),
+    ];
+    each_context(|cx| {
+        for form in Form::ALL {
+            for (params, spatial, pads) in &cases {
+                let input = ConvInput { batch: 2, spatial: *spatial, pads_begin: *pads, pads_end: *pads };
+                let out = params.output_spatial(&input).unwrap();
+                let taps: usize = params.kernel.iter().product();
+                let pixels: usize = spatial.iter().product();
+                let mut bytes =
+                    |len: usize, signed| Owned { bytes: (0..len).map(|_| r.next() as u8).collect(), signed };
+                for signed in [false, true] {
+                    let x = bytes(2 * pixels * params.in_channels, signed);
+                    let w = bytes(params.out_channels * (params.in_channels / params.groups) * taps, true);
+                    let centred: Vec<i32> = (0..w.bytes.len()).map(|i| w.get().get(i)).collect();
+                    let sums = crate::reference::int8::conv(params, &input, out, x.get(), 77, &centred, None).unwrap();
+                    let direct = Algorithm::Direct;
+                    let conv =
+                        QConv::pack(cx.isa(), form, params.clone(), direct, w.get(), &[0], PackedQ::pack).unwrap();
+                    let mut got = vec![0; sums.len()];
+                    conv.run(cx, &input, x.get(), 77, None, Output::Sums(&mut got)).unwrap();
+                    assert!(got == sums, "{} {form} {params:?} {input:?}, signed: {signed}", cx.isa());
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn convolutions_match_the_oracle() {
     let mut r = Random(2);
