@@ -227,6 +227,17 @@ fn algorithms(isa: Isa, form: Form, params: &ConvParams) -> Vec<Algorithm> {
     all[..if QWinograd::supports(isa, form, params) { 3 } else { 1 }].to_vec()
 }
 
+fn conv(
+    in_channels: usize,
+    out_channels: usize,
+    groups: usize,
+    kernel: [usize; 3],
+    strides: [usize; 3],
+    dilations: [usize; 3],
+) -> ConvParams {
+    ConvParams { in_channels, out_channels, groups, kernel, strides, dilations }
+}
+
 fn three_by_three(in_channels: usize, out_channels: usize) -> ConvParams {
     let (kernel, ones) = ([1, 3, 3], [1; 3]);
     ConvParams { in_channels, out_channels, groups: 1, kernel, strides: ones, dilations: ones }
@@ -284,14 +295,6 @@ fn weights_beyond_the_cache_give_the_same_sums() {
 #[test]
 fn taps_that_are_read_in_place_give_the_same_sums() {
     let mut r = Random(5);
-    let conv = |channels, out_channels, groups, kernel, strides, dilations| ConvParams {
-        in_channels: channels,
-        out_channels,
-        groups,
-        kernel,
-        strides,
-        dilations,
-    };
     let one = [1; 3];
     let cases = [
         (conv(16, 128, 1, [1, 3, 3], one, one), [1, 7, 9], [0, 1, 1]),
@@ -331,14 +334,6 @@ fn taps_that_are_read_in_place_give_the_same_sums() {
 #[test]
 fn convolutions_match_the_oracle() {
     let mut r = Random(2);
-    let conv = |ic, oc, groups, kernel, strides, dilations| ConvParams {
-        in_channels: ic,
-        out_channels: oc,
-        groups,
-        kernel,
-        strides,
-        dilations,
-    };
     let one = [1; 3];
     let cases = [
         (conv(3, 8, 1, [1, 3, 3], [1, 2, 2], one), [1, 9, 11], [0, 1, 1]),
