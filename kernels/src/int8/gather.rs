@@ -119,12 +119,10 @@ impl Patches<'_> {
     ) {
         let x = self.x.as_ptr().wrapping_add(self.first);
         let [id, ih, iw] = self.spatial;
-        let out @ [od, oh, ow] = self.out_spatial;
         let [kd, kh, kw] = self.kernel;
         let groups = self.depth / 4;
         let padding = padding[..groups].as_ptr().cast();
-        let first = row(tiles.start);
-        let mut at = [first / ow / oh / od, first / ow / oh % od, first / ow % oh, first % ow];
+        let mut at = place(row(tiles.start), self.out_spatial);
         let mut to = 0;
         for tile in tiles {
             let height = row(tile + 1) - row(tile);
@@ -134,7 +132,7 @@ impl Patches<'_> {
             let mut corners = [(0, [0; 3]); MAX_HEIGHT];
             for corner in &mut corners[..height] {
                 *corner = (at[0], [0, 1, 2].map(|d| (at[d + 1] * self.strides[d]).wrapping_sub(self.pads[d])));
-                step(&mut at, out);
+                step(&mut at, self.out_spatial);
             }
             let mut rows = [padding; MAX_HEIGHT];
             for tap in 0..kd * kh * kw {
@@ -335,7 +333,6 @@ impl Gather<'_> {
         let size = convert.size();
         let x = p.x.as_ptr();
         let [id, ih, iw] = p.spatial;
-        let [od, oh, ow] = p.out_spatial;
         let [kd, kh, kw] = p.kernel;
         // Taps side by side in memory form one run.
         let merged = p.dilations[2] == 1 && p.depth == p.channels;
@@ -355,8 +352,7 @@ impl Gather<'_> {
         // Short runs, of a first layer say, are copied with what follows them.
         let short = !convert.wide && len <= 16;
         let reach = [0, 1, 2].map(|d| (p.kernel[d] - 1) * p.dilations[d]);
-        let first = self.rows.start;
-        let mut at = [first / ow / oh / od, first / ow / oh % od, first / ow % oh, first % ow];
+        let mut at = place(self.rows.start, p.out_spatial);
         for i in 0..self.rows.len() {
             let corner = [0, 1, 2].map(|d| (at[d + 1] * p.strides[d]).wrapping_sub(p.pads[d]));
             let inside = (0..3).all(|d| corner[d] < p.spatial[d] && reach[d] < p.spatial[d] - corner[d]);
@@ -373,7 +369,7 @@ impl Gather<'_> {
                         }
                         // The end of the last group counts in sums of rows.
                         dst.write_bytes(0, (count * len).next_multiple_of(4) - count * len);
-                        step(&mut at, [od, oh, ow]);
+                        step(&mut at, p.out_spatial);
                         continue;
                     }
                     for start in &starts[..count] {
@@ -381,7 +377,7 @@ impl Gather<'_> {
                         dst = dst.add(len * size);
                     }
                 }
-                step(&mut at, [od, oh, ow]);
+                step(&mut at, p.out_spatial);
                 continue;
             }
             // SAFETY: taps that lie inside the image are read, the lengths of all runs of a row add up to k.
@@ -424,7 +420,7 @@ impl Gather<'_> {
                     }
                 }
             }
-            step(&mut at, [od, oh, ow]);
+            step(&mut at, p.out_spatial);
         }
     }
 }
@@ -432,7 +428,12 @@ impl Gather<'_> {
 /// Runs of a patch whose places are computed once per block.
 const MAX_RUNS: usize = 64;
 
-/// The next pixel, `[batch, d, h, w]`.
+/// A pixel as `[batch, d, h, w]`.
+fn place(pixel: usize, [d, h, w]: [usize; 3]) -> [usize; 4] {
+    [pixel / w / h / d, pixel / w / h % d, pixel / w % h, pixel % w]
+}
+
+/// The next pixel.
 #[inline(always)]
 fn step(at: &mut [usize; 4], [d, h, w]: [usize; 3]) {
     at[3] += 1;

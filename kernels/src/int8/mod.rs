@@ -33,7 +33,7 @@ mod pack;
 mod pointwise;
 mod resize;
 mod softmax;
-mod table;
+pub(crate) mod table;
 mod tile;
 mod winograd;
 

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! for (ic, jc) in blocks of the output            in parallel
-//!     gather A[ic..] into rows, all of k          stays in L2; interleaved where it pays; not if tiles can read A itself
+//!     gather A[ic..] into rows, all of k          stays in L2; interleaved where it pays, from the image itself if that can be
+//!                                                 read; not if tiles can read A itself
 //!     start = bias, less what A's zero point adds
 //!     for groups of panels of the block           their sums stay in L1
 //!         for pc in 0..k step kc
@@ -345,13 +346,15 @@ impl Block<'_> {
                 *start = start.wrapping_sub(a_zero.wrapping_mul(*column));
             }
         }
-        let in_place = lhs.in_place(form, rows.start, k).filter(|_| zeros.is_none() && b.order().is_none());
-        let taps = lhs.taps(form).filter(|_| self.interleaved && zeros.is_none() && b.order().is_none());
+        let as_it_is = zeros.is_none() && b.order().is_none();
+        let in_place = lhs.in_place(form, rows.start, k).filter(|_| as_it_is);
+        let taps = lhs.taps(form).filter(|_| as_it_is && self.interleaved);
         if let Some(taps) = taps {
-            gathered.fill(i32::from_ne_bytes([a_zero as u8; 4]));
+            let padding = &mut gathered[..taps.depth / 4];
+            padding.fill(i32::from_ne_bytes([a_zero as u8; 4]));
             let to = bytemuck::cast_slice_mut(a);
             // SAFETY: the rows are there, and `a` and the padding are memory of their own.
-            unsafe { taps.interleave(self.tiles.clone(), &|tile| grid.row(tile), gathered, to, self.stride) };
+            unsafe { taps.interleave(self.tiles.clone(), &|tile| grid.row(tile), padding, to, self.stride) };
         }
         let ready = taps.is_some() || in_place.is_some() && !self.interleaved;
         let gathered_tiles = if ready { self.tiles.end..self.tiles.end } else { self.tiles.clone() };

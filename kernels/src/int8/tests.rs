@@ -239,8 +239,7 @@ fn conv(
 }
 
 fn three_by_three(in_channels: usize, out_channels: usize) -> ConvParams {
-    let (kernel, ones) = ([1, 3, 3], [1; 3]);
-    ConvParams { in_channels, out_channels, groups: 1, kernel, strides: ones, dilations: ones }
+    conv(in_channels, out_channels, 1, [1, 3, 3], [1; 3], [1; 3])
 }
 
 /// A convolution of 3 x 3 whose operands all are as large as they can be, and where tiles of 4 x 4 would overflow.

@@ -8,6 +8,8 @@
 //! A tile that walks along k then reads one stream of memory instead of one per row, and its broadcasts lie at constant
 //! distances from one address.
 
+use crate::{gemm, int8};
+
 /// Fewest columns of the other operand for which rows are worth interleaving. In Chromium, builds in turns
 /// (`cargo xtask bench gemm`), interleaving cost a float product with 64 columns 8% in quiet spells of the machine, when its
 /// tiles are hardly faster with rows in the second-level cache, and won 5 to 10% in slow ones.
@@ -18,8 +20,9 @@ pub(crate) const GATHERED: usize = 4096;
 /// Columns that are transposed at once.
 const COLUMNS: usize = 4;
 
-/// Rows that can be interleaved at once; no tile is higher.
-pub(crate) const MAX_HEIGHT: usize = 12;
+/// Rows that can be interleaved at once: those of the highest tile.
+pub(crate) const MAX_HEIGHT: usize =
+    if gemm::table::MAX_MR > int8::table::MAX_MR { gemm::table::MAX_MR } else { int8::table::MAX_MR };
 
 /// Interleaves rows of `k` elements of 32 bits into groups that are `stride` apart.
 ///
